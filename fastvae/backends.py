@@ -1,0 +1,90 @@
+"""Which backends there are, what `impl=None` chooses, and what is built: :func:`info`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from fastvae import ops  # noqa: F401  the schemas, before the kernels that implement them
+
+IMPLS = ("reference", "composite", "cpu", "triton", "cuda")
+_EXTENSION = Path(__file__).parent / "_C.abi3.so"
+_BUILD = "build it with `pip install --no-build-isolation .` on a machine with a C++17 compiler, ninja and torch >= 2.10"
+
+
+def _load_extension() -> str | None:
+    """Load the compiled kernels; the reason why not, or None."""
+    if not _EXTENSION.exists():
+        return "the extension was not built"
+    try:
+        torch.ops.load_library(_EXTENSION)
+    except OSError as error:  # built for another machine, or against a torch that this one cannot serve
+        return f"the extension does not load: {error}"
+    return None
+
+
+_missing = _load_extension()
+
+
+def choose(impl: str | None, device: torch.device) -> str:
+    """The backend that runs: the one named, or by device where none is.
+
+    =========  ==========================================
+    device     impl=None
+    =========  ==========================================
+    cpu        "cpu" if the extension is built, else "composite"
+    any other  "composite"
+    =========  ==========================================
+
+    Raises:
+        ValueError: no backend has that name, or it does not run on that device.
+        RuntimeError: the backend is not built here.
+    """
+    if impl is None:
+        return "cpu" if device.type == "cpu" and _missing is None else "composite"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))} or None, not {impl!r}")
+    if impl in ("triton", "cuda"):
+        raise RuntimeError(f"impl={impl!r} is not part of this version of fastvae; impl='composite' runs on {device}")
+    if impl == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"impl='cpu' takes tensors on the CPU, these are on {device}; move them, or use impl=None")
+        if _missing is not None:
+            raise RuntimeError(f"impl='cpu' cannot run: {_missing}; {_BUILD}")
+    return impl
+
+
+class Info(dict[str, str]):
+    """What is built and what runs where; printed, a table."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in self.items())
+
+
+def info() -> Info:
+    """What is built, what runs where, which instruction set, and the versions."""
+    from fastvae import __version__
+
+    composite = "composite (plain PyTorch in chunks)"
+    if _missing is None:
+        isa = torch.ops.fastvae.cpu_isa()
+        cpu = f"cpu (compiled kernels, {isa}, {torch.get_num_threads()} threads)"
+    else:
+        cpu = f"{composite}; the compiled kernels are missing: {_missing}; {_BUILD}"
+    return Info(
+        {
+            "fastvae": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "extension": "built" if _missing is None else "missing",
+            "on cpu": cpu,
+            "on other devices": f"{composite}; never run on a GPU",
+            "triton, cuda": "not part of this version",
+            "FASTVAE_CPU_ISA": os.environ.get("FASTVAE_CPU_ISA", "not set"),
+        }
+    )

@@ -1,0 +1,99 @@
+"""The registered operators: schemas, fakes and handles.
+
+Each backend has the same seven operators under a prefix of its own: `fastvae::mixture_log_prob` is dispatched by
+device to the compiled kernels, `fastvae::composite_mixture_log_prob` is plain PyTorch.  They take checked input:
+contiguous, of one floating dtype, rows flattened to z [M, D]; logvar is [K, D], or [1, D] where all share it.
+
+A gradient that was not asked for comes back with no elements, because an operator's arity is fixed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae import composite
+
+_MIXTURE = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_weights, Tensor? exclude"
+_SCHEMAS = {
+    "mixture_log_prob": f"({_MIXTURE}) -> Tensor",
+    "mixture_log_prob_and_score": f"({_MIXTURE}) -> (Tensor, Tensor)",
+    "mixture_log_prob_backward": f"(Tensor grad, Tensor log_prob, {_MIXTURE}, bool dense, bool need_z, bool need_mu, "
+    "bool need_logvar, bool need_log_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gaussian_rsample": "(Tensor mu, Tensor logvar, Tensor seed, SymInt num_samples) -> (Tensor, Tensor)",
+    "gaussian_rsample_backward": "(Tensor grad_z, Tensor grad_log_q, Tensor logvar, Tensor seed, "
+    "bool path_derivative) -> (Tensor, Tensor)",
+    "gaussian_kl": "(Tensor mu, Tensor logvar) -> Tensor",
+    "gaussian_kl_backward": "(Tensor grad, Tensor mu, Tensor logvar) -> (Tensor, Tensor)",
+}
+
+
+def _mixture_log_prob(z, mu, logvar, log_weights, exclude):
+    return z.new_empty(z.shape[0])
+
+
+def _mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude):
+    return z.new_empty(z.shape[0]), torch.empty_like(z)
+
+
+def _mixture_log_prob_backward(
+    grad, log_prob, z, mu, logvar, log_weights, exclude, dense, need_z, need_mu, need_logvar, need_log_weights
+):
+    def wanted(need: bool, shape) -> Tensor:
+        return z.new_empty(shape if need else (0,))
+
+    return (
+        wanted(need_z, z.shape),
+        wanted(need_mu, mu.shape),
+        wanted(need_logvar, logvar.shape),
+        wanted(need_log_weights, mu.shape[:1]),
+    )
+
+
+def _gaussian_rsample(mu, logvar, seed, num_samples):
+    M, D = mu.shape
+    return mu.new_empty(num_samples, M, D), mu.new_empty(num_samples, M)
+
+
+def _gaussian_rsample_backward(grad_z, grad_log_q, logvar, seed, path_derivative):
+    return torch.empty_like(logvar), torch.empty_like(logvar)
+
+
+def _gaussian_kl(mu, logvar):
+    return mu.new_empty(mu.shape[0])
+
+
+def _gaussian_kl_backward(grad, mu, logvar):
+    return torch.empty_like(mu), torch.empty_like(mu)
+
+
+class Operators(NamedTuple):
+    """One backend's operators, in the order of the schemas above."""
+
+    mixture_log_prob: torch._ops.OpOverload
+    mixture_log_prob_and_score: torch._ops.OpOverload
+    mixture_log_prob_backward: torch._ops.OpOverload
+    gaussian_rsample: torch._ops.OpOverload
+    gaussian_rsample_backward: torch._ops.OpOverload
+    gaussian_kl: torch._ops.OpOverload
+    gaussian_kl_backward: torch._ops.OpOverload
+
+
+_library = torch.library.Library("fastvae", "DEF")
+
+
+def _define(prefix: str) -> Operators:
+    for name, schema in _SCHEMAS.items():
+        _library.define(f"{prefix}{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastvae::{prefix}{name}", globals()[f"_{name}"], lib=_library)
+    return Operators(*(getattr(torch.ops.fastvae, prefix + name).default for name in Operators._fields))
+
+
+native = _define("")
+plain = _define("composite_")
+for _name in _SCHEMAS:
+    _library.impl(f"composite_{_name}", getattr(composite, _name), "CompositeExplicitAutograd")
+
+operators = {"cpu": native, "composite": plain}

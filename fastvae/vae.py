@@ -1,0 +1,156 @@
+"""A variational autoencoder: encoder, decoder, prior and likelihood -> bounds, log-likelihood, samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import functional as F
+from fastvae.likelihoods import LIKELIHOODS, Likelihood
+from fastvae.priors import Prior
+
+_ROWS = 10_000  # z decoded at once by log_likelihood
+
+
+@dataclass
+class VAEOutput:
+    """What one pass gives, nats; the means over the S samples of each x.
+
+    Attributes:
+        loss: scalar, -mean(reconstruction - beta kl).
+        reconstruction: [B], E_q[log p(x | z)].
+        kl: [B], KL(q(z | x) || p(z)), or its estimate.
+        z: [S, B, D].
+        mu, logvar: [B, D], the posterior.
+    """
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """[B], the evidence lower bound, whatever beta the loss has."""
+        return self.reconstruction - self.kl
+
+
+class VAE(nn.Module):
+    """A variational autoencoder made of the modules you give it.
+
+    Args:
+        encoder: x [B, *x_shape] -> (mu [B, D], logvar [B, D]).
+        decoder: z [N, D] -> the likelihood's parameters: a tensor [N, *x_shape], or a pair of them.
+        prior: a :class:`Prior`.  A VampPrior must have been given this same encoder.
+        likelihood: "bernoulli" (the decoder returns logits), "gaussian" ((mean, logvar), or a mean),
+            "discretized_logistic" ((mean, logscale), x on 256 levels in [0, 1)), or an object with the methods of
+            :class:`fastvae.likelihoods.Likelihood`.
+
+    Source: Kingma and Welling, Auto-encoding variational Bayes (ICLR 2014).
+    """
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, prior: Prior, likelihood: str | Likelihood = "bernoulli"
+    ) -> None:
+        super().__init__()
+        if getattr(prior, "encoder", encoder) is not encoder:
+            raise ValueError("the prior's encoder must be the VAE's encoder, the same object: it is trained once")
+        if isinstance(likelihood, str):
+            if likelihood not in LIKELIHOODS:
+                raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)} or an object, not {likelihood!r}")
+            likelihood = LIKELIHOODS[likelihood]()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.prior = prior
+        self.likelihood = likelihood
+
+    def forward(self, x: Tensor, *, beta: float = 1.0, num_samples: int = 1, kl: str = "auto") -> VAEOutput:
+        """One pass.
+
+        Args:
+            x: [B, *x_shape].
+            beta: weight of the KL in the loss, for warm-up; the bound does not depend on it.
+            num_samples: S draws of z for each x.
+            kl: "analytic", the closed form: E[log p(x|z)] - KL(q || p); "sample": E[log p(x|z) + log p(z) - log q(z|x)];
+                "auto", the closed form where the prior has one.
+
+        Raises:
+            ValueError: kl is none of these, or "analytic" for a prior that has no closed form.
+        """
+        mu, logvar = self.encoder(x)
+        z, divergence = self._kl(mu, logvar, num_samples, kl)
+        reconstruction, divergence = self._log_likelihood_of(x, z).mean(0), divergence.mean(0)  # [B]
+        loss = -(reconstruction - beta * divergence).mean()
+        return VAEOutput(loss, reconstruction, divergence, z, mu, logvar)
+
+    def elbo(self, x: Tensor, num_samples: int = 1, kl: str = "auto") -> Tensor:
+        """The evidence lower bound of each x, [B], nats; arguments as in :meth:`forward`."""
+        return self(x, num_samples=num_samples, kl=kl).elbo
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, num_samples: int = 5000) -> Tensor:
+        """log p(x) by importance sampling from q(z | x), in memory bounded whatever B and S are.
+
+        Args:
+            x: [B, *x_shape].
+            num_samples: S.
+
+        Returns:
+            [B], nats: log 1/S sum_s p(x | z_s) p(z_s) / q(z_s | x), a lower bound in expectation that tightens with S.
+
+        Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+        prior = self.prior.snapshot()
+        return torch.cat([self._importance(part, num_samples, prior) for part in x.split(_ROWS // 10)])
+
+    def _importance(self, x: Tensor, num_samples: int, prior: Prior) -> Tensor:
+        mu, logvar = self.encoder(x)
+        step = max(1, _ROWS // max(1, len(x)))
+        parts = []
+        for start in range(0, num_samples, step):
+            z, log_q = F.gaussian_rsample(mu, logvar, min(step, num_samples - start))
+            log_w = self._log_likelihood_of(x, z) + prior.log_prob(z) - log_q  # [S, B]
+            parts.append(torch.logsumexp(log_w, 0))
+        return torch.logsumexp(torch.stack(parts), 0) - math.log(num_samples)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, mean: bool = False) -> Tensor:
+        """n draws of x ~ p(x | z), z ~ p(z), or with mean=True of E[x | z]: [n, *x_shape]."""
+        output = self.decoder(self.prior.sample(n))
+        return self.likelihood.mean(output) if mean else self.likelihood.sample(output)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x | z] at the posterior's mean: [B, *x_shape]."""
+        mu, _ = self.encoder(x)
+        return self.likelihood.mean(self.decoder(mu))
+
+    def _kl(self, mu: Tensor, logvar: Tensor, num_samples: int, kl: str) -> tuple[Tensor, Tensor]:
+        """(z [S, B, D], KL [S, B])."""
+        if kl not in ("auto", "analytic", "sample"):
+            raise ValueError(f"kl must be 'auto', 'analytic' or 'sample', not {kl!r}")
+        if kl == "analytic" and not self.prior.has_closed_form_kl:
+            raise ValueError(f"kl='analytic': {type(self.prior).__name__} has no closed form, use 'sample' or 'auto'")
+        if kl == "sample" and self.prior.has_closed_form_kl:
+            return Prior.kl(self.prior, mu, logvar, num_samples)
+        return self.prior.kl(mu, logvar, num_samples)
+
+    def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z), [S, B], of x [B, *x_shape] under z [S, B, D]."""
+        output: Any = self.decoder(z.flatten(0, 1))
+        lead = z.shape[:2]
+        if isinstance(output, tuple):
+            output = tuple(part.unflatten(0, lead) for part in output)
+        else:
+            output = output.unflatten(0, lead)
+        log_prob = self.likelihood.log_prob(output, x)  # [S, B, *x_shape]
+        log_prob = log_prob if log_prob.dtype == torch.float64 else log_prob.float()
+        return log_prob.flatten(2).sum(-1)
