@@ -91,6 +91,7 @@ def _define(prefix: str) -> Operators:
     return Operators(*(getattr(torch.ops.fastvae, prefix + name).default for name in Operators._fields))
 
 
+_library.define("cpu_isa() -> str")
 native = _define("")
 plain = _define("composite_")
 for _name in _SCHEMAS:

@@ -1,0 +1,104 @@
+// gaussian_rsample and gaussian_kl on the CPU, with their gradients: checks, tasks, registration.
+#include <string>
+
+#include "host.h"
+
+namespace fastvae {
+namespace {
+
+// f(begin, end) over pieces of `rows` rows of D numbers, large enough to be worth a thread.
+template <class F>
+void run_rows(int64_t rows, int64_t D, const F& f) {
+  const int64_t piece = std::max<int64_t>(1, (1 << 13) / D);
+  run_tasks((rows + piece - 1) / piece, [&](int64_t task) { f(task * piece, std::min(rows, (task + 1) * piece)); });
+}
+
+void check_pair(const Tensor& mu, const Tensor& logvar) {
+  check_floats({&mu, &logvar});
+  STD_TORCH_CHECK(mu.dim() == 2 && logvar.dim() == 2 && mu.size(0) == logvar.size(0) && mu.size(1) == logvar.size(1) &&
+                      mu.size(1) > 0,
+                  "fastvae: want mu and logvar [M, D]");
+}
+
+uint64_t seed_of(const Tensor& seed) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "fastvae: want one int64 seed");
+  return uint64_t(*input<int64_t>(seed));
+}
+
+std::tuple<Tensor, Tensor> gaussian_rsample(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                                            int64_t num_samples) {
+  check_pair(mu, logvar);
+  const int64_t M = mu.size(0), D = mu.size(1);
+  Tensor z = empty(mu, {num_samples, M, D}), log_q = empty(mu, {num_samples, M});
+  by_dtype(mu, [&](auto zero, const auto& kernels) {
+    using T = decltype(zero);
+    run_rows(num_samples * M, D, [&](int64_t begin, int64_t end) {
+      kernels.gaussian_rsample({input<T>(mu), input<T>(logvar), seed_of(seed), M, D, begin, end, output<T>(z),
+                                output<T>(log_q)});
+    });
+  });
+  return {z, log_q};
+}
+
+std::tuple<Tensor, Tensor> gaussian_rsample_backward(const Tensor& grad_z, const Tensor& grad_log_q,
+                                                     const Tensor& logvar, const Tensor& seed, bool path_derivative) {
+  check_floats({&grad_z, &grad_log_q, &logvar});
+  const int64_t S = grad_z.size(0), M = logvar.size(0), D = logvar.size(1);
+  STD_TORCH_CHECK(grad_z.numel() == S * M * D && grad_log_q.numel() == S * M,
+                  "fastvae: want grad_z [S, M, D] and grad_log_q [S, M]");
+  Tensor dmu = torch::stable::empty_like(logvar), dlogvar = torch::stable::empty_like(logvar);
+  by_dtype(logvar, [&](auto zero, const auto& kernels) {
+    using T = decltype(zero);
+    run_rows(M, S * D, [&](int64_t begin, int64_t end) {
+      kernels.gaussian_rsample_backward({input<T>(grad_z), input<T>(grad_log_q), input<T>(logvar), seed_of(seed),
+                                         path_derivative, S, M, D, begin, end, output<T>(dmu), output<T>(dlogvar)});
+    });
+  });
+  return {dmu, dlogvar};
+}
+
+Tensor gaussian_kl(const Tensor& mu, const Tensor& logvar) {
+  check_pair(mu, logvar);
+  const int64_t M = mu.size(0), D = mu.size(1);
+  Tensor kl = empty(mu, {M});
+  by_dtype(mu, [&](auto zero, const auto& kernels) {
+    using T = decltype(zero);
+    run_rows(M, D, [&](int64_t begin, int64_t end) {
+      kernels.gaussian_kl(input<T>(mu) + begin * D, input<T>(logvar) + begin * D, end - begin, D,
+                          output<T>(kl) + begin);
+    });
+  });
+  return kl;
+}
+
+std::tuple<Tensor, Tensor> gaussian_kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar) {
+  check_pair(mu, logvar);
+  check_floats({&mu, &grad});
+  const int64_t M = mu.size(0), D = mu.size(1);
+  STD_TORCH_CHECK(grad.numel() == M, "fastvae: want grad [M]");
+  Tensor dmu = torch::stable::empty_like(mu), dlogvar = torch::stable::empty_like(mu);
+  by_dtype(mu, [&](auto zero, const auto& kernels) {
+    using T = decltype(zero);
+    run_rows(M, D, [&](int64_t begin, int64_t end) {
+      kernels.gaussian_kl_backward(input<T>(grad) + begin, input<T>(mu) + begin * D, input<T>(logvar) + begin * D,
+                                   end - begin, D, output<T>(dmu) + begin * D, output<T>(dlogvar) + begin * D);
+    });
+  });
+  return {dmu, dlogvar};
+}
+
+std::string cpu_isa() { return isa().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+  m.impl("gaussian_rsample", TORCH_BOX(&gaussian_rsample));
+  m.impl("gaussian_rsample_backward", TORCH_BOX(&gaussian_rsample_backward));
+  m.impl("gaussian_kl", TORCH_BOX(&gaussian_kl));
+  m.impl("gaussian_kl_backward", TORCH_BOX(&gaussian_kl_backward));
+}
+
+// No tensor tells its device, so it is registered for all of them.
+STABLE_TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+
+}  // namespace fastvae

@@ -1,0 +1,80 @@
+// What the host side of the operators shares: tensors, threads, scratch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastvae {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+const T* input(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+const T* input(const std::optional<Tensor>& t) {
+  return t ? input<T>(*t) : nullptr;
+}
+
+template <class T>
+T* output(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> size) { return torch::stable::new_empty(like, size); }
+
+// The functional layer checked shapes, dtypes and devices; this guards the operators against a call past it.
+inline void check_floats(std::initializer_list<const Tensor*> tensors) {
+  const ScalarType dtype = (*tensors.begin())->scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "fastvae: want float32 or float64");
+  for (const Tensor* t : tensors)
+    STD_TORCH_CHECK(t->scalar_type() == dtype && t->is_contiguous(), "fastvae: want contiguous tensors of one dtype");
+}
+
+// f.operator()<float>(kernels) or <double>, after the dtype of a checked tensor.
+template <class F>
+void by_dtype(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Float)
+    f(float(), isa().f32);
+  else
+    f(double(), isa().f64);
+}
+
+// Runs f(task) for each of n tasks.  Threads take the next one when they are done with the last, so that a busy core
+// delays nobody; what a task computes does not depend on who runs it.
+template <class F>
+void run_tasks(int64_t n, const F& f) {
+  const int64_t workers = std::min<int64_t>(n, torch::stable::get_num_threads());
+  if (workers <= 1) {
+    for (int64_t task = 0; task < n; ++task) f(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task);
+  });
+}
+
+// Memory of this thread, kept from call to call: fresh pages would cost more than a small problem does.
+inline void* thread_scratch(int64_t bytes) {
+  thread_local std::vector<char> memory;
+  if (int64_t(memory.size()) < bytes) memory.resize(size_t(bytes));
+  return memory.data();
+}
+
+}  // namespace fastvae

@@ -1,0 +1,109 @@
+// The kernels, as the host code sees them: plain sizes and pointers, and one table of functions an instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvae {
+
+// K diagonal Gaussians in D dimensions, row-major.
+template <class T>
+struct Mixture {
+  const T* mu;           // [K, D]
+  const T* logvar;       // [K, D], or [D] if shared
+  const T* log_weights;  // [K], or null: -log K each
+  int64_t K, D;
+  bool shared;
+};
+
+// A rectangle of the M x K pairs: what one task works on.
+struct Range {
+  int64_t row_begin, row_end, component_begin, component_end;
+};
+
+// log p(z) = top + log(total), of the components seen so far.
+template <class T>
+struct Partial {
+  T top;
+  double total;
+};
+
+template <class T>
+struct Forward {
+  Mixture<T> mixture;
+  const T* z;              // [M, D]
+  const int64_t* exclude;  // [M] or null
+  Range range;
+  Partial<T>* partial;  // [rows of the range], written
+  T* score;             // [rows, D] or null: sum_k exp(a - top) t s, so that the score is -score / total
+  void* scratch;
+};
+
+template <class T>
+struct Backward {
+  Mixture<T> mixture;
+  const T* z;
+  const int64_t* exclude;
+  const T* log_prob;  // [M]
+  const T* grad;      // [M]
+  bool dense;         // touch every tile
+  Range range;
+  // Added to; null where not asked for.
+  T* dz;        // [rows of the range, D]
+  T* dmu;       // [components of the range, D]
+  T* dlogvar;   // [components, D], or [D] if shared
+  T* dweights;  // [components]
+  void* scratch;
+};
+
+// z = mu + sigma eps, for rows [row_begin, row_end) of the S x M samples, of which row r belongs to mu's row r % M.
+template <class T>
+struct Sample {
+  const T* mu;      // [M, D]
+  const T* logvar;  // [M, D]
+  uint64_t seed;
+  int64_t M, D, row_begin, row_end;
+  T* z;      // [S * M, D]
+  T* log_q;  // [S * M]
+};
+
+// For rows [row_begin, row_end) of M, the sum over the S samples.
+template <class T>
+struct SampleBackward {
+  const T* grad_z;      // [S, M, D]
+  const T* grad_log_q;  // [S, M]
+  const T* logvar;      // [M, D]
+  uint64_t seed;
+  bool path_derivative;
+  int64_t S, M, D, row_begin, row_end;
+  T* dmu;      // [M, D]
+  T* dlogvar;  // [M, D]
+};
+
+template <class T>
+struct Kernels {
+  void (*mixture_forward)(const Forward<T>&);
+  void (*mixture_backward)(const Backward<T>&);
+  int64_t (*mixture_scratch)(int64_t D);  // bytes, for any of the two
+  void (*gaussian_rsample)(const Sample<T>&);
+  void (*gaussian_rsample_backward)(const SampleBackward<T>&);
+  void (*gaussian_kl)(const T* mu, const T* logvar, int64_t rows, int64_t D, T* kl);
+  void (*gaussian_kl_backward)(const T* grad, const T* mu, const T* logvar, int64_t rows, int64_t D, T* dmu, T* dlogvar);
+};
+
+struct Isa {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+const Isa& isa_baseline();
+#if defined(__x86_64__)
+const Isa& isa_avx2();
+const Isa& isa_avx512();
+#endif
+
+// The instruction set to run on: the best that this machine has, or the one that FASTVAE_CPU_ISA names.
+// Throws std::runtime_error where the machine lacks it.
+const Isa& isa();
+
+}  // namespace fastvae

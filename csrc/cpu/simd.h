@@ -1,0 +1,202 @@
+// Vectors of one instruction set: the compiler's vector extensions, and the few things they cannot say.
+//
+// This file and those that include it are compiled once for each instruction set, in a namespace of its own
+// (isa_*.cpp).  They must not instantiate anything of the standard library: the linker would keep one copy of it,
+// possibly the one that needs AVX-512, for all.
+#pragma once
+
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace FASTVAE_ISA {
+
+// FASTVAE_BYTES, the width of a vector, tells the instruction set: 64 AVX-512, 32 AVX2 with FMA, 16 the baseline.
+constexpr int kBytes = FASTVAE_BYTES;
+
+// Rows of a register tile: 8 x 2 accumulators where there are 32 registers, 4 x 2 where there are 16.
+#if FASTVAE_BYTES == 64 || defined(__aarch64__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kBytes)));
+};
+template <>
+struct VectorOf<int32_t> {
+  typedef int32_t type __attribute__((vector_size(kBytes)));
+};
+template <>
+struct VectorOf<int64_t> {
+  typedef int64_t type __attribute__((vector_size(kBytes)));
+};
+template <>
+struct VectorOf<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(kBytes)));
+};
+template <>
+struct VectorOf<uint64_t> {
+  typedef uint64_t type __attribute__((vector_size(kBytes)));
+};
+
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+constexpr int kWidth = kBytes / int(sizeof(T));
+
+// The integers that hold the bits of a floating number.
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = int32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Bits = typename BitsOf<T>::type;
+
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // minus, not plus: -0.0 stays
+}
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, kBytes);
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, kBytes);
+}
+
+// The first n lanes, at most all; load puts zeros after them.
+#if FASTVAE_BYTES == 64
+inline Vec<float> load_up_to(const float* p, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1), p);
+}
+inline Vec<double> load_up_to(const double* p, int64_t n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(n >= 8 ? __mmask8(0xff) : __mmask8((1u << n) - 1), p);
+}
+inline void store_up_to(float* p, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1), (__m512)v);
+}
+inline void store_up_to(double* p, Vec<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, n >= 8 ? __mmask8(0xff) : __mmask8((1u << n) - 1), (__m512d)v);
+}
+#else
+template <class T>
+inline Vec<T> load_up_to(const T* p, int64_t n) {
+  if (n >= kWidth<T>) return load<T>(p);
+  Vec<T> v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+template <class T>
+inline void store_up_to(T* p, Vec<T> v, int64_t n) {
+  if (n >= kWidth<T>) return store<T>(p, v);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+#endif
+
+// Contracted to one instruction where the machine has it.
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a * b + c;
+}
+
+template <class T>
+inline T sum(Vec<T> v) {
+  T s = 0;
+  for (int i = 0; i < kWidth<T>; ++i) s += v[i];
+  return s;
+}
+
+// The largest lane; NaN lanes do not count.
+template <class T>
+inline T max(Vec<T> v, T floor) {
+  for (int i = 0; i < kWidth<T>; ++i) floor = v[i] > floor ? v[i] : floor;
+  return floor;
+}
+
+// Whether every lane of both is below the limit; a NaN is not.
+#if FASTVAE_BYTES == 64
+inline bool all_below(Vec<float> a, Vec<float> b, float limit) {
+  const __m512 l = _mm512_set1_ps(limit);
+  return (_mm512_cmp_ps_mask((__m512)a, l, _CMP_LT_OQ) & _mm512_cmp_ps_mask((__m512)b, l, _CMP_LT_OQ)) == 0xffff;
+}
+inline bool all_below(Vec<double> a, Vec<double> b, double limit) {
+  const __m512d l = _mm512_set1_pd(limit);
+  return (_mm512_cmp_pd_mask((__m512d)a, l, _CMP_LT_OQ) & _mm512_cmp_pd_mask((__m512d)b, l, _CMP_LT_OQ)) == 0xff;
+}
+#elif FASTVAE_BYTES == 32
+inline bool all_below(Vec<float> a, Vec<float> b, float limit) {
+  const __m256 l = _mm256_set1_ps(limit);
+  return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps((__m256)a, l, _CMP_LT_OQ),
+                                          _mm256_cmp_ps((__m256)b, l, _CMP_LT_OQ))) == 0xff;
+}
+inline bool all_below(Vec<double> a, Vec<double> b, double limit) {
+  const __m256d l = _mm256_set1_pd(limit);
+  return _mm256_movemask_pd(_mm256_and_pd(_mm256_cmp_pd((__m256d)a, l, _CMP_LT_OQ),
+                                          _mm256_cmp_pd((__m256d)b, l, _CMP_LT_OQ))) == 0xf;
+}
+#else
+template <class T>
+inline bool all_below_lanes(Vec<T> a, Vec<T> b, T limit) {
+  const auto below = (a < broadcast<T>(limit)) & (b < broadcast<T>(limit));
+  Bits<T> all = -1;
+  for (int i = 0; i < kWidth<T>; ++i) all &= below[i];
+  return all != 0;
+}
+inline bool all_below(Vec<float> a, Vec<float> b, float limit) { return all_below_lanes<float>(a, b, limit); }
+inline bool all_below(Vec<double> a, Vec<double> b, double limit) { return all_below_lanes<double>(a, b, limit); }
+#endif
+
+#if FASTVAE_BYTES == 64
+// Masked forms with a full mask: GCC 12 warns of the undefined operand that the plain ones are made with.
+inline Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v); }
+inline Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
+#elif FASTVAE_BYTES == 32
+inline Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
+inline Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
+#else
+inline Vec<float> square_root(Vec<float> v) {
+  for (int i = 0; i < kWidth<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+inline Vec<double> square_root(Vec<double> v) {
+  for (int i = 0; i < kWidth<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+}
+#endif
+
+// The product of the low 32 bits of each 64-bit lane, whatever the high ones hold.
+inline Vec<uint64_t> multiply_low(Vec<uint64_t> a, Vec<uint64_t> b) {
+#if FASTVAE_BYTES == 64
+  return (Vec<uint64_t>)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
+#elif FASTVAE_BYTES == 32
+  return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Vec<uint64_t>)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+}  // namespace FASTVAE_ISA

@@ -1,0 +1,200 @@
+// exp, and Philox normal numbers, on vectors; to about one unit in the last place.
+#pragma once
+
+#include "simd.h"
+
+namespace FASTVAE_ISA {
+
+constexpr double kLog2E = 1.44269504088896340736;
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr double kPi = 3.14159265358979323846;
+constexpr double kTwoToMinus32 = 1.0 / 4294967296.0;
+
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+  static constexpr int kMantissaBits = 23, kBias = 127;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  static constexpr float kExpLimit = 87.0f;     // |x| beyond which exp(x) leaves the normal numbers
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the sum is ln 2; n * high is exact
+  static constexpr int kExpTerms = 7, kLogTerms = 5, kTrigTerms = 4;
+};
+template <>
+struct Format<double> {
+  static constexpr int kMantissaBits = 52, kBias = 1023;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kExpLimit = 708.0;
+  static constexpr double kLn2High = 0.693145751953125, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr int kExpTerms = 13, kLogTerms = 12, kTrigTerms = 8;
+};
+
+// Minimax coefficients of 2^r on [-1/2, 1/2] by Remez exchange: relative error 2e-9 and 3e-18.
+template <class T>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr int kDegree = 6;
+  static constexpr float c[] = {1.0f,           0.6931472057f,   0.2402264689f,   0.05550328777f,
+                                0.009618488957f, 0.001339993121f, 0.0001534581216f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr int kDegree = 11;
+  static constexpr double c[] = {1.0,
+                                 0.69314718055994533046,
+                                 0.24022650695910156205,
+                                 0.055504108664819921483,
+                                 0.0096181291075883350833,
+                                 0.0013333558146789950323,
+                                 0.00015403530462514613026,
+                                 0.0000152527334899608046,
+                                 1.3215433089594629037e-6,
+                                 1.0178198033328527662e-7,
+                                 7.0741056262456593708e-9,
+                                 4.4352809446103361611e-10};
+};
+
+// exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  0 below -kExpLimit; NaN stays
+// NaN.  Relative error 1e-7 + |x| 2^-25, so the absolute one is below 1e-7 everywhere.
+template <class T>
+inline Vec<T> exp_term(Vec<T> x) {
+  using F = Format<T>;
+  const Vec<T> log2e = broadcast<T>(T(kLog2E));
+  const Vec<T> bias = broadcast<T>(F::kRound + F::kBias);
+  const Vec<T> y = fma<T>(x, log2e, bias);  // its low bits are the biased exponent
+  const Vec<T> r = fma<T>(x, log2e, bias - y);
+  Vec<T> p = broadcast<T>(Exp2<T>::c[Exp2<T>::kDegree]);
+  for (int i = Exp2<T>::kDegree - 1; i >= 0; --i) p = fma<T>(p, r, broadcast<T>(Exp2<T>::c[i]));
+  const Vec<T> value = p * (Vec<T>)((Vec<Bits<T>>)y << F::kMantissaBits);
+  return x < broadcast<T>(-F::kExpLimit) ? Vec<T>{} : value;
+}
+
+template <class T>
+struct Exponential {
+  Vec<T> exp;                  // exp(x)
+  Vec<T> exp_minus_1_minus_x;  // without cancellation where x is small
+};
+
+// For any x.  With x = n ln 2 + r and q = e^r - 1 - r:
+// exp(x) = 2^n (1 + r + q),  exp(x) - 1 - x = 2^n q + (2^n - 1) + (2^n r - x).
+template <class T>
+inline Exponential<T> exponential(const Vec<T> x) {
+  using F = Format<T>;
+  const Vec<T> limit = broadcast<T>(F::kExpLimit);
+  Vec<T> inside = x > limit ? limit : x;
+  inside = inside < -limit ? -limit : inside;
+  const Vec<T> y = fma<T>(inside, broadcast<T>(T(kLog2E)), broadcast<T>(F::kRound));
+  const Vec<T> n = y - broadcast<T>(F::kRound);
+  Vec<T> r = fma<T>(n, broadcast<T>(-F::kLn2High), inside);
+  r = fma<T>(n, broadcast<T>(-F::kLn2Low), r);
+  const Vec<T> scale = (Vec<T>)(((Vec<Bits<T>>)y + F::kBias) << F::kMantissaBits);
+  Vec<T> series = broadcast<T>(T(1));  // 2 (e^r - 1 - r) / r^2, by Taylor: |r| < 0.35
+  for (int i = F::kExpTerms; i >= 3; --i) series = fma<T>(series, r * T(1.0 / i), broadcast<T>(T(1)));
+  const Vec<T> q = series * (r * r * T(0.5));
+  const Vec<T> value = fma<T>(scale, q + r, scale);
+  const Vec<T> rest = fma<T>(scale, q, (scale - T(1)) + fma<T>(scale, r, -x));
+  const Vec<T> infinity = broadcast<T>(T(__builtin_inf()));
+  return {x > limit ? infinity : value, x > limit ? infinity : rest};
+}
+
+// Words of 32 bits, each in a lane as wide as T.
+template <class T>
+inline Vec<T> unsigned_to_real(Vec<Bits<T>> w);
+template <>
+inline Vec<float> unsigned_to_real<float>(Vec<int32_t> w) {
+  return __builtin_convertvector((Vec<uint32_t>)w, Vec<float>);
+}
+template <>
+inline Vec<double> unsigned_to_real<double>(Vec<int64_t> w) {
+  return __builtin_convertvector(w, Vec<double>);
+}
+
+// sqrt(-2 log u), u = (w + 1/2) 2^-32.  Near 1, u - 1 is taken from the complement of w, which has all its digits.
+template <class T>
+inline Vec<T> normal_radius(Vec<Bits<T>> w) {
+  using F = Format<T>;
+  using I = Bits<T>;
+  const Vec<T> u = (unsigned_to_real<T>(w) + T(0.5)) * T(kTwoToMinus32);
+  const Vec<I> root_half = (Vec<I>)broadcast<T>(T(0.70710678118654752440));
+  const Vec<I> e = ((Vec<I>)u - root_half) >> F::kMantissaBits;  // u = m 2^e, m in [1 / sqrt 2, sqrt 2)
+  const Vec<T> m = (Vec<T>)((Vec<I>)u - (e << F::kMantissaBits));
+  const Vec<T> near_1 = (unsigned_to_real<T>(w ^ I(0xFFFFFFFF)) + T(0.5)) * T(-kTwoToMinus32);
+  const Vec<T> f = e == 0 ? near_1 : m - T(1);
+  const Vec<T> s = f / (T(2) + f);  // log m = 2 artanh(s), |s| < 0.172
+  const Vec<T> z = s * s;
+  Vec<T> p = broadcast<T>(T(1.0 / (2 * F::kLogTerms + 1)));
+  for (int i = F::kLogTerms - 1; i >= 0; --i) p = fma<T>(p, z, broadcast<T>(T(1.0 / (2 * i + 1))));
+  const Vec<T> log_u = fma<T>(__builtin_convertvector(e, Vec<T>), broadcast<T>(T(kLn2)), T(2) * s * p);
+  return square_root(T(-2) * log_u);
+}
+
+template <class T>
+struct Direction {
+  Vec<T> cos, sin;
+};
+
+// cos and sin of 2 pi w 2^-32.  Quadrant and remainder come from the bits of w, so the reduction is exact.
+template <class T>
+inline Direction<T> normal_direction(Vec<Bits<T>> w) {
+  using I = Bits<T>;
+  constexpr int above = 8 * int(sizeof(I)) - 30;
+  const Vec<I> quadrant = ((w + I(1 << 29)) >> 30) & I(3);
+  const Vec<T> x = __builtin_convertvector((w << above) >> above, Vec<T>) * T(2 * kPi * kTwoToMinus32);  // |x| <= pi/4
+  const Vec<T> z = x * x;
+  Vec<T> c = broadcast<T>(T(1)), s = c;
+  for (int i = Format<T>::kTrigTerms; i >= 1; --i) {  // Taylor, by Horner
+    c = fma<T>(c, z * T(-1.0 / (2 * i * (2 * i - 1))), broadcast<T>(T(1)));
+    s = fma<T>(s, z * T(-1.0 / (2 * i * (2 * i + 1))), broadcast<T>(T(1)));
+  }
+  s = s * x;
+  const auto swap = (quadrant & I(1)) != 0;
+  const Vec<T> cos = swap ? s : c, sin = swap ? c : s;
+  return {((quadrant + I(1)) & I(2)) != 0 ? -cos : cos, (quadrant & I(2)) != 0 ? -sin : sin};
+}
+
+constexpr int kBlocks = kWidth<uint64_t>;  // Philox blocks computed together
+constexpr int kNormals = 4 * kBlocks;      // and the numbers that they give
+
+// Normal numbers 4 b ... 4 b + kNormals - 1 of the stream of `seed`, in order; the definition is
+// fastvae/reference.py, philox_normal.
+template <class T>
+inline void philox_normals(uint64_t seed, uint64_t b, T* out) {
+  using U = Vec<uint64_t>;
+  U block;
+  for (int i = 0; i < kBlocks; ++i) block[i] = b + uint64_t(i);
+  U x[4] = {block, block >> 32, U{}, U{}};  // only the low 32 bits of a lane count
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const U p0 = multiply_low(x[0], U{} + uint64_t(0xD2511F53));
+    const U p1 = multiply_low(x[2], U{} + uint64_t(0xCD9E8D57));
+    x[0] = (p1 >> 32) ^ x[1] ^ uint64_t(k0);
+    x[1] = p1;
+    x[2] = (p0 >> 32) ^ x[3] ^ uint64_t(k1);
+    x[3] = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  const uint64_t low = 0xFFFFFFFF;
+  if constexpr (sizeof(T) == 4) {  // words 0 and 2 of a block side by side, and 1 and 3
+    const Vec<T> radius = normal_radius<T>((Vec<int32_t>)((x[0] & low) | (x[2] << 32)));
+    const Direction<T> d = normal_direction<T>((Vec<int32_t>)((x[1] & low) | (x[3] << 32)));
+    const Vec<T> even = radius * d.cos, odd = radius * d.sin;
+    for (int i = 0; i < kWidth<T>; ++i) {
+      out[2 * i] = even[i];
+      out[2 * i + 1] = odd[i];
+    }
+  } else {
+    for (int pair = 0; pair < 2; ++pair) {
+      const Vec<T> radius = normal_radius<T>((Vec<int64_t>)(x[2 * pair] & low));
+      const Direction<T> d = normal_direction<T>((Vec<int64_t>)(x[2 * pair + 1] & low));
+      const Vec<T> even = radius * d.cos, odd = radius * d.sin;
+      for (int i = 0; i < kWidth<T>; ++i) {
+        out[4 * i + 2 * pair] = even[i];
+        out[4 * i + 2 * pair + 1] = odd[i];
+      }
+    }
+  }
+}
+
+}  // namespace FASTVAE_ISA

@@ -1,0 +1,1 @@
+"""The Triton kernels' place, installed as `fastvae.kernels`; this version has none."""
