@@ -1,0 +1,31 @@
+# make demo, make test and make lint set up what they need in .venv; PYTHON and TORCH may be overridden.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
+
+.PHONY: demo test lint dist clean
+
+demo: .venv/ready
+	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
+
+test: .venv/ready
+	FASTVAE_TEST_REQUIRE_CPU=1 $(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+dist: .venv/ready
+	$(BIN)/python -m build --no-isolation
+
+# torch first, and no build isolation, so that the extension is built against the torch it will run with
+.venv/ready: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist fastvae.egg-info fastvae/_C*.so
