@@ -13,6 +13,7 @@ struct Mixture {
   const T* log_weights;  // [K], or null: -log K each
   int64_t K, D;
   bool shared;
+  const int32_t* place;  // [D]: where dimension d comes in the sum over dimensions; the telling ones come first
 };
 
 // A rectangle of the M x K pairs: what one task works on.
@@ -20,7 +21,7 @@ struct Range {
   int64_t row_begin, row_end, component_begin, component_end;
 };
 
-// log p(z) = top + log(total), of the components seen so far.
+// log p(z) = top + log(total) of the components seen so far; top is near the largest term, or above it.
 template <class T>
 struct Partial {
   T top;
@@ -34,7 +35,7 @@ struct Forward {
   const int64_t* exclude;  // [M] or null
   Range range;
   Partial<T>* partial;  // [rows of the range], written
-  T* score;             // [rows, D] or null: sum_k exp(a - top) t s, so that the score is -score / total
+  T* score;             // [rows, D] or null: sum_k exp(a - top) u v, so that the score is -score / total
   void* scratch;
 };
 

@@ -1,14 +1,16 @@
 // The mixture density and its gradients over raw pointers.
 //
-//   s = exp(-logvar / 2)    t_mkd = (z_md - mu_kd) s_kd    c_k = log w_k - 1/2 sum_d logvar_kd - D/2 log 2 pi
-//   a_mk = c_k - 1/2 sum_d t_mkd^2                         l_m = logsumexp_k a_mk
+//   u_mkd = z_md - mu_kd    v_kd = exp(-logvar_kd)    c_k = log w_k - 1/2 sum_d logvar_kd - D/2 log 2 pi
+//   a_mk = c_k - 1/2 sum_d u^2 v                      l_m = logsumexp_k a_mk
 //   w_mk = g_m exp(a_mk - l_m)
-//   dz_md = -sum_k w t s     dmu_kd = s_kd sum_m w t          dlogvar_kd = 1/2 sum_m w (t^2 - 1)
+//   dz_md = -sum_k w u v    dmu_kd = v_kd sum_m w u   dlogvar_kd = 1/2 (v_kd sum_m w u^2 - sum_m w)
 //
-// Components lie in panels of 2 vectors, d by d: s, then mu.  A register tile is kRows rows by one panel: a subtraction,
-// a product and an fma an element (docs/cpu-kernels.md tells why not z s - mu s, which is one less).  Panels are packed
-// chunk by chunk into scratch that stays in the cache, and used by all rows of the task.  Nothing of size M x K exists;
-// backward computes a again.
+// Components lie in panels of 2 vectors, dimension by dimension: v, then mu.  A register tile is kRows rows by one
+// panel: a subtraction, a product and an fma an element.  Panels are packed chunk by chunk into scratch that stays in
+// the cache, and used by all rows of the task.  Nothing of size M x K exists; backward computes a again.
+//
+// As a only falls while its sum over d grows, a tile whose terms are all negligible after some dimensions needs no
+// others.  docs/cpu-kernels.md has the reasons and the measurements.
 #pragma once
 
 #include "kernels.h"
@@ -24,7 +26,9 @@ using fastvae::Partial;
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;  // components
 
-constexpr int kBlock = 64;  // dimensions summed before they join the total, which keeps the rounding error small
+// Dimensions summed in registers before they join the total, which keeps the rounding error small, and before a look
+// at whether the tile still matters.
+constexpr int kBlock = 16;
 
 constexpr double kHalfLog2Pi = 0.918938533204672741780;
 
@@ -32,35 +36,33 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Panels of a chunk: packed parameters and their gradients in a quarter MiB, which is half the smallest L2 we meet.
-template <class T>
-int64_t chunk_panels(int64_t D) {
-  return most(1, least(32, (256 << 10) / (4 * kPanel<T> * D * int64_t(sizeof(T)))));
-}
-
-// What one task needs beside its input and output, carved from one piece of memory.
+// What one task needs beside its input and output, carved from one piece of memory.  A chunk of panels, and in backward
+// its gradients, takes half a MiB: what stays in the L2 cache of today's cores.
 template <class T>
 struct Scratch {
-  T* panels;   // [panels, D, 2, kPanel]
-  T* c;        // [panels, kPanel]
-  T* grads;    // [panels, D, 2, kPanel]: sum_m w t, and sum_m w t^2
-  T* weights;  // [panels, kPanel]: sum_m w
-  T* dz;       // [D, kRows, kWidth]: sum_k w t s, a vector of partial sums each
-  T* z;        // [D, kRows]
-  T* row;      // [D rounded up]: s of one component
+  int64_t chunk;  // panels
+  T* panels;      // [chunk, D, 2, kPanel]
+  T* c;           // [chunk, kPanel]
+  T* grads;       // [chunk, D, 2, kPanel]: sum_m w u, and sum_m w u^2; backward only
+  T* weights;     // [chunk, kPanel]: sum_m w
+  T* dz;          // [D, kRows, kWidth]: sum_k w u v, a vector of partial sums each
+  T* z;           // [D, kRows]
 
-  static int64_t bytes(int64_t D) { return int64_t(sizeof(T)) * Scratch(nullptr, D).size + kBytes; }
+  static int64_t bytes(int64_t D) {
+    const Scratch forward(nullptr, D, false), backward(nullptr, D, true);
+    return int64_t(sizeof(T)) * most(forward.size, backward.size) + kBytes;
+  }
 
-  Scratch(void* memory, int64_t D) {
-    const int64_t panels_ = chunk_panels<T>(D);
+  Scratch(void* memory, int64_t D, bool gradients) {
     base = reinterpret_cast<T*>(round_up(reinterpret_cast<int64_t>(memory), kBytes));
-    panels = take(panels_ * D * 2 * kPanel<T>);
-    c = take(panels_ * kPanel<T>);
-    grads = take(panels_ * D * 2 * kPanel<T>);
-    weights = take(panels_ * kPanel<T>);
+    const int64_t panel = 2 * kPanel<T> * D, arrays = gradients ? 2 : 1;
+    chunk = most(1, least(64, (512 << 10) / (arrays * panel * int64_t(sizeof(T)))));
+    panels = take(chunk * panel);
+    c = take(chunk * kPanel<T>);
+    grads = take(gradients ? chunk * panel : 0);
+    weights = take(chunk * kPanel<T>);
     dz = take(D * kRows * kWidth<T>);
     z = take(D * kRows);
-    row = take(round_up(D, kWidth<T>));
   }
 
  private:
@@ -73,132 +75,138 @@ struct Scratch {
   }
 };
 
-// s of one component into row; returns the sum of its logvar.
-template <class T>
-T scales(const T* logvar, int64_t D, T* row) {
-  Vec<T> logvar_sum{};
-  for (int64_t d = 0; d < D; d += kWidth<T>) {
-    const Vec<T> x = load_up_to(logvar + d, D - d);
-    store<T>(row + d, exponential<T>(x * T(-0.5)).exp);
-    logvar_sum += x;
-  }
-  return sum<T>(logvar_sum);
-}
-
-// Components [k, k + count) into panels.  One that is absent, by a weight of -inf or as the padding of the last panel,
-// is mu = 0, s = 1, c = -inf: whatever its parameters are, it reaches nothing.
+// Components [k, k + count) into panels, by squares of kWidth components and dimensions.  One that is absent, by a
+// weight of -inf or as the padding of the last panel, is mu = 0, v = 1, c = -inf: whatever its parameters are, it
+// reaches nothing.
 template <class T>
 void pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<T>& scratch) {
+  constexpr int W = kWidth<T>;
   const int64_t D = mix.D;
   const double minus_infinity = -__builtin_inf(), uniform = -__builtin_log(double(mix.K));
-  T logvar_sum = mix.shared ? scales<T>(mix.logvar, D, scratch.row) : T(0);
-  for (int64_t j = 0; j < round_up(count, kPanel<T>); ++j) {
-    T* column = scratch.panels + j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
-    const double log_w = j >= count ? minus_infinity : mix.log_weights ? double(mix.log_weights[k + j]) : uniform;
-    if (log_w == minus_infinity) {
-      scratch.c[j] = T(minus_infinity);
-      for (int64_t d = 0; d < D; ++d) {
-        column[2 * d * kPanel<T>] = 1;
-        column[(2 * d + 1) * kPanel<T>] = 0;
+  for (int64_t j = 0; j < round_up(count, kPanel<T>); j += W) {
+    T* panel = scratch.panels + j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
+    double log_w[W];
+    Vec<Bits<T>> absent;
+    for (int i = 0; i < W; ++i) {
+      log_w[i] = j + i >= count ? minus_infinity : mix.log_weights ? double(mix.log_weights[k + j + i]) : uniform;
+      absent[i] = log_w[i] == minus_infinity ? -1 : 0;
+    }
+    Vec<T> logvar_sum{};
+    for (int64_t d = 0; d < D; d += W) {
+      Vec<T> mu[W] = {}, logvar[W] = {};
+      for (int i = 0; i < W && j + i < count; ++i) {
+        mu[i] = load_up_to(mix.mu + (k + j + i) * D + d, D - d);
+        if (!mix.shared) logvar[i] = load_up_to(mix.logvar + (k + j + i) * D + d, D - d);
       }
-      continue;
+      transpose<T>(mu);
+      if (mix.shared)
+        for (int i = 0; i < W && d + i < D; ++i) logvar[i] = broadcast<T>(mix.logvar[d + i]);
+      else
+        transpose<T>(logvar);
+      for (int i = 0; i < W && d + i < D; ++i) {
+        T* p = panel + mix.place[d + i] * 2 * kPanel<T>;
+        logvar_sum += logvar[i];
+        store<T>(p, absent ? broadcast<T>(T(1)) : exponential<T>(-logvar[i]).exp);
+        store<T>(p + kPanel<T>, absent ? Vec<T>{} : mu[i]);
+      }
     }
-    if (!mix.shared) logvar_sum = scales<T>(mix.logvar + (k + j) * D, D, scratch.row);
-    scratch.c[j] = T(log_w - 0.5 * double(logvar_sum) - double(D) * kHalfLog2Pi);
-    const T* mu = mix.mu + (k + j) * D;
-    for (int64_t d = 0; d < D; ++d) {
-      column[2 * d * kPanel<T>] = scratch.row[d];
-      column[(2 * d + 1) * kPanel<T>] = mu[d];
-    }
+    for (int i = 0; i < W; ++i)
+      scratch.c[j + i] = absent[i] ? T(minus_infinity)
+                                   : T(log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi);
   }
 }
 
-// R rows of z, transposed: [D, R].
+// R rows of z, transposed: [D, R], the dimensions in their places.
 template <class T, int R>
-void transpose_rows(const T* z, int64_t D, T* out) {
+void transpose_rows(const T* z, int64_t D, const int32_t* place, T* out) {
   for (int64_t d = 0; d < D; ++d)
-    for (int r = 0; r < R; ++r) out[d * R + r] = z[r * D + d];
+    for (int r = 0; r < R; ++r) out[place[d] * R + r] = z[r * D + d];
 }
 
-// q[r][v] += sum over dimensions [begin, end) of t^2, of R rows and one panel: the innermost loop.
+// The two vectors of each row of a tile.
+template <class T, int R>
+using Tile = Vec<T>[R][2];
+
+// q += sum over dimensions [begin, end) of u^2 v, of R rows and one panel: the innermost loop.
 template <class T, int R>
 inline __attribute__((always_inline)) void add_squares(const T* z, const T* panel, int64_t begin, int64_t end,
-                                                       Vec<T> (&q)[R][2]) {
+                                                       Tile<T, R>& q) {
   constexpr int W = kWidth<T>;
+  Tile<T, R> acc = {};
   for (int64_t d = begin; d < end; ++d) {
     const T* p = panel + d * 2 * kPanel<T>;
-    const Vec<T> s0 = load<T>(p), s1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
+    const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec<T> x = broadcast<T>(z[d * R + r]);
-      const Vec<T> t0 = (x - mu0) * s0, t1 = (x - mu1) * s1;
-      q[r][0] = fma<T>(t0, t0, q[r][0]);
-      q[r][1] = fma<T>(t1, t1, q[r][1]);
+      const Vec<T> u0 = x - mu0, u1 = x - mu1;
+      acc[r][0] = fma<T>(u0 * u0, v0, acc[r][0]);
+      acc[r][1] = fma<T>(u1 * u1, v1, acc[r][1]);
     }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    q[r][0] = begin ? q[r][0] + acc[r][0] : acc[r][0];
+    q[r][1] = begin ? q[r][1] + acc[r][1] : acc[r][1];
   }
 }
 
-// a[r][v] = c - 1/2 sum_d t^2, with what each row excludes at -inf; first is the panel's first component.
+// a = c - q / 2.
+template <class T>
+inline Vec<T> exponent(const T* c, Vec<T> q) {
+  return fma<T>(q, broadcast<T>(T(-0.5)), load<T>(c));
+}
+
+// q of a whole tile, or false, with q unfinished, if every exponent is below its row's limit.  As a only falls while q
+// grows, that is known from the first dimensions already; the first row that has a term which is not, or is NaN, ends
+// the look.  What a row excludes gets q = inf; first is the panel's first component.
 template <class T, int R>
-inline __attribute__((always_inline)) void tile_exponents(const T* z, const T* panel, int64_t D, const T* c,
-                                                          const int64_t* exclude, int64_t first, Vec<T> (&a)[R][2]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) a[r][0] = a[r][1] = Vec<T>{};
-  add_squares<T, R>(z, panel, 0, least(D, kBlock), a);
-  for (int64_t begin = kBlock; begin < D; begin += kBlock) {
-    Vec<T> more[R][2] = {};
-    add_squares<T, R>(z, panel, begin, least(D, begin + kBlock), more);
+inline __attribute__((always_inline)) bool tile_squares(const T* z, const T* panel, int64_t D, const T* c,
+                                                        const int64_t* exclude, int64_t first, const T (&limit)[R],
+                                                        Tile<T, R>& q) {
+  for (int64_t d = 0; d < D; d += kBlock) {
+    add_squares<T, R>(z, panel, d, least(D, d + kBlock), q);
+    bool matters = false;
+    for (int r = 0; r < R && !matters; ++r) {
+      const Mask<T> m = below(exponent<T>(c, q[r][0]), limit[r], kEveryLane<T>);
+      matters = !every_lane<T>(below(exponent<T>(c + kWidth<T>, q[r][1]), limit[r], m));
+    }
+    if (!matters) return false;
+  }
+  if (exclude) {
     for (int r = 0; r < R; ++r) {
-      a[r][0] += more[r][0];
-      a[r][1] += more[r][1];
+      const int64_t lane = exclude[r] - first;
+      if (lane >= 0 && lane < kPanel<T>) q[r][lane / kWidth<T>][lane % kWidth<T>] = T(__builtin_inf());
     }
   }
-  const Vec<T> c0 = load<T>(c), c1 = load<T>(c + kWidth<T>);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    a[r][0] = fma<T>(a[r][0], broadcast<T>(T(-0.5)), c0);
-    a[r][1] = fma<T>(a[r][1], broadcast<T>(T(-0.5)), c1);
-  }
-  if (!exclude) return;
-  for (int r = 0; r < R; ++r) {
-    const int64_t lane = exclude[r] - first;
-    if (lane >= 0 && lane < kPanel<T>) a[r][lane / kWidth<T>][lane % kWidth<T>] = T(-__builtin_inf());
-  }
+  return true;
 }
 
-// Whether any term of the tile reaches its row's limit; the first row that has one ends the search.
-template <class T, int R>
-inline bool tile_reaches(const Vec<T> (&a)[R][2], const T (&limit)[R]) {
-  for (int r = 0; r < R; ++r)
-    if (!all_below(a[r][0], a[r][1], limit[r])) return true;
-  return false;
-}
-
-// The second pass over a tile, with its weights w: dz[d][r] += w t s by lane; for the panel, dmu[d] += sum_r w t and
-// dlogvar[d] += sum_r w t^2.
+// The second pass over a tile, with its weights w: dz[d][r] += w u v by lane; for the panel, dmu[d] += sum_r w u and
+// dlogvar[d] += sum_r w u^2.
 template <class T, int R, bool DZ, bool DMU, bool DLOGVAR>
-void tile_gradients(const T* z, const T* panel, int64_t D, const Vec<T> (&w)[R][2], T* dz, T* grads) {
+void tile_gradients(const T* z, const T* panel, int64_t D, const Tile<T, R>& w, T* dz, T* grads) {
   constexpr int W = kWidth<T>;
   for (int64_t d = 0; d < D; ++d) {
     const T* p = panel + d * 2 * kPanel<T>;
-    const Vec<T> s0 = load<T>(p), s1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
+    const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
     Vec<T> dmu0{}, dmu1{}, dlogvar0{}, dlogvar1{};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec<T> x = broadcast<T>(z[d * R + r]);
-      const Vec<T> t0 = (x - mu0) * s0, t1 = (x - mu1) * s1;
-      const Vec<T> wt0 = w[r][0] * t0, wt1 = w[r][1] * t1;
+      const Vec<T> u0 = x - mu0, u1 = x - mu1;
+      const Vec<T> wu0 = w[r][0] * u0, wu1 = w[r][1] * u1;
       if constexpr (DZ) {
         T* sum = dz + (d * R + r) * W;
-        store<T>(sum, fma<T>(wt1, s1, fma<T>(wt0, s0, load<T>(sum))));
+        store<T>(sum, fma<T>(wu1, v1, fma<T>(wu0, v0, load<T>(sum))));
       }
       if constexpr (DMU) {
-        dmu0 += wt0;
-        dmu1 += wt1;
+        dmu0 += wu0;
+        dmu1 += wu1;
       }
       if constexpr (DLOGVAR) {
-        dlogvar0 = fma<T>(wt0, t0, dlogvar0);
-        dlogvar1 = fma<T>(wt1, t1, dlogvar1);
+        dlogvar0 = fma<T>(wu0, u0, dlogvar0);
+        dlogvar1 = fma<T>(wu1, u1, dlogvar1);
       }
     }
     T* g = grads + d * 2 * kPanel<T>;
@@ -213,11 +221,24 @@ void tile_gradients(const T* z, const T* panel, int64_t D, const Vec<T> (&w)[R][
   }
 }
 
-// Term a of row r exceeds its maximum: what was summed so far shrinks to the new one.
+// row[d] += sign * the sum of the lanes of dz[place of d][r].
+template <class T, int R>
+void add_rows(const T* dz, int r, int64_t D, const int32_t* place, T sign, T* row) {
+  constexpr int W = kWidth<T>;
+  for (int64_t d = 0; d < D; d += W) {
+    Vec<T> v[W] = {};
+    for (int i = 0; i < W && d + i < D; ++i) v[i] = load<T>(dz + (place[d + i] * R + r) * W);
+    store_up_to(row + d, load_up_to(row + d, D - d) + sign * sums<T>(v), D - d);
+  }
+}
+
+constexpr int kMargin = 4;  // how far a term may exceed top before top is raised
+
+// A term of this row exceeds top by more than the margin: what was summed so far shrinks to the new one.
 template <class T, int R, bool SCORE>
-__attribute__((noinline)) void raise_top(const Vec<T> (&a)[2], T* top, Partial<T>* partial, Vec<T>* total, T* dz,
+__attribute__((noinline)) void raise_top(Vec<T> a0, Vec<T> a1, T* top, Partial<T>* partial, Vec<T>* total, T* dz,
                                          T* score, int64_t D) {
-  const T raised = max<T>(a[1], max<T>(a[0], *top));
+  const T raised = max<T>(a1, max<T>(a0, *top));
   const double shrink = __builtin_exp(double(*top) - double(raised));
   *top = raised;
   partial->total *= shrink;
@@ -236,9 +257,9 @@ template <class T, int R, bool SCORE>
 void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, int64_t row, int64_t first, int64_t panels) {
   const int64_t D = task.mixture.D;
   const int64_t* exclude = task.exclude ? task.exclude + task.range.row_begin + row : nullptr;
-  // Terms this far below the maximum add less than a rounding of T together.
+  // Terms this far below top add less than a rounding of T together.
   const T negligible = T(__builtin_log(double(task.mixture.K)) + (Format<T>::kMantissaBits + 3) * kLn2);
-  transpose_rows<T, R>(task.z + (task.range.row_begin + row) * D, D, scratch.z);
+  transpose_rows<T, R>(task.z + (task.range.row_begin + row) * D, D, task.mixture.place, scratch.z);
   Partial<T>* partial = task.partial + row;
   T* score = task.score + row * D;
   T top[R], limit[R];
@@ -251,31 +272,27 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, int64_t row
 
   for (int64_t p = 0; p < panels; ++p) {
     const T* panel = scratch.panels + p * D * 2 * kPanel<T>;
-    Vec<T> a[R][2];
-    tile_exponents<T, R>(scratch.z, panel, D, scratch.c + p * kPanel<T>, exclude, first + p * kPanel<T>, a);
-    if (!tile_reaches<T, R>(a, limit)) continue;
-#pragma GCC unroll 8
+    const T* c = scratch.c + p * kPanel<T>;
+    Tile<T, R> e;
+    if (!tile_squares<T, R>(scratch.z, panel, D, c, exclude, first + p * kPanel<T>, limit, e)) continue;
     for (int r = 0; r < R; ++r) {
-      if (__builtin_expect(!all_below(a[r][0], a[r][1], top[r]), 0)) {
-        raise_top<T, R, SCORE>(a[r], top + r, partial + r, total + r, scratch.dz + r * kWidth<T>, score + r * D, D);
+      const Vec<T> a0 = exponent<T>(c, e[r][0]), a1 = exponent<T>(c + kWidth<T>, e[r][1]);
+      const Mask<T> within = below(a1, top[r] + kMargin, below(a0, top[r] + kMargin, kEveryLane<T>));
+      if (__builtin_expect(!every_lane<T>(within), 0)) {
+        raise_top<T, R, SCORE>(a0, a1, top + r, partial + r, total + r, scratch.dz + r * kWidth<T>, score + r * D, D);
         limit[r] = top[r] - negligible;
       }
+      e[r][0] = exp_term<T>(a0 - top[r]);
+      e[r][1] = exp_term<T>(a1 - top[r]);
+      total[r] += e[r][0] + e[r][1];
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      a[r][0] = exp_term<T>(a[r][0] - top[r]);
-      a[r][1] = exp_term<T>(a[r][1] - top[r]);
-      total[r] += a[r][0] + a[r][1];
-    }
-    if constexpr (SCORE) tile_gradients<T, R, true, false, false>(scratch.z, panel, D, a, scratch.dz, nullptr);
+    if constexpr (SCORE) tile_gradients<T, R, true, false, false>(scratch.z, panel, D, e, scratch.dz, nullptr);
   }
 
   for (int r = 0; r < R; ++r) {
     partial[r].top = top[r];
     partial[r].total += sum<T>(total[r]);
-    if constexpr (SCORE) {
-      for (int64_t d = 0; d < D; ++d) score[r * D + d] += sum<T>(load<T>(scratch.dz + (d * R + r) * kWidth<T>));
-    }
+    if constexpr (SCORE) add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(1), score + r * D);
   }
 }
 
@@ -300,13 +317,13 @@ struct ForwardRows {
 template <class T>
 void mixture_forward(const Forward<T>& task) {
   const int64_t D = task.mixture.D, rows = task.range.row_end - task.range.row_begin;
-  const Scratch<T> scratch(task.scratch, D);
+  const Scratch<T> scratch(task.scratch, D, false);
   // The lowest number, not -inf, because -inf minus -inf is NaN.
   const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
   for (int64_t r = 0; r < rows; ++r) task.partial[r] = {lowest, 0.0};
   if (task.score) __builtin_memset(task.score, 0, size_t(rows * D) * sizeof(T));
 
-  const int64_t step = chunk_panels<T>(D) * kPanel<T>;
+  const int64_t step = scratch.chunk * kPanel<T>;
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {
     const int64_t count = least(step, task.range.component_end - k);
     const int64_t panels = (count + kPanel<T> - 1) / kPanel<T>;
@@ -329,21 +346,20 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, int64_t r
     const bool nowhere = task.log_prob[m + r] == T(-__builtin_inf());  // density zero, no gradient
     log_prob[r] = nowhere ? T(0) : task.log_prob[m + r];
     grad[r] = nowhere ? T(0) : task.grad[m + r];
-    limit[r] = log_prob[r] - negligible;
+    limit[r] = task.dense ? T(-__builtin_inf()) : log_prob[r] - negligible;
   }
-  transpose_rows<T, R>(task.z + m * D, D, scratch.z);
+  transpose_rows<T, R>(task.z + m * D, D, task.mixture.place, scratch.z);
   if constexpr (DZ) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
 
   for (int64_t p = 0; p < panels; ++p) {
     const T* panel = scratch.panels + p * D * 2 * kPanel<T>;
-    Vec<T> w[R][2];
-    tile_exponents<T, R>(scratch.z, panel, D, scratch.c + p * kPanel<T>, exclude, first + p * kPanel<T>, w);
-    if (!task.dense && !tile_reaches<T, R>(w, limit)) continue;
+    const T* c = scratch.c + p * kPanel<T>;
+    Tile<T, R> w;
+    if (!tile_squares<T, R>(scratch.z, panel, D, c, exclude, first + p * kPanel<T>, limit, w)) continue;
     Vec<T> sum0{}, sum1{};
-#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      w[r][0] = exp_term<T>(w[r][0] - log_prob[r]) * grad[r];
-      w[r][1] = exp_term<T>(w[r][1] - log_prob[r]) * grad[r];
+      w[r][0] = exp_term<T>(exponent<T>(c, w[r][0]) - log_prob[r]) * grad[r];
+      w[r][1] = exp_term<T>(exponent<T>(c + kWidth<T>, w[r][1]) - log_prob[r]) * grad[r];
       sum0 += w[r][0];
       sum1 += w[r][1];
     }
@@ -357,8 +373,7 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, int64_t r
 
   if constexpr (DZ) {
     for (int r = 0; r < R; ++r)
-      for (int64_t d = 0; d < D; ++d)
-        task.dz[(row + r) * D + d] -= sum<T>(load<T>(scratch.dz + (d * R + r) * kWidth<T>));
+      add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(-1), task.dz + (row + r) * D);
   }
 }
 
@@ -376,29 +391,36 @@ struct BackwardRows {
 // The gradients of `count` packed components, which begin at offset k of the task's range, into its outputs.
 template <class T>
 void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_t k, int64_t count) {
+  constexpr int W = kWidth<T>;
   const int64_t D = task.mixture.D;
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t column = j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
-    const T weight = scratch.weights[j];
-    if (task.dweights) task.dweights[k + j] += weight;
-    if (task.dmu) {
-      T* dmu = task.dmu + (k + j) * D;
-      for (int64_t d = 0; d < D; ++d)
-        dmu[d] += scratch.panels[column + 2 * d * kPanel<T>] * scratch.grads[column + 2 * d * kPanel<T>];
-    }
-    if (task.dlogvar && !task.mixture.shared) {
-      T* dlogvar = task.dlogvar + (k + j) * D;
-      for (int64_t d = 0; d < D; ++d)
-        dlogvar[d] += T(0.5) * (scratch.grads[column + (2 * d + 1) * kPanel<T>] - weight);
-    }
-  }
-  if (task.dlogvar && task.mixture.shared) {
-    for (int64_t d = 0; d < D; ++d) {
-      T total = 0;
-      for (int64_t j = 0; j < count; ++j)
-        total += scratch.grads[j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T> + (2 * d + 1) * kPanel<T>] -
-                 scratch.weights[j];
-      task.dlogvar[d] += T(0.5) * total;
+  const int32_t* place = task.mixture.place;
+  for (int64_t j = 0; j < count; j += W) {
+    const int64_t n = least(W, count - j), at = j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
+    const Vec<T> weight = load<T>(scratch.weights + j);
+    if (task.dweights) store_up_to(task.dweights + k + j, load_up_to(task.dweights + k + j, n) + weight, n);
+    for (int64_t d = 0; d < D; d += W) {
+      Vec<T> dmu[W] = {}, dlogvar[W] = {};
+      for (int i = 0; i < W && d + i < D; ++i) {
+        const int64_t p = at + place[d + i] * 2 * kPanel<T>;
+        const Vec<T> v = load<T>(scratch.panels + p);
+        if (task.dmu) dmu[i] = v * load<T>(scratch.grads + p);
+        if (task.dlogvar) dlogvar[i] = T(0.5) * fma<T>(v, load<T>(scratch.grads + p + kPanel<T>), -weight);
+        if (task.dlogvar && task.mixture.shared) task.dlogvar[d + i] += sum<T>(dlogvar[i]);
+      }
+      if (task.dmu) {
+        transpose<T>(dmu);
+        for (int i = 0; i < n; ++i) {
+          T* out = task.dmu + (k + j + i) * D + d;
+          store_up_to(out, load_up_to(out, D - d) + dmu[i], D - d);
+        }
+      }
+      if (task.dlogvar && !task.mixture.shared) {
+        transpose<T>(dlogvar);
+        for (int i = 0; i < n; ++i) {
+          T* out = task.dlogvar + (k + j + i) * D + d;
+          store_up_to(out, load_up_to(out, D - d) + dlogvar[i], D - d);
+        }
+      }
     }
   }
 }
@@ -406,9 +428,9 @@ void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_
 template <class T, bool DZ, bool DMU, bool DLOGVAR>
 void mixture_backward_as(const Backward<T>& task) {
   const int64_t D = task.mixture.D, rows = task.range.row_end - task.range.row_begin;
-  const Scratch<T> scratch(task.scratch, D);
+  const Scratch<T> scratch(task.scratch, D, true);
 
-  const int64_t step = chunk_panels<T>(D) * kPanel<T>;
+  const int64_t step = scratch.chunk * kPanel<T>;
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {
     const int64_t count = least(step, task.range.component_end - k);
     const int64_t panels = (count + kPanel<T> - 1) / kPanel<T>;

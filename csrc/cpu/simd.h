@@ -2,10 +2,11 @@
 //
 // This file and those that include it are compiled once for each instruction set, in a namespace of its own
 // (isa_*.cpp).  They must not instantiate anything of the standard library: the linker would keep one copy of it,
-// possibly the one that needs AVX-512, for all.
+// possibly the one that needs AVX-512, for all.  Types, such as index sequences, are no code.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -121,13 +122,6 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return a * b + c;
 }
 
-template <class T>
-inline T sum(Vec<T> v) {
-  T s = 0;
-  for (int i = 0; i < kWidth<T>; ++i) s += v[i];
-  return s;
-}
-
 // The largest lane; NaN lanes do not count.
 template <class T>
 inline T max(Vec<T> v, T floor) {
@@ -135,37 +129,43 @@ inline T max(Vec<T> v, T floor) {
   return floor;
 }
 
-// Whether every lane of both is below the limit; a NaN is not.
+// Which lanes pass a test.  below: those of `so_far` whose value is below the limit; a NaN never is.
 #if FASTVAE_BYTES == 64
-inline bool all_below(Vec<float> a, Vec<float> b, float limit) {
-  const __m512 l = _mm512_set1_ps(limit);
-  return (_mm512_cmp_ps_mask((__m512)a, l, _CMP_LT_OQ) & _mm512_cmp_ps_mask((__m512)b, l, _CMP_LT_OQ)) == 0xffff;
+template <class T>
+using Mask = uint32_t;
+template <class T>
+constexpr Mask<T> kEveryLane = (1u << kWidth<T>) - 1;
+inline uint32_t below(Vec<float> v, float limit, uint32_t so_far) {
+  return _mm512_mask_cmp_ps_mask(__mmask16(so_far), (__m512)v, _mm512_set1_ps(limit), _CMP_LT_OQ);
 }
-inline bool all_below(Vec<double> a, Vec<double> b, double limit) {
-  const __m512d l = _mm512_set1_pd(limit);
-  return (_mm512_cmp_pd_mask((__m512d)a, l, _CMP_LT_OQ) & _mm512_cmp_pd_mask((__m512d)b, l, _CMP_LT_OQ)) == 0xff;
+inline uint32_t below(Vec<double> v, double limit, uint32_t so_far) {
+  return _mm512_mask_cmp_pd_mask(__mmask8(so_far), (__m512d)v, _mm512_set1_pd(limit), _CMP_LT_OQ);
 }
-#elif FASTVAE_BYTES == 32
-inline bool all_below(Vec<float> a, Vec<float> b, float limit) {
-  const __m256 l = _mm256_set1_ps(limit);
-  return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps((__m256)a, l, _CMP_LT_OQ),
-                                          _mm256_cmp_ps((__m256)b, l, _CMP_LT_OQ))) == 0xff;
-}
-inline bool all_below(Vec<double> a, Vec<double> b, double limit) {
-  const __m256d l = _mm256_set1_pd(limit);
-  return _mm256_movemask_pd(_mm256_and_pd(_mm256_cmp_pd((__m256d)a, l, _CMP_LT_OQ),
-                                          _mm256_cmp_pd((__m256d)b, l, _CMP_LT_OQ))) == 0xf;
+template <class T>
+inline bool every_lane(Mask<T> m) {
+  return m == kEveryLane<T>;
 }
 #else
 template <class T>
-inline bool all_below_lanes(Vec<T> a, Vec<T> b, T limit) {
-  const auto below = (a < broadcast<T>(limit)) & (b < broadcast<T>(limit));
-  Bits<T> all = -1;
-  for (int i = 0; i < kWidth<T>; ++i) all &= below[i];
-  return all != 0;
+using Mask = Vec<Bits<T>>;
+template <class T>
+constexpr Mask<T> kEveryLane = ~Mask<T>{};
+template <class T>
+inline Mask<T> below(Vec<T> v, T limit, Mask<T> so_far) {
+  return (v < broadcast<T>(limit)) & so_far;
 }
-inline bool all_below(Vec<float> a, Vec<float> b, float limit) { return all_below_lanes<float>(a, b, limit); }
-inline bool all_below(Vec<double> a, Vec<double> b, double limit) { return all_below_lanes<double>(a, b, limit); }
+template <class T>
+inline bool every_lane(Mask<T> m) {
+#if FASTVAE_BYTES == 32
+  return _mm256_movemask_epi8((__m256i)m) == -1;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)m) == 0xffff;
+#else
+  Bits<T> all = -1;
+  for (int i = 0; i < kWidth<T>; ++i) all &= m[i];
+  return all != 0;
+#endif
+}
 #endif
 
 #if FASTVAE_BYTES == 64
@@ -197,6 +197,49 @@ inline Vec<uint64_t> multiply_low(Vec<uint64_t> a, Vec<uint64_t> b) {
 #else
   return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
 #endif
+}
+
+// Blocks of S lanes of a and b, interleaved: the even blocks of both, or the odd ones.
+template <class T, int S, size_t... I>
+inline Vec<T> even_blocks(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, int(I & S ? kWidth<T> + I - S : I)...);
+}
+template <class T, int S, size_t... I>
+inline Vec<T> odd_blocks(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, int(I & S ? kWidth<T> + I : I + S)...);
+}
+
+// Lane i becomes the sum of the lanes of v[i]; v is used up.
+template <class T, int S = 1>
+inline __attribute__((always_inline)) Vec<T> sums(Vec<T>* v) {
+  constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
+#pragma GCC unroll 8
+  for (int i = 0; i < kWidth<T> / 2 / S; ++i)
+    v[i] = even_blocks<T, S>(v[2 * i], v[2 * i + 1], lanes) + odd_blocks<T, S>(v[2 * i], v[2 * i + 1], lanes);
+  if constexpr (2 * S < kWidth<T>) return sums<T, 2 * S>(v);
+  return v[0];
+}
+
+// The sum of the lanes.
+template <class T, int S = kWidth<T> / 2>
+inline T sum(Vec<T> v) {
+  constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
+  if constexpr (S == 0) return v[0];
+  else return sum<T, S / 2>(v + odd_blocks<T, S>(v, v, lanes));
+}
+
+// The square v[row][lane], transposed in place.
+template <class T, int S = 1>
+inline __attribute__((always_inline)) void transpose(Vec<T> (&v)[kWidth<T>]) {
+  constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth<T>; ++i) {
+    if (i & S) continue;
+    const Vec<T> a = v[i], b = v[i + S];
+    v[i] = even_blocks<T, S>(a, b, lanes);
+    v[i + S] = odd_blocks<T, S>(a, b, lanes);
+  }
+  if constexpr (2 * S < kWidth<T>) transpose<T, 2 * S>(v);
 }
 
 }  // namespace FASTVAE_ISA
