@@ -20,7 +20,15 @@ if os.environ.get("FASTVAE_NO_EXTENSION") != "1":
                 sources,
                 # 2.10, the first torch that has all of the stable ABI that is used: one file serves it and later ones
                 define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-                extra_compile_args=["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"],
+                extra_compile_args=[
+                    "-O3",
+                    "-g0",
+                    "-std=c++17",
+                    "-Wall",
+                    "-Wextra",
+                    "-Wno-psabi",
+                    "-Wno-unknown-pragmas",
+                ],
                 py_limited_api=True,
             )
         ],

@@ -1,4 +1,4 @@
-"""Fused kernels for the latent side of a variational autoencoder: see :func:`mixture_log_prob` and :class:`VampPrior`."""
+"""Fused kernels for the latent side of a variational autoencoder, as autograd functions and as VampPrior layers."""
 
 __version__ = "0.1.0"
 

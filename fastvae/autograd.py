@@ -65,7 +65,13 @@ class GaussianRsample(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mu: Tensor, logvar: Tensor, seed: Tensor, num_samples: int, path_derivative: bool, backend: str
+        ctx: Any,
+        mu: Tensor,
+        logvar: Tensor,
+        seed: Tensor,
+        num_samples: int,
+        path_derivative: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logvar, seed)
         ctx.path_derivative, ctx.backend = path_derivative, backend

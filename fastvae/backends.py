@@ -12,7 +12,9 @@ from fastvae import ops  # noqa: F401  the schemas, before the kernels that impl
 
 IMPLS = ("reference", "composite", "cpu", "triton", "cuda")
 _EXTENSION = Path(__file__).parent / "_C.abi3.so"
-_BUILD = "build it with `pip install --no-build-isolation .` on a machine with a C++17 compiler, ninja and torch >= 2.10"
+_BUILD = (
+    "build it with `pip install --no-build-isolation .` on a machine with a C++17 compiler, ninja and torch >= 2.10"
+)
 
 
 def _load_extension() -> str | None:

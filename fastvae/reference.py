@@ -67,8 +67,9 @@ def mixture_log_prob_and_score(
     """(log p(z) [...], d log p(z) / dz [..., D]); see :func:`fastvae.mixture_log_prob_and_score`."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
-        fixed = [None if p is None else p.detach() for p in (mu, logvar, log_weights)]
-        (score,) = torch.autograd.grad(mixture_log_prob(leaf, *fixed, exclude=exclude).sum(), leaf)
+        weights = None if log_weights is None else log_weights.detach()
+        log_prob = mixture_log_prob(leaf, mu.detach(), logvar.detach(), weights, exclude=exclude)
+        (score,) = torch.autograd.grad(log_prob.sum(), leaf)
     return mixture_log_prob(z, mu, logvar, log_weights, exclude=exclude), score
 
 

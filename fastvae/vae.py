@@ -77,8 +77,8 @@ class VAE(nn.Module):
             x: [B, *x_shape].
             beta: weight of the KL in the loss, for warm-up; the bound does not depend on it.
             num_samples: S draws of z for each x.
-            kl: "analytic", the closed form: E[log p(x|z)] - KL(q || p); "sample": E[log p(x|z) + log p(z) - log q(z|x)];
-                "auto", the closed form where the prior has one.
+            kl: "analytic", E[log p(x|z)] - KL(q || p) in closed form; "sample", E[log p(x|z) + log p(z) - log q(z|x)];
+                "auto", the former where the prior has it, else the latter.
 
         Raises:
             ValueError: kl is none of these, or "analytic" for a prior that has no closed form.
