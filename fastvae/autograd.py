@@ -5,13 +5,47 @@ They take checked, flattened input (see `ops.py`); the last argument names the b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastvae.ops import operators
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on `inputs` but cannot be differentiated by them."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Gradients:
+        raise RuntimeError("fastvae's operations can be differentiated once; their gradients have no gradients")
+
+
+def _differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Like torch's once_differentiable, but it raises whatever the upstream gradient is.
+
+    torch's takes a result whose upstream gradient is a constant for a constant too: a penalty on d log p / dz would
+    silently have no gradient.
+    """
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *upstream: Tensor) -> Gradients:
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled here by create_graph=True
+            return gradients
+        inputs = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.is_floating_point()]
+        return tuple(None if g is None else _Once.apply(g, *inputs) for g in gradients)
+
+    return wrapper
 
 
 class MixtureLogProb(torch.autograd.Function):
@@ -44,8 +78,8 @@ class MixtureLogProb(torch.autograd.Function):
         return log_prob, score
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Gradients:
         log_prob, score, *saved = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:4])
         from_score = need[0] and score.numel() > 0
@@ -78,8 +112,8 @@ class GaussianRsample(torch.autograd.Function):
         return operators[backend].gaussian_rsample(mu, logvar, seed, num_samples)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor, grad_log_q: Tensor) -> tuple[Tensor | None, ...]:
+    @_differentiable_once
+    def backward(ctx: Any, grad_z: Tensor, grad_log_q: Tensor) -> Gradients:
         logvar, seed = ctx.saved_tensors
         dmu, dlogvar = operators[ctx.backend].gaussian_rsample_backward(
             grad_z.contiguous(), grad_log_q.contiguous(), logvar, seed, ctx.path_derivative
@@ -97,6 +131,6 @@ class GaussianKL(torch.autograd.Function):
         return operators[backend].gaussian_kl(mu, logvar)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         return (*operators[ctx.backend].gaussian_kl_backward(grad.contiguous(), *ctx.saved_tensors), None)

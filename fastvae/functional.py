@@ -41,9 +41,10 @@ def mixture_log_prob(
             -log K each.
         exclude: int64 [...], for each row the index of a component to leave out, or -1 for none.
         dense_backward: compute every term of the gradients.  By default the compiled kernels leave out tiles of
-            rows x components in which no responsibility exceeds 2^-24 / K: all of a row's that are left out weigh
-            less than 2^-24 together, so the gradient in z is the same to float32 rounding, and a parameter that no
-            row uses gets exactly 0 where dense arithmetic gives about 1e-12.  Nothing is left out in float64.
+            rows x components in which no responsibility exceeds 2^-24 / K (2^-53 / K in float64), nor, where z needs
+            a gradient, its share of that gradient such a fraction of what the widest component alone could give.
+            All that a row leaves out is less than a rounding, so the gradient in z stays what it is; a parameter
+            that no row uses gets exactly 0 where dense arithmetic gives about 1e-12.
         precision: "highest", "high" or "medium": how inexact tensor cores may be; None follows
             `torch.get_float32_matmul_precision()`.  The backends of this version always compute the difference form,
             which is "highest".
@@ -226,6 +227,10 @@ def mixture_kl(
     """
     dtype = _result_dtype(mu=mu, logvar=logvar)
     mu, logvar = _check_gaussian(mu, logvar)
+    _result_dtype(mu=mu, prior_mu=prior_mu, prior_logvar=prior_logvar, log_weights=log_weights)
+    _check_components(prior_mu, prior_logvar, log_weights, "prior_")
+    if prior_mu.shape[1] != mu.shape[-1]:
+        raise ValueError(f"prior_mu must be [K, {mu.shape[-1]}] to match mu {_shape(mu)}, not {_shape(prior_mu)}")
     z, log_q = gaussian_rsample(
         mu, logvar, num_samples, generator=generator, path_derivative=path_derivative, impl=impl
     )
@@ -287,16 +292,10 @@ def _check_mixture(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The arguments in the dtype of the computation; logvar [K, D], or [1, D] where the components share it."""
     dtype = _compute_dtype(_result_dtype(z=z, mu=mu, logvar=logvar, log_weights=log_weights))
-    if mu.ndim != 2 or 0 in mu.shape:
-        raise ValueError(f"mu must be [K, D] with K >= 1 and D >= 1, not {_shape(mu)}")
+    logvar = _check_components(mu, logvar, log_weights)
     K, D = mu.shape
     if z.ndim == 0 or z.shape[-1] != D:
         raise ValueError(f"z must be [..., {D}] to match mu {_shape(mu)}, not {_shape(z)}")
-    if logvar.shape != mu.shape:
-        shared = logvar.ndim < 2 or logvar.shape[0] == 1
-        logvar = _expand("logvar", logvar, (1, D) if shared else (K, D), "mu")
-    if log_weights is not None and log_weights.shape != (K,):
-        raise ValueError(f"log_weights must be [{K}] to match mu {_shape(mu)}, not {_shape(log_weights)}")
     if exclude is not None:
         _check_tensor("exclude", exclude)
         if exclude.dtype != torch.int64:
@@ -314,6 +313,19 @@ def _check_mixture(
     if log_weights is not None:
         log_weights = log_weights.to(dtype)
     return z.to(dtype), mu.to(dtype), logvar.to(dtype), log_weights, exclude
+
+
+def _check_components(mu: Tensor, logvar: Tensor, log_weights: Tensor | None, prefix: str = "") -> Tensor:
+    """logvar as [K, D], or [1, D] where the components share it; prefix: of the arguments' names."""
+    if mu.ndim != 2 or 0 in mu.shape:
+        raise ValueError(f"{prefix}mu must be [K, D] with K >= 1 and D >= 1, not {_shape(mu)}")
+    K, D = mu.shape
+    if log_weights is not None and log_weights.shape != (K,):
+        raise ValueError(f"log_weights must be [{K}] to match {prefix}mu {_shape(mu)}, not {_shape(log_weights)}")
+    if logvar.shape == mu.shape:
+        return logvar
+    shared = logvar.ndim < 2 or logvar.shape[0] == 1
+    return _expand(f"{prefix}logvar", logvar, (1, D) if shared else (K, D), f"{prefix}mu")
 
 
 def _expand(name: str, tensor: Tensor, shape: tuple[int, ...], other: str) -> Tensor:

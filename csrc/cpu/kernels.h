@@ -14,6 +14,7 @@ struct Mixture {
   int64_t K, D;
   bool shared;
   const int32_t* place;  // [D]: where dimension d comes in the sum over dimensions; the telling ones come first
+  const T* widest;       // [D]: the largest logvar of any component; null where no gradient in z is wanted
 };
 
 // A rectangle of the M x K pairs: what one task works on.

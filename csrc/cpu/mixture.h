@@ -43,6 +43,7 @@ struct Scratch {
   int64_t chunk;  // panels
   T* panels;      // [chunk, D, 2, kPanel]
   T* c;           // [chunk, kPanel]
+  T* steep;       // [chunk]: log of the largest ratio of a component's 1 / sigma_d to the least one of all components
   T* grads;       // [chunk, D, 2, kPanel]: sum_m w u, and sum_m w u^2; backward only
   T* weights;     // [chunk, kPanel]: sum_m w
   T* dz;          // [D, kRows, kWidth]: sum_k w u v, a vector of partial sums each
@@ -59,6 +60,7 @@ struct Scratch {
     chunk = most(1, least(64, (512 << 10) / (arrays * panel * int64_t(sizeof(T)))));
     panels = take(chunk * panel);
     c = take(chunk * kPanel<T>);
+    steep = take(chunk);
     grads = take(gradients ? chunk * panel : 0);
     weights = take(chunk * kPanel<T>);
     dz = take(D * kRows * kWidth<T>);
@@ -75,14 +77,22 @@ struct Scratch {
   }
 };
 
+// The largest c and the largest steepness of a packed chunk.
+template <class T>
+struct Extremes {
+  T c, steep;
+};
+
 // Components [k, k + count) into panels, by squares of kWidth components and dimensions.  One that is absent, by a
 // weight of -inf or as the padding of the last panel, is mu = 0, v = 1, c = -inf: whatever its parameters are, it
 // reaches nothing.
 template <class T>
-void pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<T>& scratch) {
+Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<T>& scratch) {
   constexpr int W = kWidth<T>;
   const int64_t D = mix.D;
   const double minus_infinity = -__builtin_inf(), uniform = -__builtin_log(double(mix.K));
+  const Vec<T> limit = broadcast<T>(-Format<T>::kExpLimit);  // a finite v, so that u = 0 gives 0 and not NaN
+  Extremes<T> extremes = {T(minus_infinity), T(0)};
   for (int64_t j = 0; j < round_up(count, kPanel<T>); j += W) {
     T* panel = scratch.panels + j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
     double log_w[W];
@@ -91,7 +101,7 @@ void pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<T>& scr
       log_w[i] = j + i >= count ? minus_infinity : mix.log_weights ? double(mix.log_weights[k + j + i]) : uniform;
       absent[i] = log_w[i] == minus_infinity ? -1 : 0;
     }
-    Vec<T> logvar_sum{};
+    Vec<T> logvar_sum{}, narrow{};
     for (int64_t d = 0; d < D; d += W) {
       Vec<T> mu[W] = {}, logvar[W] = {};
       for (int i = 0; i < W && j + i < count; ++i) {
@@ -106,14 +116,40 @@ void pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<T>& scr
       for (int i = 0; i < W && d + i < D; ++i) {
         T* p = panel + mix.place[d + i] * 2 * kPanel<T>;
         logvar_sum += logvar[i];
-        store<T>(p, absent ? broadcast<T>(T(1)) : exponential<T>(-logvar[i]).exp);
+        if (mix.widest) {
+          const Vec<T> below_widest = mix.widest[d + i] - logvar[i];
+          narrow = below_widest > narrow ? below_widest : narrow;
+        }
+        const Vec<T> v = exponential<T>(-(logvar[i] < limit ? limit : logvar[i])).exp;
+        store<T>(p, absent ? broadcast<T>(T(1)) : v);
         store<T>(p + kPanel<T>, absent ? Vec<T>{} : mu[i]);
       }
     }
-    for (int i = 0; i < W; ++i)
-      scratch.c[j + i] = absent[i] ? T(minus_infinity)
-                                   : T(log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi);
+    T steep = j % kPanel<T> ? scratch.steep[j / kPanel<T>] : T(0);
+    for (int i = 0; i < W; ++i) {
+      const double c = log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi;
+      scratch.c[j + i] = T(absent[i] ? minus_infinity : c);
+      if (absent[i]) continue;
+      if (T(c) > extremes.c) extremes.c = T(c);
+      if (narrow[i] > 2 * steep) steep = narrow[i] / 2;
+    }
+    scratch.steep[j / kPanel<T>] = steep;
+    if (steep > extremes.steep) extremes.steep = steep;
   }
+  return extremes;
+}
+
+// What a may be and its term still be left out.  A sum of `reference` = log sum exp a, or its largest a, does not see
+// K terms that are `negligible` below it.  The gradient in z is a sum of r t s: there a term counts t s / s' times as
+// much, s' the least s of any component in that dimension.  s / s' is what the panel's steepness is taken off for;
+// t = sqrt(2 (c - a)) at most, and r t falls with a, so that t at the limit itself is taken for all below it: with A the
+// room from there to c but for log t, t^2 = 2 (A + log t) < 3 A + 1.
+template <class T>
+T limit_for(T reference, T negligible, const Mixture<T>& mix, const Extremes<T>& chunk) {
+  const T limit = reference - negligible;
+  if (!mix.widest) return limit;
+  const double t_squared = 3 * (double(chunk.c) - double(limit) + double(chunk.steep)) + 1;
+  return T(double(limit) - (t_squared > 1 ? 0.5 * __builtin_log(t_squared) : 0.0));
 }
 
 // R rows of z, transposed: [D, R], the dimensions in their places.
@@ -157,19 +193,20 @@ inline Vec<T> exponent(const T* c, Vec<T> q) {
   return fma<T>(q, broadcast<T>(T(-0.5)), load<T>(c));
 }
 
-// q of a whole tile, or false, with q unfinished, if every exponent is below its row's limit.  As a only falls while q
+// q of a whole tile, or false, with q unfinished, if every exponent is below its row's limit, less
+// the panel's steepness.  As a only falls while q
 // grows, that is known from the first dimensions already; the first row that has a term which is not, or is NaN, ends
 // the look.  What a row excludes gets q = inf; first is the panel's first component.
 template <class T, int R>
 inline __attribute__((always_inline)) bool tile_squares(const T* z, const T* panel, int64_t D, const T* c,
-                                                        const int64_t* exclude, int64_t first, const T (&limit)[R],
-                                                        Tile<T, R>& q) {
+                                                        T steep, const int64_t* exclude, int64_t first,
+                                                        const T (&limit)[R], Tile<T, R>& q) {
   for (int64_t d = 0; d < D; d += kBlock) {
     add_squares<T, R>(z, panel, d, least(D, d + kBlock), q);
     bool matters = false;
     for (int r = 0; r < R && !matters; ++r) {
-      const Mask<T> m = below(exponent<T>(c, q[r][0]), limit[r], kEveryLane<T>);
-      matters = !every_lane<T>(below(exponent<T>(c + kWidth<T>, q[r][1]), limit[r], m));
+      const Mask<T> m = below(exponent<T>(c, q[r][0]), limit[r] - steep, kEveryLane<T>);
+      matters = !every_lane<T>(below(exponent<T>(c + kWidth<T>, q[r][1]), limit[r] - steep, m));
     }
     if (!matters) return false;
   }
@@ -254,10 +291,11 @@ __attribute__((noinline)) void raise_top(Vec<T> a0, Vec<T> a1, T* top, Partial<T
 
 // R rows against the packed panels; row counts from the beginning of the task's range.
 template <class T, int R, bool SCORE>
-void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, int64_t row, int64_t first, int64_t panels) {
+void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extremes<T>& extremes, int64_t row,
+                  int64_t first, int64_t panels) {
   const int64_t D = task.mixture.D;
   const int64_t* exclude = task.exclude ? task.exclude + task.range.row_begin + row : nullptr;
-  // Terms this far below top add less than a rounding of T together.
+  // K terms this far below top add less than a rounding of T together.
   const T negligible = T(__builtin_log(double(task.mixture.K)) + (Format<T>::kMantissaBits + 3) * kLn2);
   transpose_rows<T, R>(task.z + (task.range.row_begin + row) * D, D, task.mixture.place, scratch.z);
   Partial<T>* partial = task.partial + row;
@@ -265,7 +303,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, int64_t row
   T top[R], limit[R];
   for (int r = 0; r < R; ++r) {
     top[r] = partial[r].top;
-    limit[r] = top[r] - negligible;
+    limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
   }
   Vec<T> total[R] = {};
   if constexpr (SCORE) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
@@ -274,13 +312,14 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, int64_t row
     const T* panel = scratch.panels + p * D * 2 * kPanel<T>;
     const T* c = scratch.c + p * kPanel<T>;
     Tile<T, R> e;
-    if (!tile_squares<T, R>(scratch.z, panel, D, c, exclude, first + p * kPanel<T>, limit, e)) continue;
+    if (!tile_squares<T, R>(scratch.z, panel, D, c, scratch.steep[p], exclude, first + p * kPanel<T>, limit, e))
+      continue;
     for (int r = 0; r < R; ++r) {
       const Vec<T> a0 = exponent<T>(c, e[r][0]), a1 = exponent<T>(c + kWidth<T>, e[r][1]);
       const Mask<T> within = below(a1, top[r] + kMargin, below(a0, top[r] + kMargin, kEveryLane<T>));
       if (__builtin_expect(!every_lane<T>(within), 0)) {
         raise_top<T, R, SCORE>(a0, a1, top + r, partial + r, total + r, scratch.dz + r * kWidth<T>, score + r * D, D);
-        limit[r] = top[r] - negligible;
+        limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
       }
       e[r][0] = exp_term<T>(a0 - top[r]);
       e[r][1] = exp_term<T>(a1 - top[r]);
@@ -307,10 +346,11 @@ template <class T, bool SCORE>
 struct ForwardRows {
   const Forward<T>& task;
   const Scratch<T>& scratch;
+  const Extremes<T>& extremes;
   int64_t first, panels;
   template <int R>
   void operator()(int64_t row) const {
-    forward_rows<T, R, SCORE>(task, scratch, row, first, panels);
+    forward_rows<T, R, SCORE>(task, scratch, extremes, row, first, panels);
   }
 };
 
@@ -327,26 +367,27 @@ void mixture_forward(const Forward<T>& task) {
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {
     const int64_t count = least(step, task.range.component_end - k);
     const int64_t panels = (count + kPanel<T> - 1) / kPanel<T>;
-    pack<T>(task.mixture, k, count, scratch);
+    const Extremes<T> extremes = pack<T>(task.mixture, k, count, scratch);
     if (task.score)
-      for_row_tiles<T, kRows>(0, rows, ForwardRows<T, true>{task, scratch, k, panels});
+      for_row_tiles<T, kRows>(0, rows, ForwardRows<T, true>{task, scratch, extremes, k, panels});
     else
-      for_row_tiles<T, kRows>(0, rows, ForwardRows<T, false>{task, scratch, k, panels});
+      for_row_tiles<T, kRows>(0, rows, ForwardRows<T, false>{task, scratch, extremes, k, panels});
   }
 }
 
 template <class T, int R, bool DZ, bool DMU, bool DLOGVAR>
-void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, int64_t row, int64_t first, int64_t panels) {
+void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Extremes<T>& extremes, int64_t row,
+                   int64_t first, int64_t panels) {
   const int64_t D = task.mixture.D, m = task.range.row_begin + row;
   const int64_t* exclude = task.exclude ? task.exclude + m : nullptr;
-  // Responsibilities below 2^-24 / K (2^-53 / K in double) weigh less than a rounding together.
+  // K terms of less than 2^-24 / K (2^-53 / K in double) are less than a rounding together.
   const T negligible = T(__builtin_log(double(task.mixture.K)) + (Format<T>::kMantissaBits + 1) * kLn2);
   T log_prob[R], limit[R], grad[R];
   for (int r = 0; r < R; ++r) {
     const bool nowhere = task.log_prob[m + r] == T(-__builtin_inf());  // density zero, no gradient
     log_prob[r] = nowhere ? T(0) : task.log_prob[m + r];
     grad[r] = nowhere ? T(0) : task.grad[m + r];
-    limit[r] = task.dense ? T(-__builtin_inf()) : log_prob[r] - negligible;
+    limit[r] = task.dense ? T(-__builtin_inf()) : limit_for<T>(log_prob[r], negligible, task.mixture, extremes);
   }
   transpose_rows<T, R>(task.z + m * D, D, task.mixture.place, scratch.z);
   if constexpr (DZ) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
@@ -355,7 +396,8 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, int64_t r
     const T* panel = scratch.panels + p * D * 2 * kPanel<T>;
     const T* c = scratch.c + p * kPanel<T>;
     Tile<T, R> w;
-    if (!tile_squares<T, R>(scratch.z, panel, D, c, exclude, first + p * kPanel<T>, limit, w)) continue;
+    if (!tile_squares<T, R>(scratch.z, panel, D, c, scratch.steep[p], exclude, first + p * kPanel<T>, limit, w))
+      continue;
     Vec<T> sum0{}, sum1{};
     for (int r = 0; r < R; ++r) {
       w[r][0] = exp_term<T>(exponent<T>(c, w[r][0]) - log_prob[r]) * grad[r];
@@ -381,10 +423,11 @@ template <class T, bool DZ, bool DMU, bool DLOGVAR>
 struct BackwardRows {
   const Backward<T>& task;
   const Scratch<T>& scratch;
+  const Extremes<T>& extremes;
   int64_t first, panels;
   template <int R>
   void operator()(int64_t row) const {
-    backward_rows<T, R, DZ, DMU, DLOGVAR>(task, scratch, row, first, panels);
+    backward_rows<T, R, DZ, DMU, DLOGVAR>(task, scratch, extremes, row, first, panels);
   }
 };
 
@@ -434,10 +477,10 @@ void mixture_backward_as(const Backward<T>& task) {
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {
     const int64_t count = least(step, task.range.component_end - k);
     const int64_t panels = (count + kPanel<T> - 1) / kPanel<T>;
-    pack<T>(task.mixture, k, count, scratch);
+    const Extremes<T> extremes = pack<T>(task.mixture, k, count, scratch);
     __builtin_memset(scratch.weights, 0, size_t(panels * kPanel<T>) * sizeof(T));
     if (DMU || DLOGVAR) __builtin_memset(scratch.grads, 0, size_t(panels * D * 2 * kPanel<T>) * sizeof(T));
-    for_row_tiles<T, kRows>(0, rows, BackwardRows<T, DZ, DMU, DLOGVAR>{task, scratch, k, panels});
+    for_row_tiles<T, kRows>(0, rows, BackwardRows<T, DZ, DMU, DLOGVAR>{task, scratch, extremes, k, panels});
     unpack_gradients<T>(task, scratch, k - task.range.component_begin, count);
   }
 }

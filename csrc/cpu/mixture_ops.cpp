@@ -40,39 +40,70 @@ Range range_of(const Plan& p, int64_t row_begin, int64_t row_end, int64_t K, int
           cut(K, p.splits, split + 1)};
 }
 
-// The place of each dimension in the sum over dimensions: those that tell components apart best, by the variance of
-// their means over their variances, come first, so that a tile which does not matter is known early.  A sample of the
-// components decides; any order is right.
+// A mixture, and what is found out about it before the kernels run.
 template <class T>
-std::vector<int32_t> places(const Tensor& mu, const Tensor& logvar) {
-  const int64_t K = mu.size(0), D = mu.size(1), sample = std::min<int64_t>(K, 128);
-  std::vector<double> sum(D), square(D), logvar_sum(D), key(D);
-  for (int64_t i = 0; i < sample; ++i) {
-    const T* m = input<T>(mu) + K / sample * i * D;
-    const T* lv = input<T>(logvar) + (logvar.size(0) == K ? K / sample * i : 0) * D;
-    for (int64_t d = 0; d < D; ++d) {
-      sum[d] += m[d];
-      square[d] += double(m[d]) * m[d];
-      logvar_sum[d] += lv[d];
+struct Prepared {
+  Mixture<T> mixture;
+  std::vector<int32_t> place;
+  std::vector<T> widest;
+
+  Prepared(const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights, bool gradient_in_z) {
+    const int64_t K = mu.size(0), D = mu.size(1);
+    mixture = {input<T>(mu), input<T>(logvar), input<T>(log_weights), K, D, logvar.size(0) != K, nullptr, nullptr};
+    order_dimensions();
+    mixture.place = place.data();
+    if (gradient_in_z) {
+      find_widest();
+      mixture.widest = widest.data();
     }
   }
-  for (int64_t d = 0; d < D; ++d) {
-    const double telling = std::log(square[d] - sum[d] * sum[d] / sample) - logvar_sum[d] / sample;
-    key[d] = telling == telling ? telling : 0.0;
-  }
-  std::vector<int32_t> order(D), place(D);
-  for (int64_t d = 0; d < D; ++d) order[d] = int32_t(d);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return key[a] > key[b]; });
-  for (int64_t i = 0; i < D; ++i) place[order[i]] = int32_t(i);
-  return place;
-}
 
-template <class T>
-Mixture<T> mixture_of(const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
-                      const std::vector<int32_t>& place) {
-  const int64_t K = mu.size(0);
-  return {input<T>(mu), input<T>(logvar), input<T>(log_weights), K, mu.size(1), logvar.size(0) != K, place.data()};
-}
+ private:
+  bool absent(int64_t k) const { return mixture.log_weights && mixture.log_weights[k] == T(-INFINITY); }
+  const T* logvar_of(int64_t k) const { return mixture.logvar + (mixture.shared ? 0 : k * mixture.D); }
+
+  // Dimensions that tell components apart best, by the variance of their means over their variances, come first, so
+  // that a tile which does not matter is known early.  A sample of the components decides; any order is right.
+  void order_dimensions() {
+    const int64_t K = mixture.K, D = mixture.D, step = std::max<int64_t>(1, K / 128);
+    std::vector<double> sum(D), square(D), logvar(D), telling(D);
+    int64_t count = 0;
+    for (int64_t k = 0; k < K; k += step) {
+      if (absent(k)) continue;
+      ++count;
+      for (int64_t d = 0; d < D; ++d) {
+        const double m = mixture.mu[k * D + d];
+        sum[d] += m;
+        square[d] += m * m;
+        logvar[d] += logvar_of(k)[d];
+      }
+    }
+    for (int64_t d = 0; d < D; ++d) {
+      telling[d] = std::log(square[d] - sum[d] * sum[d] / count) - logvar[d] / count;
+      if (std::isnan(telling[d])) telling[d] = -INFINITY;
+    }
+    std::vector<int32_t> order(D);
+    place.resize(D);
+    for (int64_t d = 0; d < D; ++d) order[d] = int32_t(d);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return telling[a] > telling[b]; });
+    for (int64_t i = 0; i < D; ++i) place[order[i]] = int32_t(i);
+  }
+
+  void find_widest() {
+    const int64_t D = mixture.D, rows = mixture.shared ? 1 : mixture.K, parts = std::clamp<int64_t>(rows / 1024, 1, 64);
+    widest.assign(parts * D, T(-INFINITY));
+    run_tasks(parts, [&](int64_t part) {
+      T* most = widest.data() + part * D;
+      for (int64_t k = cut(rows, parts, part); k < cut(rows, parts, part + 1); ++k) {
+        if (!mixture.shared && absent(k)) continue;
+        const T* logvar = mixture.logvar + k * D;
+        for (int64_t d = 0; d < D; ++d) most[d] = logvar[d] > most[d] ? logvar[d] : most[d];
+      }
+    });
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t d = 0; d < D; ++d) widest[d] = std::max(widest[d], widest[part * D + d]);
+  }
+};
 
 void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
            const std::optional<Tensor>& exclude) {
@@ -202,9 +233,8 @@ Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
   Tensor log_prob = empty(z, {M});
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
-    const std::vector<int32_t> place = places<T>(mu, logvar);
-    forward<T>(kernels, mixture_of<T>(mu, logvar, log_weights, place), input<T>(z), input<int64_t>(exclude), M,
-               output<T>(log_prob), nullptr);
+    const Prepared<T> prepared(mu, logvar, log_weights, false);
+    forward<T>(kernels, prepared.mixture, input<T>(z), input<int64_t>(exclude), M, output<T>(log_prob), nullptr);
   });
   return log_prob;
 }
@@ -217,9 +247,9 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
   Tensor log_prob = empty(z, {M}), score = torch::stable::empty_like(z);
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
-    const std::vector<int32_t> place = places<T>(mu, logvar);
-    forward<T>(kernels, mixture_of<T>(mu, logvar, log_weights, place), input<T>(z), input<int64_t>(exclude), M,
-               output<T>(log_prob), output<T>(score));
+    const Prepared<T> prepared(mu, logvar, log_weights, true);
+    forward<T>(kernels, prepared.mixture, input<T>(z), input<int64_t>(exclude), M, output<T>(log_prob),
+               output<T>(score));
   });
   return {log_prob, score};
 }
@@ -239,9 +269,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
          dlogvar = wanted(need_logvar, {logvar.size(0), D}), dweights = wanted(need_log_weights, {K});
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
-    const std::vector<int32_t> place = places<T>(mu, logvar);
+    const Prepared<T> prepared(mu, logvar, log_weights, need_z);
     Backward<T> job{};
-    job.mixture = mixture_of<T>(mu, logvar, log_weights, place);
+    job.mixture = prepared.mixture;
     job.z = input<T>(z);
     job.exclude = input<int64_t>(exclude);
     job.log_prob = input<T>(log_prob);

@@ -1,0 +1,66 @@
+"""Which backends the tests run on, and a fixed seed for every test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import fastvae
+
+ISAS = ("baseline", "avx2", "avx512")
+BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS))
+LEVEL = {"avx2": 1, "avx512": 2}
+
+
+def require_cpu() -> None:
+    """Skip without the compiled kernels, or fail where FASTVAE_TEST_REQUIRE_CPU=1 asks for them."""
+    if fastvae.info()["extension"] != "built":
+        reason = fastvae.info()["on cpu"]
+        if os.environ.get("FASTVAE_TEST_REQUIRE_CPU") == "1":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+
+
+def machine_level() -> int:
+    """0, 1 or 2: neither, AVX2, AVX-512; as PyTorch, not the code under test, sees the machine."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return 2 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 0
+
+
+def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make `name` (composite, cpu-avx2, ...) the one that runs; its `impl`."""
+    impl, _, isa = name.partition("-")
+    if impl == "cpu":
+        require_cpu()
+        if machine_level() < LEVEL.get(isa, 0):
+            pytest.skip(f"this machine has no {isa}")
+        monkeypatch.setenv("FASTVAE_CPU_ISA", isa)
+        assert torch.ops.fastvae.cpu_isa() == isa
+    return impl
+
+
+@pytest.fixture(params=BACKENDS)
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend that can run here; the compiled one once for each instruction set."""
+    return use_backend(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["composite", "cpu"])
+def each_impl(request: pytest.FixtureRequest) -> str:
+    """Every backend once, the compiled one with the instruction set it chooses by itself."""
+    if request.param == "cpu":
+        require_cpu()
+    return request.param
+
+
+@pytest.fixture
+def compiled() -> None:
+    """The compiled kernels, or the test does not apply."""
+    require_cpu()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,140 @@
+"""Other processes: what an import pulls in, forked children, DataLoader workers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 120  # seconds; a child that hangs is the failure that these tests look for
+
+
+def run(script: str, *args: str) -> str:
+    """What a fresh interpreter prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *args],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_needs_torch_alone() -> None:
+    """What `import fastvae` brings, beyond what `import torch` has brought already, is its own."""
+    script = """
+        import sys, torch
+        before = set(sys.modules)
+        import fastvae
+        new = {name.partition(".")[0] for name in set(sys.modules) - before}
+        print(*sorted(new - set(sys.stdlib_module_names)))
+        print(*sorted(name for name in sys.modules if name.startswith("fastvae")))
+    """
+    packages, modules = run(script).splitlines()
+    # torch is free to load what it likes when more of it is imported
+    foreign = set(packages.split()) - {"fastvae", "torch"}
+    assert not foreign & {"numpy", "scipy", "matplotlib", "sklearn", "triton", "rich", "typer"}, foreign
+    assert not any(name.startswith(("fastvae.app", "fastvae.kernels")) for name in modules.split())
+
+
+def test_runs_where_nothing_else_is_installed() -> None:
+    """With triton, numpy and every extra blocked, as on a machine that has torch alone."""
+    script = """
+        import sys
+        for name in ("triton", "numpy", "matplotlib", "sklearn", "scipy", "rich", "typer", "lightning"):
+            sys.modules[name] = None
+        import warnings; warnings.simplefilter("ignore")
+        import torch, fastvae
+        z = torch.randn(4, 3, requires_grad=True)
+        fastvae.mixture_log_prob(z, torch.randn(5, 3), torch.zeros(())).sum().backward()
+        fastvae.mixture_kl(z, z, torch.randn(5, 3), torch.zeros(()))[1].sum().backward()
+        print(z.grad.shape, fastvae.info()["torch"] == torch.__version__)
+    """
+    assert run(script).split("\n")[0] == "torch.Size([4, 3]) True"
+
+
+FORK = """
+    import os, sys, signal, torch, fastvae
+    impl, start = sys.argv[1:]
+    torch.set_num_threads(2)
+    args = torch.randn(200, 20), torch.randn(300, 20), torch.randn(300, 20)
+
+    def job():
+        leaves = [v.clone().requires_grad_() for v in args]
+        torch.manual_seed(0)
+        log_prob = fastvae.mixture_log_prob(*leaves, impl=impl)
+        z, log_q = fastvae.gaussian_rsample(*leaves[1:], 30, impl=impl)
+        kl = fastvae.gaussian_kl(*leaves[1:], impl=impl)
+        grads = torch.autograd.grad(log_prob.sum() + z.sum() + log_q.sum() + kl.sum(), leaves)
+        return log_prob.detach(), z.detach(), *grads
+
+    def child():
+        torch.set_num_threads(1)  # else torch.exp itself hangs: OpenMP's threads do not survive a fork
+        signal.alarm(30)  # a deadlock must not outlive the test
+        same = all(torch.equal(a, b) for a, b in zip(job(), want))
+        sys.exit(0 if same else 3)
+
+    want = job()  # the parent's threads exist from here on
+    if start == "fork":
+        pid = os.fork()
+        if pid == 0:
+            child()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    else:
+        import multiprocessing
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        code = process.exitcode
+    again = all(torch.equal(a, b) for a, b in zip(job(), want))
+    print(code, again)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+@pytest.mark.parametrize("start", ["fork", "multiprocessing"])
+def test_a_forked_child_computes_the_same(each_impl: str, start: str) -> None:
+    """After the parent has used every kernel with two threads: the same bits, and no deadlock.
+
+    The child first sets one thread, as a DataLoader's worker does: PyTorch's own operators need that.
+    """
+    assert run(FORK, each_impl, start).split() == ["0", "True"]
+
+
+class Scores(torch.utils.data.Dataset[torch.Tensor]):
+    """Each item is made with the kernels, so that workers run them."""
+
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
+        self.mu = torch.arange(21.0).reshape(7, 3) / 10
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        import fastvae
+
+        z = torch.full((2, 3), i / 10.0, requires_grad=True)
+        log_prob, score = fastvae.mixture_log_prob_and_score(z, self.mu, torch.zeros(()), impl=self.impl)
+        (dz,) = torch.autograd.grad(log_prob.sum(), z)
+        return torch.cat([log_prob.detach()[:, None], score, dz], 1)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_dataloader_workers(each_impl: str, context: str) -> None:
+    data = Scores(each_impl)
+    want = torch.stack([data[i] for i in range(len(data))])
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=3, num_workers=2, multiprocessing_context=context, timeout=TIMEOUT
+    )
+    assert torch.equal(torch.cat(list(loader)), want)

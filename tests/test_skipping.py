@@ -1,0 +1,106 @@
+"""What the compiled backward leaves out: nothing that matters, nothing when it is told not to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from budget import Case, allowance, assert_within, diffuse_case, run
+from torch import Tensor
+
+import fastvae
+
+U = 2.0**-24
+
+
+def concentrated(M: int = 64, K: int = 1000, D: int = 20) -> Case:
+    """Rows that each sit on one of many components, as a trained posterior does on the aggregate one."""
+    rng = torch.Generator().manual_seed(0)
+    mu = 1.5 * torch.randn(K, D, generator=rng)
+    z = mu[:M] + 0.1 * torch.randn(M, D, generator=rng)
+    weights = torch.log_softmax(torch.randn(K, generator=rng), 0)
+    return Case(z, mu, torch.full((K, D), 2 * math.log(0.6)), weights, torch.randn(M, generator=rng))
+
+
+def responsibilities(case: Case) -> Tensor:
+    a = fastvae.reference.component_log_prob(case.z, case.mu, case.logvar, case.log_weights)
+    return torch.softmax(a, -1)  # [M, K]
+
+
+def test_both_backwards_are_within_their_budget(impl: str) -> None:
+    case = concentrated()
+    for dense in (False, True):
+        assert_within(run(case, impl, dense), *allowance(case, dense), f"dense_backward={dense}")
+
+
+def test_skipping_leaves_out_what_float32_cannot_see(impl: str) -> None:
+    """Gradient filtering that is not exact by default: what is dropped weighs less than 2^-24 of a row."""
+    case = concentrated()
+    skipped, dense = run(case, impl), run(case, impl, dense_backward=True)
+    assert torch.equal(skipped.log_prob, dense.log_prob)
+    weight = case.grad.abs()
+    s = torch.exp(-0.5 * case.logvar)
+    t = ((case.z[:, None] - case.mu) * s).abs()  # [M, K, D]
+    # What may be missing: responsibilities of at most 2^-24 / K, which float32 knows to a few hundred
+    # roundings of a; then a rounding of the sum of what is there.
+    r = responsibilities(case.to(torch.float64))
+    missing = (1 + 1e-4) * r.clamp(max=U / 1000)[..., None]
+    rounding = 8 * U * r[..., None]
+    g = weight[:, None, None]
+    for name, got, want, limit in (
+        ("z", skipped.dz, dense.dz, (g * rounding * t * s).sum(1)),
+        ("mu", skipped.dmu, dense.dmu, (g * (missing + rounding) * t * s).sum(0)),
+        (
+            "logvar",
+            skipped.dlogvar,
+            dense.dlogvar,
+            0.5 * (g * (missing + rounding) * (t.square() + 1)).sum(0),
+        ),
+        ("log_weights", skipped.dlog_weights, dense.dlog_weights, (g * (missing + rounding))[..., 0].sum(0)),
+    ):
+        assert bool(((got - want).abs() <= limit).all()), name
+    assert float((skipped.dlog_weights - dense.dlog_weights).abs().max()) <= U * float(weight.sum())
+
+
+@pytest.mark.usefixtures("compiled")
+def test_something_is_really_skipped() -> None:
+    """Exact zeros for unused components by default, and none with dense_backward=True."""
+    case = concentrated()
+    # responsibilities that float32 holds without underflow, so that dense arithmetic has something to say
+    used = responsibilities(case.to(torch.float64)).sum(0)
+    faint = (used > 1e-30) & (used < 1e-14)
+    assert int(faint.sum()) >= 10
+    skipped, dense = run(case, "cpu"), run(case, "cpu", dense_backward=True)
+    assert bool((dense.dlog_weights[faint] != 0).all())
+    assert bool((skipped.dlog_weights[faint] == 0).any())
+
+
+@pytest.mark.usefixtures("compiled")
+def test_nothing_is_skipped_where_everything_counts() -> None:
+    case = diffuse_case(64, 1000, 20)
+    assert float(responsibilities(case).min()) > U / 1000
+    assert all(torch.equal(a, b) for a, b in zip(run(case, "cpu"), run(case, "cpu", True), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_faint_component_may_be_a_steep_one(impl: str, dtype: torch.dtype) -> None:
+    """The gradient of z to rounding, also where sigma differs from component to component.
+
+    Half of the components have sigma 1e3, half 1e-3, and z lies eight or more of the latter away from theirs.
+    Their responsibility is below what one may neglect in log p, but r t / sigma is not below what one may
+    neglect in the score: it is up to half of it.
+    """
+    K, M = 64, 16
+    wide = torch.arange(K) < K // 2
+    sigma = torch.where(wide, 1e3, 1e-3).to(dtype)
+    mu = torch.where(wide, 0.0, 100.0).to(dtype)
+    distances = torch.linspace(7.0, 9.5, 11) if dtype == torch.float32 else torch.linspace(10.5, 11.5, 11)
+    for distance in distances.tolist():
+        z = torch.full((M, 1), 100 + 1e-3 * distance, dtype=dtype)
+        ones = torch.ones(M, dtype=dtype)
+        case = Case(z, mu[:, None], 2 * sigma.log()[:, None], (0 * mu) - math.log(K), ones)
+        want, allowed = allowance(case, dense_backward=True)
+        _, score = fastvae.mixture_log_prob_and_score(z, case.mu, case.logvar, case.log_weights, impl=impl)
+        for dz in (run(case, impl).dz, run(case, impl, dense_backward=True).dz, score):
+            assert bool(((dz - want.dz).abs() <= allowed.dz).all()), f"{distance} sigma: {dz[0]} for {want.dz[0]}"
