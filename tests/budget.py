@@ -4,10 +4,9 @@ The rule: |kernel - f64| <= 2 |reference in the same dtype - f64| + band, elemen
 and each gradient.  The band is what a backward-stable difference form may lose, written with the unit
 roundoff u:
 
-- s = exp(-logvar / 2) to one ulp, 2u relative, the same for all d where logvar is: t^2 / 2 loses 2u t^2;
-- t = fma(z, s, -mu s) rounds mu s once, t moves by u |mu| s.  The D roundings are independent, so a loses
-  their root sum of squares, three times it to be safe: 3u sqrt(sum_d (t mu s)^2).  The expansion
-  z^2 s^2 - 2 z mu s^2 + mu^2 s^2 loses u mu^2 s^2 instead, which is |mu| s / |t| times more;
+- exp(-logvar) to one ulp, 2u relative, the same for all d where logvar is, and z - mu to u, squared: t^2 / 2 loses
+  2u t^2.  No term has |mu| / sigma in it: the expansion z^2 s^2 - 2 z mu s^2 + mu^2 s^2 loses u mu^2 s^2, and even
+  t = fma(z, s, -mu s) moves t by u |mu| s;
 - a sum of n terms rounds n times, with a standard deviation below u |partial sum| / sqrt 3; a growing sum
   ends at most u |sum| sqrt(n) / 3 off, and three of those are u |sum| sqrt n;
 - logsumexp adds as much for its K terms, 3u for exp, log and the rescaling, and u |l| for the last addition;
@@ -122,8 +121,7 @@ def band(case: Case, dtype: torch.dtype, dense_backward: bool = False) -> Result
     if case.exclude is not None:
         a = a.masked_fill(case.exclude[:, None] == torch.arange(K), -math.inf)
     magnitude = log_w.abs() + 0.5 * (logvar.abs().sum(-1) + D * reference.LOG_2PI) + 0.5 * t.square().sum(-1)
-    rounded_mu = (t * mu * s).square().sum(-1).sqrt()
-    da = u * (3 * rounded_mu + 2 * t.square().sum(-1) + (1 + math.sqrt(D)) * magnitude)  # [M, K]
+    da = u * (2 * t.square().sum(-1) + (1 + math.sqrt(D)) * magnitude)  # [M, K]
 
     log_prob = torch.logsumexp(a, -1)
     lost = log_prob == -math.inf  # rows without a component: exact
@@ -137,7 +135,7 @@ def band(case: Case, dtype: torch.dtype, dense_backward: bool = False) -> Result
     dr = torch.maximum(upper - r, -r * torch.expm1(-move)).masked_fill(x == -math.inf, 0.0)
     dr = dr + r.clamp(max=4 * torch.finfo(dtype).tiny)
     left_out = torch.zeros_like(r) if dense_backward else r.clamp(max=u / K)
-    dt = u * ((mu * s).abs() + 4 * t.abs())  # [M, K, D]
+    dt = u * 4 * t.abs()  # [M, K, D]
 
     g = case.grad.abs()[:, None, None]
     r, dr, left_out = r[..., None], dr[..., None], left_out[..., None]

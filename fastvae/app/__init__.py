@@ -1,0 +1,1 @@
+"""The command line, and what only it needs; `import fastvae` never imports this package."""

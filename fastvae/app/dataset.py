@@ -1,0 +1,76 @@
+"""What a data set is: rows of pixels in [0, 1], in a training, a validation and a test set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+SPLIT_SEED = 20180411  # cuts and binarises; fixed, so that runs of every seed share one test set
+
+Kind = Literal["binary", "gray"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images as float32 [N, pixels] in [0, 1], and their classes as int64 [N] if they have any."""
+
+    x: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images in three sets.
+
+    kind "binary" is for the Bernoulli likelihood, "gray" for the discretised logistic one, whose pixels are
+    (level + 0.5) / 256. If `dynamic`, the training pixels are probabilities, to be drawn afresh in every
+    epoch (dynamic binarisation); validation and test pixels have been drawn once, with a fixed seed.
+    """
+
+    name: str
+    source: str
+    train: Split
+    validation: Split
+    test: Split
+    image_shape: tuple[int, int]
+    kind: Kind
+    dynamic: bool = False
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels in an image: height times width."""
+        return self.image_shape[0] * self.image_shape[1]
+
+
+Splits = tuple[Split, Split, Split]
+
+
+def make_split(x: ArrayLike, labels: ArrayLike | None = None) -> Split:
+    """Turn arrays, x [N, pixels] and labels [N] or None, into a Split."""
+    classes = None if labels is None else torch.from_numpy(np.array(labels, np.int64))
+    return Split(torch.from_numpy(np.array(x, np.float32)), classes)
+
+
+def cut(x: np.ndarray, labels: np.ndarray | None, *, validation: int, test: int) -> Splits:
+    """Shuffle x [N, pixels] with the fixed seed and cut off a validation and a test set of these sizes."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(x))
+    first = len(x) - validation - test
+    parts = np.split(order, [first, first + validation])
+    train, held_out, last = (make_split(x[p], None if labels is None else labels[p]) for p in parts)
+    return train, held_out, last
+
+
+def binarise_held_out(splits: Splits) -> Splits:
+    """Draw the validation and test pixels once, each 1 with its grey level as probability."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    train, validation, test = splits
+    drawn = [Split(torch.bernoulli(s.x, generator=generator), s.labels) for s in (validation, test)]
+    return train, drawn[0], drawn[1]

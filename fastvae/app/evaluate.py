@@ -1,0 +1,99 @@
+"""What a trained model is worth: its log-likelihood by importance sampling, its bound, its active units."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvae import VAE
+from fastvae.app.dataset import Dataset
+from fastvae.app.errors import ConfigError
+from fastvae.app.randomness import Stream, reseed
+from fastvae.app.run_folder import TrainedRun
+from fastvae.app.train import VALIDATION_BATCH, bound
+
+ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
+BOUND_SAMPLES = 10  # of z for each image, so that the bound's own noise does not show beside that over images
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What to measure on: the "validation" or "test" set, or its first `limit` images; and how closely.
+
+    `samples` are the importance samples for each image's log-likelihood.
+    """
+
+    split: str = "test"
+    samples: int = 5000
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.split not in ("validation", "test"):
+            raise ConfigError(f"--split is {self.split!r}; it can be validation or test.")
+
+    def images(self, dataset: Dataset) -> Tensor:
+        """The images to measure on, [N, pixels]."""
+        return (dataset.validation if self.split == "validation" else dataset.test).x[: self.limit]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the images of a set, in nats. `standard_error` is that of the mean log-likelihood."""
+
+    split: str
+    images: int
+    importance_samples: int
+    log_likelihood: float
+    standard_error: float
+    elbo: float
+    reconstruction: float
+    kl: float
+    active_units: int
+    latent: int
+    seconds: float
+
+
+def evaluate(
+    run: TrainedRun, plan: EvaluationPlan, on_images: Callable[[int], None] = lambda count: None
+) -> Evaluation:
+    """Measure a run's best model.
+
+    Args:
+        run: the run.
+        plan: what to measure on, and how closely.
+        on_images: told how many images have been done, after each batch of them.
+    """
+    started = time.perf_counter()
+    x = plan.images(run.dataset).to(run.device)
+    reseed(run.config.seed, Stream.EVALUATE)
+    parts = []
+    for batch in x.split(50):
+        parts.append(run.vae.log_likelihood(batch, num_samples=plan.samples))
+        on_images(sum(map(len, parts)))
+    log_likelihood = torch.cat(parts).double()
+    error = float(log_likelihood.std()) / len(x) ** 0.5 if len(x) > 1 else 0.0
+    measures = bound(run.vae, x, num_samples=BOUND_SAMPLES)
+    means = posterior_means(run.vae, x)
+    return Evaluation(
+        split=plan.split,
+        images=len(x),
+        importance_samples=plan.samples,
+        log_likelihood=float(log_likelihood.mean()),
+        standard_error=error,
+        elbo=measures["elbo"],
+        reconstruction=measures["reconstruction"],
+        kl=measures["kl"],
+        active_units=int((means.var(0, correction=0) > ACTIVE).sum()),
+        latent=means.shape[1],
+        seconds=time.perf_counter() - started,
+    )
+
+
+@torch.no_grad()
+def posterior_means(vae: VAE, x: Tensor) -> Tensor:
+    """E[z|x] of images x [N, pixels]: [N, latent]."""
+    return torch.cat([vae.encoder(batch)[0] for batch in x.split(VALIDATION_BATCH)])

@@ -1,0 +1,115 @@
+"""The VAE of the VampPrior paper (Tomczak and Welling 2018): dense, gated, one layer of latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import VAE, MixturePrior, StandardNormalPrior, VampPrior
+from fastvae.app.config import TrainConfig
+from fastvae.app.dataset import Dataset
+from fastvae.app.errors import ConfigError
+from fastvae.app.randomness import Stream, reseed
+
+
+class GatedDense(nn.Module):
+    """A dense layer with a learned gate: h(x) * sigmoid(g(x))."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(inputs, outputs)
+        self.gate = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        value: Tensor = self.value(x)
+        return value * torch.sigmoid(self.gate(x))
+
+
+class Encoder(nn.Module):
+    """x [B, pixels] -> mu, logvar [B, latent] of q(z|x), logvar kept in [-6, 2]."""
+
+    def __init__(self, pixels: int, hidden: int, latent: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(GatedDense(pixels, hidden), GatedDense(hidden, hidden))
+        self.mu = nn.Linear(hidden, latent)
+        self.logvar = nn.Sequential(nn.Linear(hidden, latent), nn.Hardtanh(-6.0, 2.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, pixels] -> two of [B, latent]."""
+        h = self.body(x)
+        return self.mu(h), self.logvar(h)
+
+
+class BinaryDecoder(nn.Module):
+    """z [..., latent] -> logits [..., pixels] of p(x|z), for the Bernoulli likelihood."""
+
+    def __init__(self, pixels: int, hidden: int, latent: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(GatedDense(latent, hidden), GatedDense(hidden, hidden))
+        self.logits = nn.Linear(hidden, pixels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[..., latent] -> [..., pixels]."""
+        logits: Tensor = self.logits(self.body(z))
+        return logits
+
+
+class GrayDecoder(nn.Module):
+    """z [..., latent] -> mean and logscale [..., pixels] of the discretised logistic p(x|z)."""
+
+    def __init__(self, pixels: int, hidden: int, latent: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(GatedDense(latent, hidden), GatedDense(hidden, hidden))
+        self.mean = nn.Linear(hidden, pixels)
+        self.logscale = nn.Sequential(nn.Linear(hidden, pixels), nn.Hardtanh(-4.5, 0.0))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., latent] -> two of [..., pixels]."""
+        h = self.body(z)
+        # The middles of the first and of the last of the 256 levels are the extremes a mean can be.
+        return torch.sigmoid(self.mean(h)).clamp(1 / 512, 1 - 1 / 512), self.logscale(h)
+
+
+def build(config: TrainConfig, dataset: Dataset) -> VAE:
+    """Make the model that a run starts from; the same config and data give the same weights.
+
+    Raises:
+        ConfigError: more pseudo-inputs are to start from training images than there are.
+    """
+    reseed(config.seed, Stream.INITIALISE)
+    sizes = (dataset.num_pixels, config.hidden, config.latent)
+    encoder = Encoder(*sizes)
+    decoder = BinaryDecoder(*sizes) if dataset.kind == "binary" else GrayDecoder(*sizes)
+    for network in (encoder, decoder):
+        network.apply(_he_normal)
+    # The prior comes last, so that no initialisation of weights can overwrite where it starts from.
+    prior: StandardNormalPrior | MixturePrior | VampPrior
+    if config.prior == "standard":
+        prior = StandardNormalPrior(config.latent)
+    elif config.prior == "mixture":
+        start = torch.randn(config.components, config.latent)
+        prior = MixturePrior(start, learn_weights=config.learn_weights)
+    else:
+        prior = VampPrior(encoder, _pseudo_inputs(config, dataset), learn_weights=config.learn_weights)
+    likelihood = "bernoulli" if dataset.kind == "binary" else "discretized_logistic"
+    return VAE(encoder, decoder, prior, likelihood=likelihood)
+
+
+def _he_normal(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+def _pseudo_inputs(config: TrainConfig, dataset: Dataset) -> Tensor:
+    """[K, pixels] in [0, 1]: training images at random, or noise around their mean."""
+    images, count = dataset.train.x, config.components
+    if config.pseudo_init == "noise":
+        return (images.mean(0) + 0.1 * torch.randn(count, dataset.num_pixels)).clamp(0, 1)
+    if count > len(images):
+        raise ConfigError(
+            f"--components is {count}, but {dataset.name} has only {len(images)} training images to start "
+            "pseudo-inputs from; ask for fewer, or say --pseudo-init noise."
+        )
+    return images[torch.randperm(len(images))[:count]]

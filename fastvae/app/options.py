@@ -1,0 +1,168 @@
+"""The command line's options, each with its help; `train` and `compare` share most of them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastvae.app.config import FOR_DATA, TrainConfig
+from fastvae.app.dataset import Dataset
+from fastvae.app.errors import ConfigError
+
+
+def _default(field: str) -> str:
+    """What a field is if its option is not given, in words."""
+    special = [f"{data} {settings[field]}" for data, settings in FOR_DATA.items() if field in settings]
+    return f"(default {'; '.join([str(getattr(TrainConfig, field)), *special])})"
+
+
+MODEL, TRAINING, DATA = "Model", "Training", "Data"
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, mnist, static-mnist, freyfaces, caltech101, or the path of an .npz file with x_train "
+        "(and perhaps x_valid, x_test, y_train ...) or x: uint8 levels, or floats in [0, 1]. "
+        "(default digits)",
+        rich_help_panel=DATA,
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="The folder with the data files. (default $FASTVAE_DATA, else ./data)", rich_help_panel=DATA),
+]
+Binarize = Annotated[
+    bool | None,
+    typer.Option(
+        "--binarize",
+        help="Binarise the grey images of an .npz file afresh in each epoch (Bernoulli likelihood), instead "
+        "of modelling their 256 levels (discretised logistic).",
+        rich_help_panel=DATA,
+    ),
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch mnist from OpenML if it is not there.", rich_help_panel=DATA)
+]
+Components = Annotated[
+    int | None,
+    typer.Option(
+        "--components",
+        "-k",
+        help=f"Components of the mixture, or pseudo-inputs of the VampPrior. {_default('components')}",
+        rich_help_panel=MODEL,
+    ),
+]
+PseudoInit = Annotated[
+    str | None,
+    typer.Option(
+        help="Where pseudo-inputs start: data, training images at random, or noise around the mean image."
+        " (default data)",
+        rich_help_panel=MODEL,
+    ),
+]
+LearnWeights = Annotated[
+    bool | None,
+    typer.Option("--learn-weights", help="Learn the components' weights; else all are 1/K.", rich_help_panel=MODEL),
+]
+Latent = Annotated[
+    int | None,
+    typer.Option(help=f"Dimensions of the latent space. {_default('latent')}", rich_help_panel=MODEL),
+]
+Hidden = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Units of each of the two hidden layers, in the encoder and in the decoder.   {_default('hidden')}",
+        rich_help_panel=MODEL,
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(help=f"Passes over the training images, at most. {_default('epochs')}", rich_help_panel=TRAINING),
+]
+Warmup = Annotated[
+    int | None,
+    typer.Option(
+        help="Epochs in which the weight of the KL term grows from 0 to 1.  "
+        "(default 20, but at most a fifth of --epochs)",
+        rich_help_panel=TRAINING,
+    ),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        help="Stop when the validation ELBO has not improved for so many epochs after the warm-up.  "
+        f" {_default('patience')}",
+        rich_help_panel=TRAINING,
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Images in a step. (default 100)", rich_help_panel=TRAINING)]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(help=f"Adam's learning rate. {_default('learning_rate')}", rich_help_panel=TRAINING),
+]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a CUDA device if there is one.", rich_help_panel=TRAINING),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="CPU threads. (default 1 for models as small as that of digits, else all cores)",
+        rich_help_panel=TRAINING,
+    ),
+]
+ImportanceSamples = Annotated[
+    int, typer.Option("--samples", "-s", min=1, help="Importance samples for each image's log-likelihood.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on the first so many images alone.")]
+RunDir = Annotated[Path, typer.Argument(help="The folder of a training run.", show_default=False)]
+
+
+SplitName = Annotated[str, typer.Option(help="The set to measure on: validation or test.")]
+
+
+def given(context: typer.Context) -> dict[str, Any]:
+    """The fields of TrainConfig that the command line sets, None for those that it leaves; paths absolute."""
+    names = {field.name for field in fields(TrainConfig)}
+    chosen = {name: value for name, value in context.params.items() if name in names}
+    if chosen["data_dir"] is not None:
+        chosen["data_dir"] = str(Path(chosen["data_dir"]).expanduser().absolute())
+    if chosen["data"] is not None and chosen["data"].endswith(".npz"):
+        chosen["data"] = str(Path(chosen["data"]).expanduser().absolute())
+    # A flag that is not there means "as it was", not "no".
+    return {name: None if value is False else value for name, value in chosen.items()}
+
+
+SMALL = 2_000_000  # multiply-adds of a layer and batch, below which threads cost more than they save
+
+
+def use_threads(count: int | None, config: TrainConfig, dataset: Dataset) -> None:
+    """Set torch's CPU threads to `count`, or to one if none is given and the model is small.
+
+    Two threads gain a small model next to nothing, and where other programs want the cores too, threads that
+    wait for each other have been seen to make it ten times slower.
+    """
+    if count is None and dataset.num_pixels * config.hidden * config.batch_size < SMALL:
+        count = 1
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def pick_device(name: str) -> str:
+    """Resolve auto, and check that the device is there.
+
+    Raises:
+        ConfigError: it is not, or `name` is not the name of a device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name

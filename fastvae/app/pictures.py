@@ -1,0 +1,121 @@
+"""The PNG files of a run, and of a comparison of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from fastvae import VampPrior
+from fastvae.app.latent_space import draw_latent_space
+from fastvae.app.plots import draw_curves, draw_images, draw_pairs, save_figure
+from fastvae.app.randomness import Stream, reseed
+from fastvae.app.run_folder import PICTURES, TrainedRun
+
+PRIOR_NAMES = {"standard": "standard normal prior", "mixture": "mixture prior", "vamp": "VampPrior"}
+
+
+def draw_run(run: TrainedRun) -> list[Path]:
+    """Write every picture of a run into its folder; returns what was written."""
+    draw = {
+        "curves": _curves,
+        "reconstructions": _reconstructions,
+        "samples": _samples,
+        "pseudo_inputs": _pseudo_inputs,
+        "latent_space": _latent_space,
+    }
+    written = []
+    for name in PICTURES:
+        if name == "pseudo_inputs" and not isinstance(run.vae.prior, VampPrior):
+            continue
+        figure = draw[name](run)
+        save_figure(figure, run.folder.picture(name))
+        written.append(run.folder.picture(name))
+    return written
+
+
+def draw_samples(run: TrainedRun, path: Path, count: int, *, drawn: bool = False, seed: int = 0) -> None:
+    """Write a picture of `count` samples: the mean image of each z, or with `drawn` its pixels drawn too."""
+    save_figure(_grid_figure(run, _sample(run, count, drawn, seed), f"{count} samples"), path)
+
+
+def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
+    """Write samples and latent spaces of several runs, a column each."""
+    figure = Figure(figsize=(5.2 * len(runs), 9.2), layout="constrained")
+    grid = figure.subplots(2, len(runs), squeeze=False, height_ratios=[1, 1.25])
+    for column, run in enumerate(runs):
+        top, bottom = grid[:, column]
+        draw_images(top, _sample(run, 60, False, 0), run.dataset, columns=10)
+        top.set_title(f"{PRIOR_NAMES[run.config.prior]}: samples", fontsize=13)
+        draw_latent_space(bottom, run)
+        bottom.set_title("latent space", fontsize=13)
+    figure.suptitle(runs[0].dataset.name, fontsize=15)
+    save_figure(figure, path)
+
+
+def _title(run: TrainedRun, what: str) -> str:
+    return f"{run.dataset.name}, {PRIOR_NAMES[run.config.prior]}: {what}"
+
+
+def _sample(run: TrainedRun, count: int, drawn: bool, seed: int) -> torch.Tensor:
+    reseed(seed, Stream.PICTURES)
+    return run.vae.sample(count, mean=not drawn)
+
+
+def _grid_figure(run: TrainedRun, x: torch.Tensor, what: str) -> Figure:
+    columns = min(len(x), 10)
+    rows = ceil(len(x) / columns)
+    height, width = run.dataset.image_shape
+    figure = Figure(figsize=(6.4, 0.6 + 6.2 * rows * height / (columns * width)), layout="constrained")
+    draw_images(figure.subplots(), x, run.dataset, columns)
+    figure.suptitle(_title(run, what), fontsize=12)
+    return figure
+
+
+def _samples(run: TrainedRun) -> Figure:
+    return _grid_figure(run, _sample(run, 100, False, run.config.seed), "samples")
+
+
+@torch.no_grad()
+def _pseudo_inputs(run: TrainedRun) -> Figure:
+    assert isinstance(run.vae.prior, VampPrior)
+    x = run.vae.prior.inputs()
+    shown = min(len(x), 100)
+    what = f"its {shown} pseudo-inputs" if shown == len(x) else f"{shown} of its {len(x)} pseudo-inputs"
+    return _grid_figure(run, x[:shown], what)
+
+
+def _reconstructions(run: TrainedRun) -> Figure:
+    blocks, columns = 4, 12
+    x = run.dataset.test.x[: blocks * columns].to(run.device)
+    reconstructed = run.vae.reconstruct(x)
+    blocks = ceil(len(x) / columns)
+    height, width = run.dataset.image_shape
+    figure = Figure(figsize=(8, 0.6 + blocks * (0.25 + 7 * 2 * height / (columns * width))), layout="constrained")
+    for axes, a, b in zip(
+        figure.subplots(blocks, squeeze=False)[:, 0],
+        x.split(columns),
+        reconstructed.split(columns),
+        strict=True,
+    ):
+        draw_pairs(axes, a, b, run.dataset)
+    figure.suptitle(_title(run, "test images"), fontsize=12)
+    return figure
+
+
+def _curves(run: TrainedRun) -> Figure:
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    draw_curves(figure, run.checkpoint["history"], run.checkpoint["best_epoch"], run.config.warmup)
+    figure.suptitle(_title(run, "training"), fontsize=12)
+    return figure
+
+
+def _latent_space(run: TrainedRun) -> Figure:
+    figure = Figure(figsize=(6.8, 7.4), layout="constrained")
+    axes = figure.subplots()
+    draw_latent_space(axes, run)
+    axes.set_title(_title(run, "posterior means of the test images"), fontsize=12)
+    return figure

@@ -1,0 +1,199 @@
+"""The command line from end to end, in this process where that is enough."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+import fastvae
+from fastvae.app.run_folder import RunFolder
+
+from .conftest import TINY, Cli
+
+PICTURES = ["curves.png", "latent_space.png", "pseudo_inputs.png", "reconstructions.png", "samples.png"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(fastvae.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def check_picture(path: Path) -> None:
+    pixels = imread(path)
+    assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > 0.02, f"{path} is blank"
+
+
+def test_train_evaluate_sample(cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, text, error = cli("train", "--out", out, *TINY)
+    assert code == 0, error
+    assert "validation ELBO" in text and f"fastvae evaluate {out}" in text
+    assert sorted(p.name for p in out.glob("*.png")) == PICTURES
+    for name in PICTURES:
+        check_picture(out / name)
+        assert str(out / name) in text
+    results = json.loads((out / "results.json").read_text())
+    assert results["epochs"] == len(results["history"]) == 2 and results["config"]["components"] == 8
+    assert results["versions"]["torch"] == torch.__version__ and results["seconds_per_epoch"] > 0
+
+    code, text, error = cli("evaluate", out, "--samples", 20, "--limit", 30, "--device", "cpu")
+    assert code == 0, error
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["images"] == 30 and evaluation["importance_samples"] == 20
+    assert evaluation["elbo"] == pytest.approx(evaluation["reconstruction"] - evaluation["kl"])
+    # The importance-weighted bound is the tighter one, and no model knows digits better than this.
+    assert evaluation["elbo"] < evaluation["log_likelihood"] < -10
+    assert 0 < evaluation["standard_error"] < 5 and 0 <= evaluation["active_units"] <= 3
+    for name in ("log-likelihood (20 importance samples)", "ELBO", "reconstruction term", "KL term", "active units"):
+        assert name in text
+    assert f"{evaluation['log_likelihood']:.2f}" in text
+
+    code, text, error = cli("sample", out, "-n", 7, "--draw", "--out", tmp_path / "seven.png")
+    assert code == 0, error
+    check_picture(tmp_path / "seven.png")
+
+
+def test_evaluation_repeats(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    cli("train", "--data", tiny_npz, "--out", tmp_path, "--prior", "standard", *TINY)
+    values = []
+    for _ in range(2):
+        cli("evaluate", tmp_path, "--samples", 5, "--limit", 6)
+        values.append(json.loads((tmp_path / "evaluation.json").read_text())["log_likelihood"])
+    assert values[0] == values[1]
+
+
+def test_own_grey_images_without_labels(cli: Cli, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (60, 5, 7), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", x=x)
+    code, _, error = cli("train", "--data", tmp_path / "mine.npz", "--out", tmp_path / "run", *TINY)
+    assert code == 0, error
+    for name in PICTURES:
+        check_picture(tmp_path / "run" / name)
+    code, _, error = cli("evaluate", tmp_path / "run", "--samples", 5)
+    assert code == 0, error
+
+
+def test_one_latent_dimension_has_pictures_too(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    code, _, error = cli(
+        "train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY, "--latent", 1, "--prior", "mixture"
+    )
+    assert code == 0, error
+    check_picture(tmp_path / "run" / "latent_space.png")
+
+
+def test_resume_and_overwrite(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    out = tmp_path / "run"
+    assert cli("train", "--data", tiny_npz, "--out", out, *TINY)[0] == 0
+    code, _, error = cli("train", "--data", tiny_npz, "--out", out, *TINY)
+    assert code == 1 and "--resume" in error and "--overwrite" in error
+    code, _, error = cli("train", "--out", out, "--resume", "--hidden", 17)
+    assert code == 1 and "--hidden is 17" in error and "16" in error
+    code, _, error = cli("train", "--out", out, "--resume", "--epochs", 3)
+    assert code == 0 and RunFolder(out).load()["epoch"] == 3, error
+    code, _, error = cli("train", "--data", tiny_npz, "--out", out, *TINY, "--overwrite", "--hidden", 17)
+    assert code == 0 and RunFolder(out).load()["epoch"] == 2, error
+    code, _, error = cli("train", "--out", tmp_path / "none", "--resume")
+    assert code == 1 and "holds no run" in error
+
+
+def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    assert cli("train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY)[0] == 0
+    assert cli("train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY, "--overwrite", "-k", 5000)[0] == 1
+    assert RunFolder(tmp_path / "run").load()["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "cifar"], "digits, mnist, static-mnist, freyfaces, caltech101"),
+        (["train", "--data", "mnist"], "mnist.npz"),
+        (["train", "--data", "none.npz"], "none.npz: there is no such file"),
+        (["train", "-k", "5000"], "only 1200 training images"),
+        (["train", "--epochs", "0"], "--epochs is 0"),
+        (["train", "--epochs", "-4"], "--epochs is -4"),
+        (["train", "--epochs", "many"], "--epochs"),
+        (["train", "--prior", "flow"], "standard, mixture, vamp"),
+        (["train", "--learning-rate", "nan"], "--learning-rate is nan"),
+        (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--binarize"], "--binarize is for .npz files"),
+        (["train", "--resume", "--overwrite"], "contradict"),
+        (["compare", "--priors", "vamp"], "--priors is 'vamp'"),
+        (["compare", "--priors", "vamp,flow"], "standard, mixture, vamp"),
+        (["compare", "--split", "training"], "--split is 'training'"),
+    ],
+)
+def test_options_that_make_no_sense(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
+    code, text, error = cli(*arguments, "--out", tmp_path / "out")
+    assert code != 0
+    assert message in " ".join(error.replace("│", " ").split())
+    assert "Traceback" not in error + text and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_folder_without_a_run(cli: Cli, tmp_path: Path, command: str) -> None:
+    code, _, error = cli(command, tmp_path)
+    assert code == 1 and "holds no run" in error
+
+
+def test_out_that_is_a_file(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, _, error = cli("train", "--out", tmp_path / "file", *TINY)
+    assert code == 1 and str(tmp_path / "file") in error
+
+
+def test_info_and_help(cli: Cli) -> None:
+    code, text, _ = cli("info")
+    assert code == 0 and torch.__version__ in text
+    code, text, _ = cli("train", "--help")
+    assert code == 0 and "--pseudo-init" in text and "--resume" in text
+
+
+def test_ctrl_c_then_resume(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    settings = ["--data", "tiny.npz", *TINY, "--epochs", "150", "--patience", "150"]
+    command = [sys.executable, "-m", "fastvae.app.cli", "train", "--out", "parts", *settings]
+    checkpoint = tmp_path / "parts" / "checkpoint.pt"
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "fastvae train --out parts --resume" in text and "Traceback" not in text
+    stopped_at = RunFolder(tmp_path / "parts").load()["epoch"]
+    assert 1 <= stopped_at < 150 and not list((tmp_path / "parts").glob(".*"))
+
+    assert cli("train", "--out", tmp_path / "parts", "--resume")[0] == 0
+    assert cli("train", "--out", tmp_path / "straight", *settings)[0] == 0
+    resumed, straight = (RunFolder(tmp_path / name).load() for name in ("parts", "straight"))
+    assert resumed["epoch"] == straight["epoch"] == 150
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+
+
+def test_missing_packages_are_named() -> None:
+    code = "import sys; sys.modules['typer'] = None; from fastvae.app.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and 'pip install "fastvae[app]"' in done.stderr
+    assert "typer" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_importing_the_library_does_not_import_the_command_line() -> None:
+    code = "import sys, fastvae; sys.exit(any(m in sys.modules for m in ('fastvae.app', 'typer', 'sklearn')))"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
+def test_small_models_take_one_thread_unless_told(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    torch.set_num_threads(2)
+    assert cli("train", "--data", tiny_npz, "--out", tmp_path / "a", *TINY)[0] == 0
+    assert torch.get_num_threads() == 1
+    assert cli("train", "--data", tiny_npz, "--out", tmp_path / "b", *TINY, "--threads", 2)[0] == 0
+    assert torch.get_num_threads() == 2
