@@ -111,6 +111,24 @@ def test_a_forked_child_computes_the_same(each_impl: str, start: str) -> None:
     assert run(FORK, each_impl, start).split() == ["0", "True"]
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_needs_no_care() -> None:
+    """The kernels themselves run in a child that has kept the parent's two threads, where torch.exp would hang."""
+    script = """
+        import os, signal, sys, torch, fastvae
+        torch.set_num_threads(2)
+        z, mu = torch.randn(200, 20), torch.randn(3000, 20)
+        torch.randn(1000, 1000).exp()  # now there are two threads
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            os._exit(0 if fastvae.mixture_log_prob(z, mu, torch.zeros(()), impl="cpu").isfinite().all() else 3)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """
+    assert run(script).split() == ["0"]
+
+
 class Scores(torch.utils.data.Dataset[torch.Tensor]):
     """Each item is made with the kernels, so that workers run them."""
 

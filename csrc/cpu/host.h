@@ -1,6 +1,10 @@
 // What the host side of the operators shares: tensors, threads, scratch.
 #pragma once
 
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -55,11 +59,17 @@ void by_dtype(const Tensor& t, const F& f) {
     f(double(), isa().f64);
 }
 
+// Whether this process was forked off another: OpenMP's threads are then not there, and waiting for them would not end.
+inline std::atomic<bool> forked{false};
+#if !defined(_WIN32)
+inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 // Runs f(task) for each of n tasks.  Threads take the next one when they are done with the last, so that a busy core
 // delays nobody; what a task computes does not depend on who runs it.
 template <class F>
 void run_tasks(int64_t n, const F& f) {
-  const int64_t workers = std::min<int64_t>(n, torch::stable::get_num_threads());
+  const int64_t workers = forked ? 1 : std::min<int64_t>(n, torch::stable::get_num_threads());
   if (workers <= 1) {
     for (int64_t task = 0; task < n; ++task) f(task);
     return;
