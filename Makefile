@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint dist clean
+.PHONY: demo test lint bench dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
@@ -16,6 +16,13 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m benchmarks.tables --check
+
+# on a quiet machine; FASTVAE_DATA names the folder with the latents of a trained model
+bench: .venv/ready
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
+	$(BIN)/fastvae bench --out benchmarks/results
+	$(BIN)/python -m benchmarks.tables
 
 dist: .venv/ready
 	$(BIN)/python -m build --no-isolation

@@ -13,7 +13,7 @@ from fastvae import functional as F
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
 from fastvae.priors import Prior
 
-_ROWS = 10_000  # z decoded at once by log_likelihood
+_ROWS = 2_000  # z decoded at once by log_likelihood: activations that a cache holds
 
 
 @dataclass

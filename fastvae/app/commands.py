@@ -16,6 +16,7 @@ from rich.table import Table
 import fastvae
 from fastvae.app import options
 from fastvae.app.atomic import write_json
+from fastvae.app.bench import bench
 from fastvae.app.compare import Row, judge, mean_and_spread
 from fastvae.app.config import PRIORS, continued, make_config, read_config
 from fastvae.app.data import load
@@ -219,6 +220,9 @@ def compare_command(
     }
     write_json(out / "compare.json", summary)
     _name_files([out / "compare.json", *pictures])
+
+
+app.command("bench")(bench)
 
 
 @app.command("info")

@@ -1,0 +1,69 @@
+"""What the machine can do at most, measured beside the contenders: multiply-adds and copied bytes a second.
+
+`probe.cpp` is compiled by the system's compiler as it is needed; without one the limits are unknown.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("probe.cpp")
+MARCH = {"native": "native", "baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+_ITERATIONS = 4_000_000  # 12 chains of them: some 10 ms
+_COPIED = 128 << 20  # bytes; several times any cache that two threads have to themselves
+
+
+def multiply_add_meter(isa: str = "native", dtype: torch.dtype = torch.float32) -> Callable[[], float] | None:
+    """A probe of floating-point operations a second on all of torch's threads; None where it does not compile."""
+    library = _library(isa)
+    if library is None:
+        return None
+    function = library.multiply_add_rate_f32 if dtype == torch.float32 else library.multiply_add_rate_f64
+    return lambda: float(function(torch.get_num_threads(), _ITERATIONS))
+
+
+def copy_meter() -> Callable[[], float] | None:
+    """A probe of bytes read and written a second on all of torch's threads; None where it does not compile."""
+    library = _library("native")
+    if library is None:
+        return None
+    source, target = _copy_buffers()
+
+    def rate() -> float:
+        return float(library.copy_rate(torch.get_num_threads(), source.numel(), target.data_ptr(), source.data_ptr()))
+
+    return rate
+
+
+@cache
+def _copy_buffers() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(_COPIED, dtype=torch.uint8), torch.zeros(_COPIED, dtype=torch.uint8)
+
+
+@cache
+def _library(isa: str) -> ctypes.CDLL | None:
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None or (isa != "native" and platform.machine() not in ("x86_64", "AMD64")):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "probe.so"
+        flags = ["-O3", f"-march={MARCH[isa]}", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+        made = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(built)], capture_output=True)
+        if made.returncode != 0:
+            return None
+        library = ctypes.CDLL(str(built))  # stays loaded when the file is gone
+    for name in ("multiply_add_rate_f32", "multiply_add_rate_f64"):
+        getattr(library, name).restype = ctypes.c_double
+        getattr(library, name).argtypes = [ctypes.c_int, ctypes.c_int64]
+    library.copy_rate.restype = ctypes.c_double
+    library.copy_rate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    return library

@@ -1,0 +1,292 @@
+"""Put tables made from `benchmarks/results/` into README.md and docs/*.md, or check that they are in step.
+
+    python -m benchmarks.tables [--check]
+
+A page marks where table NAME goes with two HTML comments, `table: NAME` and `/table`; what stands between them
+belongs to this script.  A table is a function from the records to Markdown, registered under its name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from fastvae.app.atomic import whole_file
+from fastvae.app.errors import AppError, ConfigError
+
+from . import words
+from .ratios import (
+    OURS,
+    Result,
+    best_peer,
+    copy_fraction,
+    rate_fraction,
+    seconds,
+    times_faster,
+)
+from .record import Record, read_record
+from .report import target_table
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- table: (\S+) -->")
+
+
+@dataclass(frozen=True)
+class Results:
+    """The folder of recorded runs."""
+
+    folder: Path
+
+    def bench(self, name: str) -> Record:
+        """What `fastvae bench` recorded as NAME.json."""
+        return read_record(self.folder / f"{name}.json")
+
+    def read(self, name: str) -> Any:
+        """Any other JSON file."""
+        try:
+            return json.loads((self.folder / name).read_text())
+        except ValueError as error:
+            raise ConfigError(f"{self.folder / name} is not JSON ({error})") from error
+
+
+Table = Callable[[Results], str]
+TABLES: dict[str, tuple[str, Table]] = {}
+
+
+def table(name: str, source: str) -> Callable[[Table], Table]:
+    """Register a table under a name, with the file (or pattern of files) it is made from."""
+
+    def register(make: Table) -> Table:
+        TABLES[name] = (source, make)
+        return make
+
+    return register
+
+
+@table("cpu-targets", "cpu.json")
+def cpu_targets(results: Results) -> str:
+    """Every target, and whether it is met."""
+    return target_table(results.bench("cpu"))
+
+
+@table("cpu-mixture", "cpu.json")
+def cpu_mixture(results: Results) -> str:
+    """How many times faster fastvae is than the best peer and three others, how near the limit, how exact."""
+    rows = []
+    for result in results.bench("cpu").cases.values():
+        if result["suite"] != "mixture" or "series" in result or "shared" in result["inputs"]:
+            continue
+        peer = best_peer(result)
+        rows.append(
+            [
+                f"{result['work']}, {result['inputs']}",
+                f"({result['M']}, {result['K']}, {result['D']})",
+                peer or words.NOTHING,
+                words.ratio(times_faster(result, peer)),
+                *(words.ratio(times_faster(result, than)) for than in ("keops", "mixture-same-family", "eager")),
+                words.percent(rate_fraction(result)),
+                _error(result, OURS),
+                _error(result, peer),
+            ]
+        )
+    headings = ["", "(M, K, D)", "best peer", "faster than it", "than KeOps", "than MixtureSameFamily", "than eager"]
+    return words.markdown([*headings, "of the FMA rate", "error, nats", "best peer's"], rows, left=3)
+
+
+def _error(result: Result, name: str | None) -> str:
+    entry = result["contenders"].get(name) if name else None
+    return words.error(entry["errors"]["log_prob"] if entry and entry["status"] == "measured" else None)
+
+
+@table("cpu-isa", "cpu.json")
+def cpu_isa(results: Results) -> str:
+    """Each instruction set: against the best peer, and against what that instruction set can do."""
+    rows = []
+    for result in results.bench("cpu").cases.values():
+        isas = [name for name in result["contenders"] if name in _ISAS]
+        for name in isas:
+            meter = f"multiply_add_{name.removeprefix(f'{OURS}-')}"
+            rows.append(
+                [
+                    f"{result['work']}, {result['inputs']}, ({result['M']}, {result['K']}, {result['D']})",
+                    name.removeprefix(f"{OURS}-"),
+                    words.ratio(times_faster(result, best_peer(result), ours=name)),
+                    words.percent(rate_fraction(result, name, meter)),
+                    _error(result, name),
+                ]
+            )
+    return words.markdown(
+        ["", "instruction set", "faster than the best peer", "of its own FMA rate", "error, nats"], rows, left=2
+    )
+
+
+_ISAS = tuple(f"{OURS}-{isa}" for isa in ("avx512", "avx2", "baseline"))
+
+
+@table("cpu-gaussian", "cpu.json")
+def cpu_gaussian(results: Results) -> str:
+    """Sampling and KL."""
+    rows = []
+    for result in results.bench("cpu").cases.values():
+        if result["suite"] == "gaussian":
+            rows.append(
+                [
+                    result["work"],
+                    f"{result['M']} x {result['D']}",
+                    words.ratio(times_faster(result, "eager")),
+                    words.ratio(times_faster(result, "torch-distributions")),
+                    words.percent(copy_fraction(result)),
+                ]
+            )
+    headings = ["", "M x D", "faster than eager", "than torch.distributions", "of the copy bandwidth"]
+    return words.markdown(headings, rows, left=2)
+
+
+@table("cpu-train-step", "cpu.json")
+def cpu_train_step(results: Results) -> str:
+    """A training step, and what part of it each piece takes."""
+    rows = []
+    for result in results.bench("cpu").cases.values():
+        if result["suite"] != "train-step":
+            continue
+        for name in (OURS, "eager"):
+            whole = seconds(result, name)
+            parts = [seconds(result, f"{name}: {part}") for part in _PARTS]
+            shares = [part / whole if part and whole else None for part in parts]
+            known = [share for share in shares if share is not None]
+            rows.append(
+                [
+                    f"K = {result['K']}, {name}",
+                    words.ratio(times_faster(result, "eager") if name == OURS else None),
+                    *map(words.percent, shares),
+                    words.percent(sum(known) if len(known) == len(shares) else None),
+                ]
+            )
+    return words.markdown(["", "faster than eager", *_PARTS, "sum of the parts"], rows)
+
+
+_PARTS = (
+    "encoder of pseudo-inputs",
+    "encoder of images",
+    "sampling and density",
+    "decoder and likelihood",
+    "optimiser",
+)
+
+
+@table("demo", "demo-digits.json")
+def demo(results: Results) -> str:
+    """What `fastvae compare` found on the digits: means over seeds +- their standard deviation."""
+    found = results.read("demo-digits.json")
+    rows = [
+        [row["prior"], *(_mean(row[name]) for name in ("log_likelihood", "elbo", "kl")), _mean(row["active_units"], 1)]
+        for row in found["priors"]
+    ]
+    written = words.markdown(["prior", "test log-likelihood", "ELBO", "KL", "active units"], rows)
+    return f"{written}\n\n{found['verdict']['sentence']}"
+
+
+def _mean(values: list[float], digits: int = 2) -> str:
+    spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
+
+
+@table("static-mnist", "static-mnist-*.json")
+def static_mnist(results: Results) -> str:
+    """What `fastvae evaluate` found on static MNIST, one file for each prior."""
+    rows = []
+    for path in sorted(results.folder.glob("static-mnist-*.json")):
+        found = results.read(path.name)
+        rows.append(
+            [
+                path.stem.removeprefix("static-mnist-"),
+                f"{found['log_likelihood']:.2f} +- {found['standard_error']:.2f}",
+                f"{found['elbo']:.2f}",
+                f"{found['kl']:.2f}",
+                f"{found['active_units']} of {found['latent']}",
+            ]
+        )
+    headings = ["prior", "test log-likelihood +- standard error", "ELBO", "KL", "active units"]
+    return words.markdown(headings, rows)
+
+
+def render(name: str, results: Results) -> str:
+    """The Markdown of a table; that it is not recorded, where its source is not there.
+
+    Raises:
+        ConfigError: there is no such table, or its record is not what it should be.
+    """
+    if name not in TABLES:
+        raise ConfigError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+    source, make = TABLES[name]
+    if not any(results.folder.glob(source)):
+        return f"*Not recorded yet: benchmarks/results/{source}.*"
+    try:
+        return make(results)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"table {name}: {source} lacks something it should have ({error!r})") from error
+
+
+def filled(text: str, results: Results) -> str:
+    """A page with every table between its markers made anew.
+
+    Raises:
+        ConfigError: a marker has no end, or names no table.
+    """
+    if len(OPENING.findall(text)) != len(MARKED.findall(text)):
+        raise ConfigError("a table's marker has no <!-- /table --> before the next one")
+    return MARKED.sub(lambda found: f"{found[1]}{render(found['name'], results)}\n{found[4]}", text)
+
+
+def pages(root: Path) -> list[Path]:
+    """README.md and docs/*.md, those that are there."""
+    return [path for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.is_file()]
+
+
+def update(root: Path, *, check: bool = False) -> list[str]:
+    """Make the tables of all pages anew, or with `check` write nothing.
+
+    Returns:
+        The pages that were out of step, by name, with the tables that were.
+    """
+    results, stale = Results(root / "benchmarks" / "results"), []
+    for path in pages(root):
+        old = path.read_text()
+        try:
+            new = filled(old, results)
+        except ConfigError as error:
+            raise ConfigError(f"{path.relative_to(root)}: {error}") from error
+        if new != old:
+            before, after = MARKED.finditer(old), MARKED.finditer(new)
+            names = [a["name"] for a, b in zip(before, after, strict=True) if a["body"] != b["body"]]
+            stale.append(f"{path.relative_to(root)}: {', '.join(names)}")
+            if not check:
+                with whole_file(path) as file:
+                    file.write(new.encode())
+    return stale
+
+
+def main(arguments: list[str], root: Path = ROOT) -> str | int:
+    """The command; a message is an error."""
+    if arguments not in ([], ["--check"]):
+        return "usage: python -m benchmarks.tables [--check]"
+    try:
+        stale = update(root, check=bool(arguments))
+    except AppError as error:
+        return f"error: {error}"
+    if arguments and stale:
+        listed = "\n  ".join(stale)
+        return f"these tables are not what benchmarks/results/ gives; run python -m benchmarks.tables:\n  {listed}"
+    print("\n".join(f"wrote {name}" for name in stale) or "all tables are in step")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

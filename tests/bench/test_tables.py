@@ -1,0 +1,133 @@
+"""Tables stand in the pages as the records give them, and a page out of step is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import words
+from benchmarks.record import open_record
+from benchmarks.tables import TABLES, main
+
+from .conftest import TINY
+from .test_record import mixture
+
+PAGE = "# Page\n\n<!-- table: {name} -->\n<!-- /table -->\n\nand more\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A checkout with a record and one page for each table."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    record = open_record(results / "cpu.json", "cpu", TINY)
+    case = mixture("forward", 1024, 10_000, 40, fastvae=1.0, fastvae_avx2=2.0, expansion_compile=6.0, keops=120.0)
+    case["contenders"]["eager"] = {"status": "skipped", "why": "large"}
+    record.add("one", case)
+    gaussian = {"suite": "gaussian", "work": "gaussian_rsample forward", "M": 10, "D": 4, "bytes_moved": 50}
+    limits = {"limits": {"copy": {"median": 100.0}}}
+    record.add("two", mixture("", 1, 1, 1, fastvae=1.0, eager=5.0, torch_distributions=7.0) | gaussian | limits)
+    step = mixture("", 1, 1, 1, fastvae=4.0, eager=8.0) | {"suite": "train-step", "K": 500}
+    one = step["contenders"]["fastvae"]
+    for part in ("encoder of pseudo-inputs", "encoder of images", "sampling and density", "decoder and likelihood"):
+        step["contenders"][f"fastvae: {part}"] = one | {"seconds": one["seconds"] | {"median": 0.8}}
+    step["contenders"]["fastvae: optimiser"] = one | {"seconds": one["seconds"] | {"median": 0.4}}
+    record.add("three", step)
+    row = {"elbo": [-3.0, -3.0], "kl": [1.0, 1.0], "active_units": [4, 5]}
+    priors = [{"prior": "vamp", "log_likelihood": [-1.0, -2.0], **row}]
+    (results / "demo-digits.json").write_text(json.dumps({"priors": priors, "verdict": {"sentence": "vamp wins."}}))
+    evaluation = {"log_likelihood": -80.126, "standard_error": 0.2, "elbo": -85.0, "kl": 25.0, "active_units": 20}
+    (results / "static-mnist-vamp.json").write_text(json.dumps(evaluation | {"latent": 40}))
+    for name in TABLES:
+        (tmp_path / "docs" / f"{name}.md").write_text(PAGE.format(name=name))
+    return tmp_path
+
+
+def line(root: Path, name: str, start: str) -> list[str]:
+    text = (root / "docs" / f"{name}.md").read_text()
+    (found,) = [row for row in text.splitlines() if row.startswith(f"| {start}")]
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([], root) == 0 and "docs/cpu-isa.md" in capsys.readouterr().out
+    mixture_row = line(root, "cpu-mixture", "forward")
+    assert mixture_row[1:] == [
+        "(1024, 10000, 40)",
+        "expansion-compile",
+        "6.0 x",
+        "120 x",
+        "-",
+        "-",
+        "100 %",
+        "1e-06",
+        "1e-06",
+    ]
+    assert line(root, "cpu-isa", "forward")[1:3] == ["avx2", "3.0 x"]
+    assert line(root, "cpu-gaussian", "gaussian")[2:] == ["5.0 x", "7.0 x", "50 %"]
+    assert line(root, "cpu-train-step", "K = 500, fastvae")[1:] == ["2.0 x", *["20 %"] * 4, "10 %", "90 %"]
+    assert line(root, "demo", "vamp")[1:3] == ["-1.50 +- 0.71", "-3.00 +- 0.00"]
+    assert "vamp wins." in (root / "docs" / "demo.md").read_text()
+    assert line(root, "static-mnist", "vamp") == ["vamp", "-80.13 +- 0.20", "-85.00", "25.00", "20 of 40"]
+    text = (root / "docs" / "cpu-targets.md").read_text()
+    assert "not measured" in text and text.startswith("# Page\n") and text.endswith("\n\nand more\n")
+    assert main(["--check"], root) == 0
+
+
+def test_check_names_the_page_and_the_table_that_is_out_of_step(root: Path) -> None:
+    message = main(["--check"], root)
+    assert isinstance(message, str) and "docs/cpu-mixture.md: cpu-mixture" in message
+    main([], root)
+    page = root / "docs" / "cpu-mixture.md"
+    changed = page.read_text().replace("6.0 x", "7.0 x")
+    page.write_text(changed)
+    message = main(["--check"], root)
+    assert isinstance(message, str) and message.splitlines()[1:] == ["  docs/cpu-mixture.md: cpu-mixture"]
+    assert page.read_text() == changed, "--check writes nothing"
+    assert main([], root) == 0 and main(["--check"], root) == 0
+
+
+def test_a_record_that_changes_puts_pages_out_of_step(root: Path) -> None:
+    main([], root)
+    path = root / "benchmarks" / "results" / "static-mnist-vamp.json"
+    path.write_text(path.read_text().replace("-80.126", "-79.0"))
+    assert "static-mnist" in str(main(["--check"], root))
+
+
+def test_what_is_not_recorded_says_so(root: Path) -> None:
+    (root / "benchmarks" / "results" / "demo-digits.json").unlink()
+    main([], root)
+    assert "Not recorded yet: benchmarks/results/demo-digits.json" in (root / "docs" / "demo.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: cpu-everything -->\n<!-- /table -->\n", "no table 'cpu-everything'"),
+        ("<!-- table: cpu-isa -->\nno end\n", "has no <!-- /table -->"),
+        ("<!-- table: demo -->\n<!-- table: demo -->\n<!-- /table -->\n", "before the next one"),
+    ],
+)
+def test_a_broken_page_is_told(root: Path, text: str, message: str) -> None:
+    (root / "README.md").write_text(text)
+    found = str(main([], root))
+    assert found.startswith("error: README.md: ") and message in found
+
+
+def test_a_broken_record_is_told(root: Path) -> None:
+    (root / "benchmarks" / "results" / "demo-digits.json").write_text("{}")
+    assert "demo-digits.json lacks" in str(main([], root))
+    (root / "benchmarks" / "results" / "demo-digits.json").write_text("{")
+    assert "is not JSON" in str(main([], root))
+
+
+def test_words() -> None:
+    assert [words.ratio(v) for v in (None, 0.954, 1.999, 6.24, 9.97, 113.2)] == [
+        "-", "0.95 x", "2.0 x", "6.2 x", "10 x", "113 x"
+    ]  # fmt: skip
+    assert [words.duration(v) for v in (2.0, 0.0045, 3.1e-5)] == ["2 s", "4.5 ms", "31 us"]
+    assert [words.size(v) for v in (None, 5000, 25_600_000, 3_000_000_000)] == ["-", "< 1 MB", "26 MB", "3.0 GB"]
+    assert words.percent(0.756) == "76 %"
