@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from scipy.stats import t as student_t
-
 CONFIDENCE = 0.95
 
 
@@ -62,6 +60,8 @@ def judge(rows: Sequence[Row]) -> Verdict:
     differences = [a - b for a, b in zip(first.log_likelihood, second.log_likelihood, strict=True)]
     count, margin = len(differences), None
     if count > 1:
+        from scipy.stats import t as student_t  # a second of importing that no other command needs
+
         quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, count - 1))
         margin = quantile * stdev(differences) / math.sqrt(count)
     return Verdict(first.prior, second.prior, fmean(differences), margin, count)
