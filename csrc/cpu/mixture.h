@@ -26,9 +26,9 @@ using fastvae::Partial;
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;  // components
 
-// Dimensions summed in registers before they join the total, which keeps the rounding error small, and before a look
-// at whether the tile still matters.
-constexpr int kBlock = 16;
+// Dimensions are summed in registers a block at a time, which keeps the rounding error small; after a block comes a look
+// at whether the tile still matters.  Blocks grow from the first size to the last.
+constexpr int kFirstBlock = 16, kLastBlock = 64;
 
 constexpr double kHalfLog2Pi = 0.918938533204672741780;
 
@@ -182,8 +182,8 @@ inline __attribute__((always_inline)) void add_squares(const T* z, const T* pane
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    q[r][0] = begin ? q[r][0] + acc[r][0] : acc[r][0];
-    q[r][1] = begin ? q[r][1] + acc[r][1] : acc[r][1];
+    q[r][0] += acc[r][0];
+    q[r][1] += acc[r][1];
   }
 }
 
@@ -193,30 +193,47 @@ inline Vec<T> exponent(const T* c, Vec<T> q) {
   return fma<T>(q, broadcast<T>(T(-0.5)), load<T>(c));
 }
 
-// q of a whole tile, or false, with q unfinished, if every exponent is below its row's limit, less
-// the panel's steepness.  As a only falls while q
-// grows, that is known from the first dimensions already; the first row that has a term which is not, or is NaN, ends
-// the look.  What a row excludes gets q = inf; first is the panel's first component.
+// The exponents of a tile, or false, with a unfinished, if every one is below its row's limit.  As they only fall while
+// the sum over dimensions grows, that is known from the first dimensions already.  What a row excludes gets -inf; first
+// is the panel's first component.
+//
+// An early look ends at the first row that has a term which matters, or is NaN: mostly at row 0, or at none.  In the
+// last one rows differ, and a branch for each would be mispredicted.
 template <class T, int R>
-inline __attribute__((always_inline)) bool tile_squares(const T* z, const T* panel, int64_t D, const T* c,
-                                                        T steep, const int64_t* exclude, int64_t first,
-                                                        const T (&limit)[R], Tile<T, R>& q) {
-  for (int64_t d = 0; d < D; d += kBlock) {
-    add_squares<T, R>(z, panel, d, least(D, d + kBlock), q);
+inline __attribute__((always_inline)) bool tile_exponents(const T* z, const T* panel, int64_t D, const T* c,
+                                                          const int64_t* exclude, int64_t first, const T (&limit)[R],
+                                                          Tile<T, R>& a) {
+  constexpr int W = kWidth<T>;
+  for (int64_t d = 0, size = kFirstBlock; d < D; d += size, size = least(d, kLastBlock)) {
+    add_squares<T, R>(z, panel, d, least(D, d + size), a);
+    if (d + size >= D) break;
     bool matters = false;
     for (int r = 0; r < R && !matters; ++r) {
-      const Mask<T> m = below(exponent<T>(c, q[r][0]), limit[r] - steep, kEveryLane<T>);
-      matters = !every_lane<T>(below(exponent<T>(c + kWidth<T>, q[r][1]), limit[r] - steep, m));
+      const Mask<T> m = below(exponent<T>(c, a[r][0]), limit[r], kEveryLane<T>);
+      matters = !every_lane<T>(below(exponent<T>(c + W, a[r][1]), limit[r], m));
     }
     if (!matters) return false;
   }
+  Mask<T> m0 = kEveryLane<T>, m1 = kEveryLane<T>;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    m0 = below(a[r][0] = exponent<T>(c, a[r][0]), limit[r], m0);
+    m1 = below(a[r][1] = exponent<T>(c + W, a[r][1]), limit[r], m1);
+  }
+  if (every_lane<T>(m0 & m1)) return false;
   if (exclude) {
     for (int r = 0; r < R; ++r) {
       const int64_t lane = exclude[r] - first;
-      if (lane >= 0 && lane < kPanel<T>) q[r][lane / kWidth<T>][lane % kWidth<T>] = T(__builtin_inf());
+      if (lane >= 0 && lane < kPanel<T>) a[r][lane / W][lane % W] = T(-__builtin_inf());
     }
   }
   return true;
+}
+
+// The limits of a tile's rows, for a panel of this steepness.
+template <class T, int R>
+inline void lower(const T (&limit)[R], T steep, T (&lowered)[R]) {
+  for (int r = 0; r < R; ++r) lowered[r] = limit[r] - steep;
 }
 
 // The second pass over a tile, with its weights w: dz[d][r] += w u v by lane; for the panel, dmu[d] += sum_r w u and
@@ -269,14 +286,19 @@ void add_rows(const T* dz, int r, int64_t D, const int32_t* place, T sign, T* ro
   }
 }
 
+// Where a row's top starts: the lowest number, not -inf, because -inf minus -inf is NaN.
+template <class T>
+constexpr T kLowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
+
 constexpr int kMargin = 4;  // how far a term may exceed top before top is raised
 
 // A term of this row exceeds top by more than the margin: what was summed so far shrinks to the new one.
 template <class T, int R, bool SCORE>
-__attribute__((noinline)) void raise_top(Vec<T> a0, Vec<T> a1, T* top, Partial<T>* partial, Vec<T>* total, T* dz,
+__attribute__((noinline)) void raise_top(const Vec<T> (&a)[2], T* top, Partial<T>* partial, Vec<T>* total, T* dz,
                                          T* score, int64_t D) {
-  const T raised = max<T>(a1, max<T>(a0, *top));
-  const double shrink = __builtin_exp(double(*top) - double(raised));
+  const T raised = max<T>(a[0] > a[1] ? a[0] : a[1]);
+  const bool first = *top == kLowest<T>;  // nothing was summed
+  const double shrink = first ? 0.0 : __builtin_exp(double(*top) - double(raised));
   *top = raised;
   partial->total *= shrink;
   *total *= T(shrink);
@@ -310,22 +332,33 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
 
   for (int64_t p = 0; p < panels; ++p) {
     const T* panel = scratch.panels + p * D * 2 * kPanel<T>;
-    const T* c = scratch.c + p * kPanel<T>;
-    Tile<T, R> e;
-    if (!tile_squares<T, R>(scratch.z, panel, D, c, scratch.steep[p], exclude, first + p * kPanel<T>, limit, e))
+    T lowered[R];
+    lower<T, R>(limit, scratch.steep[p], lowered);
+    Tile<T, R> a = {};
+    if (!tile_exponents<T, R>(scratch.z, panel, D, scratch.c + p * kPanel<T>, exclude, first + p * kPanel<T>, lowered,
+                              a))
       continue;
+    Mask<T> within0 = kEveryLane<T>, within1 = kEveryLane<T>;
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<T> a0 = exponent<T>(c, e[r][0]), a1 = exponent<T>(c + kWidth<T>, e[r][1]);
-      const Mask<T> within = below(a1, top[r] + kMargin, below(a0, top[r] + kMargin, kEveryLane<T>));
-      if (__builtin_expect(!every_lane<T>(within), 0)) {
-        raise_top<T, R, SCORE>(a0, a1, top + r, partial + r, total + r, scratch.dz + r * kWidth<T>, score + r * D, D);
+      within0 = below(a[r][0], top[r] + kMargin, within0);
+      within1 = below(a[r][1], top[r] + kMargin, within1);
+    }
+    if (__builtin_expect(!every_lane<T>(within0 & within1), 0)) {
+      for (int r = 0; r < R; ++r) {
+        const T bound = top[r] + kMargin;
+        if (every_lane<T>(below(a[r][1], bound, below(a[r][0], bound, kEveryLane<T>)))) continue;
+        raise_top<T, R, SCORE>(a[r], top + r, partial + r, total + r, scratch.dz + r * kWidth<T>, score + r * D, D);
         limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
       }
-      e[r][0] = exp_term<T>(a0 - top[r]);
-      e[r][1] = exp_term<T>(a1 - top[r]);
-      total[r] += e[r][0] + e[r][1];
     }
-    if constexpr (SCORE) tile_gradients<T, R, true, false, false>(scratch.z, panel, D, e, scratch.dz, nullptr);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      a[r][0] = exp_term<T>(a[r][0] - top[r]);
+      a[r][1] = exp_term<T>(a[r][1] - top[r]);
+      total[r] += a[r][0] + a[r][1];
+    }
+    if constexpr (SCORE) tile_gradients<T, R, true, false, false>(scratch.z, panel, D, a, scratch.dz, nullptr);
   }
 
   for (int r = 0; r < R; ++r) {
@@ -358,9 +391,7 @@ template <class T>
 void mixture_forward(const Forward<T>& task) {
   const int64_t D = task.mixture.D, rows = task.range.row_end - task.range.row_begin;
   const Scratch<T> scratch(task.scratch, D, false);
-  // The lowest number, not -inf, because -inf minus -inf is NaN.
-  const T lowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
-  for (int64_t r = 0; r < rows; ++r) task.partial[r] = {lowest, 0.0};
+  for (int64_t r = 0; r < rows; ++r) task.partial[r] = {kLowest<T>, 0.0};
   if (task.score) __builtin_memset(task.score, 0, size_t(rows * D) * sizeof(T));
 
   const int64_t step = scratch.chunk * kPanel<T>;
@@ -394,14 +425,17 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
 
   for (int64_t p = 0; p < panels; ++p) {
     const T* panel = scratch.panels + p * D * 2 * kPanel<T>;
-    const T* c = scratch.c + p * kPanel<T>;
-    Tile<T, R> w;
-    if (!tile_squares<T, R>(scratch.z, panel, D, c, scratch.steep[p], exclude, first + p * kPanel<T>, limit, w))
+    T lowered[R];
+    lower<T, R>(limit, scratch.steep[p], lowered);
+    Tile<T, R> w = {};
+    if (!tile_exponents<T, R>(scratch.z, panel, D, scratch.c + p * kPanel<T>, exclude, first + p * kPanel<T>, lowered,
+                              w))
       continue;
     Vec<T> sum0{}, sum1{};
+#pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-      w[r][0] = exp_term<T>(exponent<T>(c, w[r][0]) - log_prob[r]) * grad[r];
-      w[r][1] = exp_term<T>(exponent<T>(c + kWidth<T>, w[r][1]) - log_prob[r]) * grad[r];
+      w[r][0] = exp_term<T>(w[r][0] - log_prob[r]) * grad[r];
+      w[r][1] = exp_term<T>(w[r][1] - log_prob[r]) * grad[r];
       sum0 += w[r][0];
       sum1 += w[r][1];
     }

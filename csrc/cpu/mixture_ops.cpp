@@ -20,13 +20,13 @@ struct Plan {
 
 // Components are split first, since then each is packed once; rows as well where there are few components.
 // row_bytes is what a split holds for each row until it is merged.
-Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes) {
+Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t most_splits) {
   const int64_t pairs = std::max<int64_t>(1, M) * K;
   const int64_t elements = pairs > (int64_t(1) << 60) / D ? int64_t(1) << 60 : pairs * D;
   // 2^18 elements take some tens of microseconds, 2^24 some milliseconds
   const int64_t tasks = std::clamp<int64_t>(elements >> 24, std::clamp<int64_t>(elements >> 18, 1, 16), 64);
   Plan p;
-  p.splits = std::clamp<int64_t>(K / 64, 1, tasks);
+  p.splits = std::clamp<int64_t>(K / 64, 1, std::min(tasks, most_splits));
   p.slab = std::max<int64_t>(256, kMergeBytes / (p.splits * row_bytes));
   p.groups = std::clamp<int64_t>(std::min(M, p.slab) / 64, 1, tasks / p.splits);
   return p;
@@ -34,10 +34,16 @@ Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes) {
 
 int64_t cut(int64_t n, int64_t parts, int64_t i) { return n / parts * i + std::min(i, n % parts); }
 
+// The same by whole blocks: rows of a tile, components of a panel.
+int64_t cut(int64_t n, int64_t block, int64_t parts, int64_t i) {
+  return std::min(n, block * cut((n + block - 1) / block, parts, i));
+}
+
 Range range_of(const Plan& p, int64_t row_begin, int64_t row_end, int64_t K, int64_t task) {
+  constexpr int64_t kTileRows = 8, kPanel = 32;  // of the widest instruction set
   const int64_t rows = row_end - row_begin, group = task / p.splits, split = task % p.splits;
-  return {row_begin + cut(rows, p.groups, group), row_begin + cut(rows, p.groups, group + 1), cut(K, p.splits, split),
-          cut(K, p.splits, split + 1)};
+  return {row_begin + cut(rows, kTileRows, p.groups, group), row_begin + cut(rows, kTileRows, p.groups, group + 1),
+          cut(K, kPanel, p.splits, split), cut(K, kPanel, p.splits, split + 1)};
 }
 
 // A mixture, and what is found out about it before the kernels run.
@@ -137,7 +143,11 @@ template <class T>
 void forward(const Kernels<T>& kernels, const Mixture<T>& mixture, const T* z, const int64_t* exclude, int64_t M,
              T* log_prob, T* score) {
   const int64_t D = mixture.D;
-  const Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0));
+  // Few splits: in each a row has to find its largest terms anew before it can leave others out.  Groups of rows give
+  // other threads work; they change no row's result.
+  Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0), 8);
+  const int64_t threads = torch::stable::get_num_threads();
+  p.groups = std::clamp<int64_t>(2 * threads / p.splits, 1, p.groups);
   const int64_t slab = std::min(M, p.slab);
   std::vector<Partial<T>> partial(size_t(p.splits * slab));                        // [splits, slab]
   std::unique_ptr<T[]> scores(score ? new T[size_t(p.splits * slab * D)] : nullptr);  // [splits, slab, D]
@@ -190,7 +200,7 @@ template <class T>
 void backward(const Kernels<T>& kernels, Backward<T> job, int64_t M, Gradients<T> out) {
   const int64_t K = job.mixture.K, D = job.mixture.D;
   const bool shared = job.mixture.shared;
-  const Plan p = plan(M, K, D, D * int64_t(sizeof(T)));
+  const Plan p = plan(M, K, D, D * int64_t(sizeof(T)), 64);
   const int64_t slab = std::min(M, p.slab), scratch_bytes = kernels.mixture_scratch(D);
   const auto zeros = [](bool wanted, int64_t n) { return std::vector<T>(size_t(wanted ? n : 0)); };
 

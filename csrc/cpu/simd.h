@@ -122,13 +122,6 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return a * b + c;
 }
 
-// The largest lane; NaN lanes do not count.
-template <class T>
-inline T max(Vec<T> v, T floor) {
-  for (int i = 0; i < kWidth<T>; ++i) floor = v[i] > floor ? v[i] : floor;
-  return floor;
-}
-
 // Which lanes pass a test.  below: those of `so_far` whose value is below the limit; a NaN never is.
 #if FASTVAE_BYTES == 64
 template <class T>
@@ -226,6 +219,17 @@ inline T sum(Vec<T> v) {
   constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
   if constexpr (S == 0) return v[0];
   else return sum<T, S / 2>(v + odd_blocks<T, S>(v, v, lanes));
+}
+
+// The largest lane.
+template <class T, int S = kWidth<T> / 2>
+inline T max(Vec<T> v) {
+  constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
+  if constexpr (S == 0) return v[0];
+  else {
+    const Vec<T> other = odd_blocks<T, S>(v, v, lanes);
+    return max<T, S / 2>(v > other ? v : other);
+  }
 }
 
 // The square v[row][lane], transposed in place.
