@@ -31,6 +31,7 @@ WORKS = (FORWARD, BACKWARD, BACKWARD_Z)
 FLOPS = 4  # for a row, a component and a dimension: two multiply-adds, of the difference form
 _NAMES = ("z", "mu", "logvar", "log_weights")
 _REFERENCE_ELEMENTS = 1 << 25  # rows x components x dimensions to verify
+_SHARED = "fastvae-shared"  # the contender that is given one variance once
 _CHUNK_ELEMENTS = 1 << 24  # of those at a time in float64
 
 Result = tuple[Tensor, tuple[Tensor, ...]]
@@ -61,10 +62,7 @@ def mixture_case(
     peers = [*peers]
     if shared:
         general = next(peer for peer in peers if peer.name == "fastvae")
-        once = replace(
-            general, name="fastvae-shared", log_prob=lambda z, mu, logvar, w: general.log_prob(z, mu, logvar[0], w)
-        )
-        peers = [general, once]
+        peers = [general, replace(general, name=_SHARED)]
     M, K, D = shape
     facts = {"suite": "mixture", **({"series": series} if series else {}), "work": work}
     facts |= {"inputs": make_inputs.label(source) + (", shared variance" if shared else "")}
@@ -74,7 +72,7 @@ def mixture_case(
         data = make_inputs.make(source, M, K, D)
         if shared:
             data = replace(data, logvar=data.logvar[:1].expand(K, D).contiguous())
-        check = Verification(data, work)
+        check = Verification(data, work, shared)
         here = data.to(device)
         limit = memory_limit(device)
         contenders, absent = [], {}
@@ -85,7 +83,8 @@ def mixture_case(
             elif why := peer.unfit(device, M, K, D, work != FORWARD, limit) or too_slow(earlier, peer.name):
                 absent[peer.name] = ("skipped", why)
             else:
-                contenders.append(_contender(peer, here, work, check))
+                given = replace(here, logvar=here.logvar[0]) if peer.name == _SHARED else here
+                contenders.append(_contender(peer, given, work, check))
         return Prepared(contenders, absent, _meters(peers, device), facts=check.facts)
 
     return Case({**facts, **sizes}, tuple(peer.name for peer in peers), prepare)
@@ -159,12 +158,15 @@ class Verification:
         facts: how concentrated the inputs are, for the record.
     """
 
-    def __init__(self, data: MixtureInputs, work: str) -> None:
+    def __init__(self, data: MixtureInputs, work: str, shared: bool = False) -> None:
         M, (K, D) = len(data.z), data.mu.shape
         count = min(M, 256, max(4, _REFERENCE_ELEMENTS // (K * D)))
         self.rows = torch.linspace(0, M - 1, count).round().long()
         self.upstream = torch.zeros(M).index_fill_(0, self.rows, 1.0)
         self._names = _differentiated(work)
+        self._shared = (
+            shared  # one logvar, whose gradient is the sum over the components, in whatever shape it was given
+        )
         self._weights = torch.softmax(data.log_weights.double(), 0)  # [K]
         exact = [getattr(data, name).double() for name in _NAMES]
         leaves = [exact[_NAMES.index(name)].requires_grad_() for name in self._names]
@@ -199,6 +201,8 @@ class Verification:
             want = self._gradients[name]
             if normalizes and name == "log_weights":
                 want = want - self._weights * want.sum()
+            if self._shared and name == "logvar":
+                want, gradient = want.sum(0), gradient.detach().reshape(-1, want.shape[1]).sum(0)
             off = float((gradient.detach().cpu().double() - want).abs().max())
             errors[name], room[name] = off / max(float(want.abs().max()), 1e-30), allowed
         for name, error in errors.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import gaussian, train_step
 from benchmarks.case import measure, problems
 from benchmarks.growth import EVERYONE, against_k
-from benchmarks.mixture import WORKS
+from benchmarks.mixture import BACKWARD, WORKS, mixture_case
 from benchmarks.peers import all_peers
 from benchmarks.suites import Plan
 from benchmarks.targets import TARGETS
@@ -146,3 +146,11 @@ def test_a_step_is_the_same_problem_every_time() -> None:
     ours, eager = (train_step._model(name, 20, SMALL, "cpu") for name in train_step.NAMES)
     for (name, a), (_, b) in zip(ours.named_parameters(), eager.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_shared_variance_has_one_gradient() -> None:
+    """The sum over the components, whether it was given once or K times."""
+    case = mixture_case(BACKWARD, "diffuse", (9, 20, 3), all_peers().values(), device="cpu", shared=True)
+    result = measure(case, TINY, "cpu", {})
+    assert set(result["contenders"]) == {"fastvae", "fastvae-shared"}
+    assert not problems(result)
