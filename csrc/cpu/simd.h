@@ -5,6 +5,8 @@
 // possibly the one that needs AVX-512, for all.  Types, such as index sequences, are no code.
 #pragma once
 
+#include <stddef.h>
+
 #include <cstdint>
 #include <utility>
 #if defined(__x86_64__)
