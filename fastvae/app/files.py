@@ -29,7 +29,9 @@ def read_npz(path: Path, required: tuple[str, ...] = ()) -> dict[str, np.ndarray
     try:
         archive = np.load(path, allow_pickle=False)
     except _DAMAGE as error:
-        raise _damaged(path, error) from error
+        # NumPy takes whatever it does not know for a pickle, and tells how to load that unsafely.
+        problem = "it is no .npz archive" if "pickle" in str(error) else error
+        raise _damaged(path, problem) from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DataError(f"{path}: is a single array, not an .npz archive; save it with numpy.savez.")
     arrays = {}

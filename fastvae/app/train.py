@@ -205,5 +205,5 @@ def _one_epoch(
 def _not_finite(what: str, value: float, epoch: int) -> RunError:
     return RunError(
         f"the {what} became {value} in epoch {epoch}. What was saved before is kept; try a lower "
-        " --learning-rate or a longer --warmup."
+        "--learning-rate or a longer --warmup."
     )
