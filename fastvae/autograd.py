@@ -38,9 +38,11 @@ def _differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gr
 
     @wraps(backward)
     def wrapper(ctx: Any, *upstream: Tensor) -> Gradients:
+        if not torch.is_grad_enabled():  # enabled here by create_graph=True
+            return backward(ctx, *upstream)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled here by create_graph=True
+        if torch.compiler.is_compiling():
             return gradients
         inputs = [t for t in (*upstream, *ctx.saved_tensors) if t is not None and t.is_floating_point()]
         return tuple(None if g is None else _Once.apply(g, *inputs) for g in gradients)
