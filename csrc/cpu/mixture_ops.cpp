@@ -1,8 +1,9 @@
 // mixture_log_prob, its score and its gradients on the CPU: checks, tasks, merging, registration.
 //
 // A task is a range of rows by a range of components.  Splits of the components are merged afterwards (their maxima
-// and sums, or their parts of dz); groups of rows each have their own parts of the parameters' gradients.  The cut
-// depends on the shapes alone, and merging goes in order: the same input gives the same bits, whatever the threads.
+// and sums, or their parts of dz); groups of rows each have their own parts of the parameters' gradients.  Where a cut
+// changes the order of a sum it depends on the shapes alone, and merging goes in order: the same input gives the same
+// bits, whatever the threads.
 #include <cmath>
 
 #include "host.h"
@@ -11,6 +12,10 @@ namespace fastvae {
 namespace {
 
 constexpr int64_t kMergeBytes = 32 << 20;  // what splits may hold before they are merged
+
+// Splits of the components at most.  Few in forward: in each a row has to find its largest terms anew before it can
+// leave others out.
+constexpr int64_t kForwardSplits = 8, kBackwardSplits = 64;
 
 struct Plan {
   int64_t slab;    // rows worked on at a time
@@ -143,9 +148,8 @@ template <class T>
 void forward(const Kernels<T>& kernels, const Mixture<T>& mixture, const T* z, const int64_t* exclude, int64_t M,
              T* log_prob, T* score) {
   const int64_t D = mixture.D;
-  // Few splits: in each a row has to find its largest terms anew before it can leave others out.  Groups of rows give
-  // other threads work; they change no row's result.
-  Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0), 8);
+  Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0), kForwardSplits);
+  // Groups of rows only give further threads work; they change no row's result.
   const int64_t threads = torch::stable::get_num_threads();
   p.groups = std::clamp<int64_t>(2 * threads / p.splits, 1, p.groups);
   const int64_t slab = std::min(M, p.slab);
@@ -163,7 +167,7 @@ void forward(const Kernels<T>& kernels, const Mixture<T>& mixture, const T* z, c
     });
     const int64_t piece = std::max<int64_t>(16, rows / 64);
     run_tasks((rows + piece - 1) / piece, [&](int64_t task) {
-      double scale[64];
+      double scale[kForwardSplits];
       for (int64_t r = task * piece; r < std::min(rows, (task + 1) * piece); ++r) {
         log_prob[begin + r] = merge<T>(partial.data() + r, p.splits, slab, score ? scale : nullptr);
         if (!score) continue;
@@ -200,7 +204,7 @@ template <class T>
 void backward(const Kernels<T>& kernels, Backward<T> job, int64_t M, Gradients<T> out) {
   const int64_t K = job.mixture.K, D = job.mixture.D;
   const bool shared = job.mixture.shared;
-  const Plan p = plan(M, K, D, D * int64_t(sizeof(T)), 64);
+  const Plan p = plan(M, K, D, D * int64_t(sizeof(T)), kBackwardSplits);
   const int64_t slab = std::min(M, p.slab), scratch_bytes = kernels.mixture_scratch(D);
   const auto zeros = [](bool wanted, int64_t n) { return std::vector<T>(size_t(wanted ? n : 0)); };
 
