@@ -30,6 +30,11 @@ constexpr int kPanel = 2 * kWidth<T>;  // components
 // at whether the tile still matters.  Blocks grow from the first size to the last.
 constexpr int kFirstBlock = 16, kLastBlock = 64;
 
+constexpr int kBatch = 8;  // tiles that are worked on together
+
+// Exponents are kept in bits, as 2^x is less work than e^x; so the panels hold v times this.
+constexpr double kHalfLog2E = 0.5 * kLog2E;
+
 constexpr double kHalfLog2Pi = 0.918938533204672741780;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -41,13 +46,14 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 template <class T>
 struct Scratch {
   int64_t chunk;  // panels
-  T* panels;      // [chunk, D, 2, kPanel]
-  T* c;           // [chunk, kPanel]
-  T* steep;       // [chunk]: log of the largest ratio of a component's 1 / sigma_d to the least one of all components
+  T* panels;      // [chunk, D, 2, kPanel]: v / (2 ln 2), mu
+  T* c;           // [chunk, kPanel], in bits
+  T* steep;       // [chunk]: log2 of the largest ratio of a component's 1 / sigma_d to the least one of all components
   T* grads;       // [chunk, D, 2, kPanel]: sum_m w u, and sum_m w u^2; backward only
   T* weights;     // [chunk, kPanel]: sum_m w
   T* dz;          // [D, kRows, kWidth]: sum_k w u v, a vector of partial sums each
   T* z;           // [D, kRows]
+  T* tiles;       // [kBatch, kRows, kPanel]
 
   static int64_t bytes(int64_t D) {
     const Scratch forward(nullptr, D, false), backward(nullptr, D, true);
@@ -65,6 +71,7 @@ struct Scratch {
     weights = take(chunk * kPanel<T>);
     dz = take(D * kRows * kWidth<T>);
     z = take(D * kRows);
+    tiles = take(kBatch * kRows * kPanel<T>);
   }
 
  private:
@@ -76,6 +83,19 @@ struct Scratch {
     return p;
   }
 };
+
+// The square of rows of `stride` at p, transposed; zeros where there are fewer rows or columns than lanes.
+template <class T>
+inline void load_transposed(const T* p, int64_t stride, int64_t rows, int64_t columns, Vec<T> (&v)[kWidth<T>]) {
+  constexpr int W = kWidth<T>;
+  if (rows >= W && columns >= W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = load<T>(p + i * stride);
+  } else {
+    for (int i = 0; i < W; ++i) v[i] = i < rows ? load_up_to(p + i * stride, columns) : Vec<T>{};
+  }
+  transpose<T>(v);
+}
 
 // The largest c and the largest steepness of a packed chunk.
 template <class T>
@@ -103,35 +123,30 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
     }
     Vec<T> logvar_sum{}, narrow{};
     for (int64_t d = 0; d < D; d += W) {
-      Vec<T> mu[W] = {}, logvar[W] = {};
-      for (int i = 0; i < W && j + i < count; ++i) {
-        mu[i] = load_up_to(mix.mu + (k + j + i) * D + d, D - d);
-        if (!mix.shared) logvar[i] = load_up_to(mix.logvar + (k + j + i) * D + d, D - d);
-      }
-      transpose<T>(mu);
-      if (mix.shared)
-        for (int i = 0; i < W && d + i < D; ++i) logvar[i] = broadcast<T>(mix.logvar[d + i]);
-      else
-        transpose<T>(logvar);
+      Vec<T> mu[W], logvar[W];
+      load_transposed<T>(mix.mu + (k + j) * D + d, D, count - j, D - d, mu);
+      if (!mix.shared) load_transposed<T>(mix.logvar + (k + j) * D + d, D, count - j, D - d, logvar);
       for (int i = 0; i < W && d + i < D; ++i) {
         T* p = panel + mix.place[d + i] * 2 * kPanel<T>;
-        logvar_sum += logvar[i];
+        const Vec<T> lv = mix.shared ? broadcast<T>(mix.logvar[d + i]) : logvar[i];
+        logvar_sum += lv;
         if (mix.widest) {
-          const Vec<T> below_widest = mix.widest[d + i] - logvar[i];
+          const Vec<T> below_widest = mix.widest[d + i] - lv;
           narrow = below_widest > narrow ? below_widest : narrow;
         }
-        const Vec<T> v = exponential<T>(-(logvar[i] < limit ? limit : logvar[i])).exp;
+        const Vec<T> v = exponential<T>(-(lv < limit ? limit : lv)).exp * T(kHalfLog2E);
         store<T>(p, absent ? broadcast<T>(T(1)) : v);
         store<T>(p + kPanel<T>, absent ? Vec<T>{} : mu[i]);
       }
     }
     T steep = j % kPanel<T> ? scratch.steep[j / kPanel<T>] : T(0);
     for (int i = 0; i < W; ++i) {
-      const double c = log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi;
+      const double c = kLog2E * (log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi);
       scratch.c[j + i] = T(absent[i] ? minus_infinity : c);
       if (absent[i]) continue;
       if (T(c) > extremes.c) extremes.c = T(c);
-      if (narrow[i] > 2 * steep) steep = narrow[i] / 2;
+      const T ratio = narrow[i] * T(kHalfLog2E);
+      if (ratio > steep) steep = ratio;
     }
     scratch.steep[j / kPanel<T>] = steep;
     if (steep > extremes.steep) extremes.steep = steep;
@@ -139,7 +154,7 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
   return extremes;
 }
 
-// What a may be and its term still be left out.  A sum of `reference` = log sum exp a, or its largest a, does not see
+// What a may be and its term still be left out.  A sum of `reference` = l, or its largest a, does not see
 // K terms that are `negligible` below it.  The gradient in z is a sum of r t s: there a term counts t s / s' times as
 // much, s' the least s of any component in that dimension.  s / s' is what the panel's steepness is taken off for;
 // t = sqrt(2 (c - a)) at most, and r t falls with a, so that t at the limit itself is taken for all below it: with A the
@@ -148,8 +163,8 @@ template <class T>
 T limit_for(T reference, T negligible, const Mixture<T>& mix, const Extremes<T>& chunk) {
   const T limit = reference - negligible;
   if (!mix.widest) return limit;
-  const double t_squared = 3 * (double(chunk.c) - double(limit) + double(chunk.steep)) + 1;
-  return T(double(limit) - (t_squared > 1 ? 0.5 * __builtin_log(t_squared) : 0.0));
+  const double t_squared = 3 * kLn2 * (double(chunk.c) - double(limit) + double(chunk.steep)) + 1;
+  return T(double(limit) - (t_squared > 1 ? 0.5 * __builtin_log2(t_squared) : 0.0));
 }
 
 // R rows of z, transposed: [D, R], the dimensions in their places.
@@ -159,16 +174,12 @@ void transpose_rows(const T* z, int64_t D, const int32_t* place, T* out) {
     for (int r = 0; r < R; ++r) out[place[d] * R + r] = z[r * D + d];
 }
 
-// The two vectors of each row of a tile.
+// a = c, or a, minus the sum over dimensions [begin, end) of u^2 v, for R rows and one panel: the innermost loop.
 template <class T, int R>
-using Tile = Vec<T>[R][2];
-
-// q += sum over dimensions [begin, end) of u^2 v, of R rows and one panel: the innermost loop.
-template <class T, int R>
-inline __attribute__((always_inline)) void add_squares(const T* z, const T* panel, int64_t begin, int64_t end,
-                                                       Tile<T, R>& q) {
+inline __attribute__((always_inline)) void subtract_squares(const T* z, const T* panel, int64_t begin, int64_t end,
+                                                            const T* c, T* a) {
   constexpr int W = kWidth<T>;
-  Tile<T, R> acc = {};
+  Vec<T> sum[R][2] = {};
   for (int64_t d = begin; d < end; ++d) {
     const T* p = panel + d * 2 * kPanel<T>;
     const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
@@ -176,71 +187,100 @@ inline __attribute__((always_inline)) void add_squares(const T* z, const T* pane
     for (int r = 0; r < R; ++r) {
       const Vec<T> x = broadcast<T>(z[d * R + r]);
       const Vec<T> u0 = x - mu0, u1 = x - mu1;
-      acc[r][0] = fma<T>(u0 * u0, v0, acc[r][0]);
-      acc[r][1] = fma<T>(u1 * u1, v1, acc[r][1]);
+      sum[r][0] = fma<T>(u0 * u0, v0, sum[r][0]);
+      sum[r][1] = fma<T>(u1 * u1, v1, sum[r][1]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    q[r][0] += acc[r][0];
-    q[r][1] += acc[r][1];
+    T* row = a + r * kPanel<T>;
+    const T* from = begin ? row : c;
+    store<T>(row, load<T>(from) - sum[r][0]);
+    store<T>(row + W, load<T>(from + W) - sum[r][1]);
   }
 }
 
-// a = c - q / 2.
-template <class T>
-inline Vec<T> exponent(const T* c, Vec<T> q) {
-  return fma<T>(q, broadcast<T>(T(-0.5)), load<T>(c));
-}
-
-// The exponents of a tile, or false, with a unfinished, if every one is below its row's limit.  As they only fall while
-// the sum over dimensions grows, that is known from the first dimensions already.  What a row excludes gets -inf; first
-// is the panel's first component.
+// The tiles of R rows with the panels of a chunk, a batch at a time: those that matter.
 //
-// An early look ends at the first row that has a term which matters, or is NaN: mostly at row 0, or at none.  In the
-// last one rows differ, and a branch for each would be mispredicted.
+// A tile is left out if all its exponents are below their rows' limits.  As they only fall while the sum over dimensions
+// grows, that may be known from the first dimensions already.  Where looking has been for nothing several times, most
+// panels are summed without.
 template <class T, int R>
-inline __attribute__((always_inline)) bool tile_exponents(const T* z, const T* panel, int64_t D, const T* c,
-                                                          const int64_t* exclude, int64_t first, const T (&limit)[R],
-                                                          Tile<T, R>& a) {
-  constexpr int W = kWidth<T>;
-  for (int64_t d = 0, size = kFirstBlock; d < D; d += size, size = least(d, kLastBlock)) {
-    add_squares<T, R>(z, panel, d, least(D, d + size), a);
-    if (d + size >= D) break;
-    bool matters = false;
-    for (int r = 0; r < R && !matters; ++r) {
-      const Mask<T> m = below(exponent<T>(c, a[r][0]), limit[r], kEveryLane<T>);
-      matters = !every_lane<T>(below(exponent<T>(c + W, a[r][1]), limit[r], m));
-    }
-    if (!matters) return false;
-  }
-  Mask<T> m0 = kEveryLane<T>, m1 = kEveryLane<T>;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    m0 = below(a[r][0] = exponent<T>(c, a[r][0]), limit[r], m0);
-    m1 = below(a[r][1] = exponent<T>(c + W, a[r][1]), limit[r], m1);
-  }
-  if (every_lane<T>(m0 & m1)) return false;
-  if (exclude) {
-    for (int r = 0; r < R; ++r) {
-      const int64_t lane = exclude[r] - first;
-      if (lane >= 0 && lane < kPanel<T>) a[r][lane / W][lane % W] = T(-__builtin_inf());
-    }
-  }
-  return true;
-}
+class Tiles {
+ public:
+  int count = 0;
+  T* tile[kBatch];         // [R, kPanel]: the exponents; the caller may change them
+  int64_t index[kBatch];   // of the panel in its chunk
+  const T* panel[kBatch];  // [D, 2, kPanel]
 
-// The limits of a tile's rows, for a panel of this steepness.
-template <class T, int R>
-inline void lower(const T (&limit)[R], T steep, T (&lowered)[R]) {
-  for (int r = 0; r < R; ++r) lowered[r] = limit[r] - steep;
-}
+  Tiles(const Scratch<T>& scratch, int64_t D, const int64_t* exclude, int64_t first, int64_t panels)
+      : scratch_(scratch), D_(D), exclude_(exclude), first_(first), panels_(panels) {
+    for (int i = 0; i < kBatch; ++i) tile[i] = scratch.tiles + i * R * kPanel<T>;
+  }
+
+  // The next batch; false at the end.
+  bool find(const T (&limit)[R]) {
+    for (count = 0; next_ < panels_ && count < kBatch; ++next_) {
+      index[count] = next_;
+      panel[count] = scratch_.panels + next_ * D_ * 2 * kPanel<T>;
+      if (exponents(limit)) ++count;
+    }
+    return count > 0;
+  }
+
+ private:
+  static constexpr int W = kWidth<T>, kPatience = 4, kEvery = 8;
+
+  // The tile after the last one; false if it does not matter.
+  bool exponents(const T (&limit)[R]) {
+    const T *c = scratch_.c + next_ * kPanel<T>, steep = scratch_.steep[next_];
+    T* a = tile[count];
+    const bool look = idle_ < kPatience || next_ % kEvery == 0;
+    for (int64_t d = 0, end; d < D_; d = end) {
+      end = least(D_, d + (look ? most(kFirstBlock, least(d, kLastBlock)) : kLastBlock));
+      subtract_squares<T, R>(scratch_.z, panel[count], d, end, c, a);
+      if ((look || end == D_) && !matters(a, limit, steep)) {
+        idle_ = end == D_ ? idle_ + look : 0;
+        return false;
+      }
+    }
+    idle_ += look;
+    if (exclude_) {
+      for (int r = 0; r < R; ++r) {
+        const int64_t lane = exclude_[r] - first_ - next_ * kPanel<T>;
+        if (lane >= 0 && lane < kPanel<T>) a[r * kPanel<T> + lane] = T(-__builtin_inf());
+      }
+    }
+    return true;
+  }
+
+  // Whether an exponent is not below its row's limit, or is NaN.  Mostly row 0 has one, or none has.
+  static bool matters(const T* a, const T (&limit)[R], T steep) {
+    for (int r = 0; r < R; ++r, a += kPanel<T>) {
+      const T lowered = limit[r] - steep;
+      if (!every_lane<T>(below(load<T>(a + W), lowered, below(load<T>(a), lowered, kEveryLane<T>)))) return true;
+    }
+    return false;
+  }
+
+  const Scratch<T>& scratch_;
+  const int64_t D_;
+  const int64_t* exclude_;
+  const int64_t first_, panels_;
+  int64_t next_ = 0, idle_ = 0;
+};
 
 // The second pass over a tile, with its weights w: dz[d][r] += w u v by lane; for the panel, dmu[d] += sum_r w u and
 // dlogvar[d] += sum_r w u^2.
 template <class T, int R, bool DZ, bool DMU, bool DLOGVAR>
-void tile_gradients(const T* z, const T* panel, int64_t D, const Tile<T, R>& w, T* dz, T* grads) {
+void tile_gradients(const T* z, const T* panel, int64_t D, const T* weights, T* dz, T* grads) {
   constexpr int W = kWidth<T>;
+  Vec<T> w[R][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    w[r][0] = load<T>(weights + r * kPanel<T>);
+    w[r][1] = load<T>(weights + r * kPanel<T> + W);
+  }
   for (int64_t d = 0; d < D; ++d) {
     const T* p = panel + d * 2 * kPanel<T>;
     const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
@@ -290,15 +330,14 @@ void add_rows(const T* dz, int r, int64_t D, const int32_t* place, T sign, T* ro
 template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
 
-constexpr int kMargin = 4;  // how far a term may exceed top before top is raised
+constexpr int kMargin = 6;  // bits by which a term may exceed top before top is raised
 
 // A term of this row exceeds top by more than the margin: what was summed so far shrinks to the new one.
 template <class T, int R, bool SCORE>
-__attribute__((noinline)) void raise_top(const Vec<T> (&a)[2], T* top, Partial<T>* partial, Vec<T>* total, T* dz,
-                                         T* score, int64_t D) {
-  const T raised = max<T>(a[0] > a[1] ? a[0] : a[1]);
+__attribute__((noinline)) void raise_top(T raised, T* top, Partial<T>* partial, Vec<T>* total, T* dz, T* score,
+                                         int64_t D) {
   const bool first = *top == kLowest<T>;  // nothing was summed
-  const double shrink = first ? 0.0 : __builtin_exp(double(*top) - double(raised));
+  const double shrink = first ? 0.0 : __builtin_exp2(double(*top) - double(raised));
   *top = raised;
   partial->total *= shrink;
   *total *= T(shrink);
@@ -318,7 +357,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   const int64_t D = task.mixture.D;
   const int64_t* exclude = task.exclude ? task.exclude + task.range.row_begin + row : nullptr;
   // K terms this far below top add less than a rounding of T together.
-  const T negligible = T(__builtin_log(double(task.mixture.K)) + (Format<T>::kMantissaBits + 3) * kLn2);
+  const T negligible = T(__builtin_log2(double(task.mixture.K)) + Format<T>::kMantissaBits + 3);
   transpose_rows<T, R>(task.z + (task.range.row_begin + row) * D, D, task.mixture.place, scratch.z);
   Partial<T>* partial = task.partial + row;
   T* score = task.score + row * D;
@@ -330,41 +369,42 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   Vec<T> total[R] = {};
   if constexpr (SCORE) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
 
-  for (int64_t p = 0; p < panels; ++p) {
-    const T* panel = scratch.panels + p * D * 2 * kPanel<T>;
-    T lowered[R];
-    lower<T, R>(limit, scratch.steep[p], lowered);
-    Tile<T, R> a = {};
-    if (!tile_exponents<T, R>(scratch.z, panel, D, scratch.c + p * kPanel<T>, exclude, first + p * kPanel<T>, lowered,
-                              a))
-      continue;
-    Mask<T> within0 = kEveryLane<T>, within1 = kEveryLane<T>;
-#pragma GCC unroll 8
+  Tiles<T, R> tiles(scratch, D, exclude, first, panels);
+  while (tiles.find(limit)) {
     for (int r = 0; r < R; ++r) {
-      within0 = below(a[r][0], top[r] + kMargin, within0);
-      within1 = below(a[r][1], top[r] + kMargin, within1);
-    }
-    if (__builtin_expect(!every_lane<T>(within0 & within1), 0)) {
-      for (int r = 0; r < R; ++r) {
-        const T bound = top[r] + kMargin;
-        if (every_lane<T>(below(a[r][1], bound, below(a[r][0], bound, kEveryLane<T>)))) continue;
-        raise_top<T, R, SCORE>(a[r], top + r, partial + r, total + r, scratch.dz + r * kWidth<T>, score + r * D, D);
+      Vec<T> largest = broadcast<T>(kLowest<T>);  // a NaN is not, but comes out of exp
+      for (int i = 0; i < tiles.count; ++i) {
+        const T* a = tiles.tile[i] + r * kPanel<T>;
+        largest = larger<T>(load<T>(a), larger<T>(load<T>(a + kWidth<T>), largest));
+      }
+      if (__builtin_expect(!every_lane<T>(below(largest, top[r] + kMargin, kEveryLane<T>)), 0)) {
+        raise_top<T, R, SCORE>(max<T>(largest), top + r, partial + r, total + r, scratch.dz + r * kWidth<T>,
+                               score + r * D, D);
         limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
       }
+      Vec<T> sum0{}, sum1{};
+      for (int i = 0; i < tiles.count; ++i) {
+        T* a = tiles.tile[i] + r * kPanel<T>;
+        const Vec<T> e0 = exp2_term<T>(load<T>(a) - top[r]), e1 = exp2_term<T>(load<T>(a + kWidth<T>) - top[r]);
+        sum0 += e0;
+        sum1 += e1;
+        if constexpr (SCORE) {
+          store<T>(a, e0);
+          store<T>(a + kWidth<T>, e1);
+        }
+      }
+      total[r] += sum0 + sum1;
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      a[r][0] = exp_term<T>(a[r][0] - top[r]);
-      a[r][1] = exp_term<T>(a[r][1] - top[r]);
-      total[r] += a[r][0] + a[r][1];
+    if constexpr (SCORE) {
+      for (int i = 0; i < tiles.count; ++i)
+        tile_gradients<T, R, true, false, false>(scratch.z, tiles.panel[i], D, tiles.tile[i], scratch.dz, nullptr);
     }
-    if constexpr (SCORE) tile_gradients<T, R, true, false, false>(scratch.z, panel, D, a, scratch.dz, nullptr);
   }
 
   for (int r = 0; r < R; ++r) {
     partial[r].top = top[r];
     partial[r].total += sum<T>(total[r]);
-    if constexpr (SCORE) add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(1), score + r * D);
+    if constexpr (SCORE) add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(1 / kHalfLog2E), score + r * D);
   }
 }
 
@@ -412,44 +452,45 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
   const int64_t D = task.mixture.D, m = task.range.row_begin + row;
   const int64_t* exclude = task.exclude ? task.exclude + m : nullptr;
   // K terms of less than 2^-24 / K (2^-53 / K in double) are less than a rounding together.
-  const T negligible = T(__builtin_log(double(task.mixture.K)) + (Format<T>::kMantissaBits + 1) * kLn2);
-  T log_prob[R], limit[R], grad[R];
+  const T negligible = T(__builtin_log2(double(task.mixture.K)) + Format<T>::kMantissaBits + 1);
+  T log_prob[R], rest[R], limit[R], grad[R];  // log_prob + rest in bits
   for (int r = 0; r < R; ++r) {
     const bool nowhere = task.log_prob[m + r] == T(-__builtin_inf());  // density zero, no gradient
-    log_prob[r] = nowhere ? T(0) : task.log_prob[m + r];
+    const double bits = nowhere ? 0.0 : kLog2E * double(task.log_prob[m + r]);
+    log_prob[r] = T(bits);
+    rest[r] = sizeof(T) == 4 ? T(bits - double(log_prob[r])) : T(0);
     grad[r] = nowhere ? T(0) : task.grad[m + r];
     limit[r] = task.dense ? T(-__builtin_inf()) : limit_for<T>(log_prob[r], negligible, task.mixture, extremes);
   }
   transpose_rows<T, R>(task.z + m * D, D, task.mixture.place, scratch.z);
   if constexpr (DZ) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
 
-  for (int64_t p = 0; p < panels; ++p) {
-    const T* panel = scratch.panels + p * D * 2 * kPanel<T>;
-    T lowered[R];
-    lower<T, R>(limit, scratch.steep[p], lowered);
-    Tile<T, R> w = {};
-    if (!tile_exponents<T, R>(scratch.z, panel, D, scratch.c + p * kPanel<T>, exclude, first + p * kPanel<T>, lowered,
-                              w))
-      continue;
-    Vec<T> sum0{}, sum1{};
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      w[r][0] = exp_term<T>(w[r][0] - log_prob[r]) * grad[r];
-      w[r][1] = exp_term<T>(w[r][1] - log_prob[r]) * grad[r];
-      sum0 += w[r][0];
-      sum1 += w[r][1];
+  Tiles<T, R> tiles(scratch, D, exclude, first, panels);
+  while (tiles.find(limit)) {
+    for (int i = 0; i < tiles.count; ++i) {
+      T *w = tiles.tile[i], *weights = scratch.weights + tiles.index[i] * kPanel<T>;
+      for (int j = 0; j < kPanel<T>; j += kWidth<T>) {
+        Vec<T> sum = load<T>(weights + j);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          T* a = w + r * kPanel<T> + j;
+          const Vec<T> x = exp2_term<T>(load<T>(a) - log_prob[r] - rest[r]) * grad[r];
+          store<T>(a, x);
+          sum += x;
+        }
+        store<T>(weights + j, sum);
+      }
     }
-    T* weights = scratch.weights + p * kPanel<T>;
-    store<T>(weights, load<T>(weights) + sum0);
-    store<T>(weights + kWidth<T>, load<T>(weights + kWidth<T>) + sum1);
-    if constexpr (DZ || DMU || DLOGVAR)
-      tile_gradients<T, R, DZ, DMU, DLOGVAR>(scratch.z, panel, D, w, scratch.dz,
-                                             scratch.grads + p * D * 2 * kPanel<T>);
+    if constexpr (DZ || DMU || DLOGVAR) {
+      for (int i = 0; i < tiles.count; ++i)
+        tile_gradients<T, R, DZ, DMU, DLOGVAR>(scratch.z, tiles.panel[i], D, tiles.tile[i], scratch.dz,
+                                               scratch.grads + tiles.index[i] * D * 2 * kPanel<T>);
+    }
   }
 
   if constexpr (DZ) {
     for (int r = 0; r < R; ++r)
-      add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(-1), task.dz + (row + r) * D);
+      add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(-1 / kHalfLog2E), task.dz + (row + r) * D);
   }
 }
 
@@ -479,7 +520,7 @@ void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_
       Vec<T> dmu[W] = {}, dlogvar[W] = {};
       for (int i = 0; i < W && d + i < D; ++i) {
         const int64_t p = at + place[d + i] * 2 * kPanel<T>;
-        const Vec<T> v = load<T>(scratch.panels + p);
+        const Vec<T> v = load<T>(scratch.panels + p) * T(1 / kHalfLog2E);
         if (task.dmu) dmu[i] = v * load<T>(scratch.grads + p);
         if (task.dlogvar) dlogvar[i] = T(0.5) * fma<T>(v, load<T>(scratch.grads + p + kPanel<T>), -weight);
         if (task.dlogvar && task.mixture.shared) task.dlogvar[d + i] += sum<T>(dlogvar[i]);

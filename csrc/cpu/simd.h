@@ -181,6 +181,20 @@ inline Vec<double> square_root(Vec<double> v) {
 }
 #endif
 
+// The larger of each lane; b where a is NaN.
+template <class T>
+inline Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if FASTVAE_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+  else return (Vec<T>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+#elif FASTVAE_BYTES == 32
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  else return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // The product of the low 32 bits of each 64-bit lane, whatever the high ones hold.
 inline Vec<uint64_t> multiply_low(Vec<uint64_t> a, Vec<uint64_t> b) {
 #if FASTVAE_BYTES == 64

@@ -55,20 +55,21 @@ struct Exp2<double> {
                                  4.4352809446103361611e-10};
 };
 
-// exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  0 below -kExpLimit; NaN stays
-// NaN.  Relative error 1e-7 + |x| 2^-25, so the absolute one is below 1e-7 everywhere.
+// 2^x for x <= 0 or a little above it: a term of a sum whose largest is about 1.  0 below the normal numbers; NaN stays
+// NaN.  Relative error 1e-7.
 template <class T>
-inline Vec<T> exp_term(Vec<T> x) {
+inline Vec<T> exp2_term(Vec<T> x) {
   using F = Format<T>;
-  const Vec<T> log2e = broadcast<T>(T(kLog2E));
   const Vec<T> bias = broadcast<T>(F::kRound + F::kBias);
-  const Vec<T> y = fma<T>(x, log2e, bias);  // its low bits are the biased exponent
-  const Vec<T> r = fma<T>(x, log2e, bias - y);
+  const Vec<T> y = x + bias;  // its low bits are the biased exponent
+  const Vec<T> r = x - (y - bias);
   Vec<T> p = broadcast<T>(Exp2<T>::c[Exp2<T>::kDegree]);
   for (int i = Exp2<T>::kDegree - 1; i >= 0; --i) p = fma<T>(p, r, broadcast<T>(Exp2<T>::c[i]));
   const Vec<T> value = p * (Vec<T>)((Vec<Bits<T>>)y << F::kMantissaBits);
-  return x < broadcast<T>(-F::kExpLimit) ? Vec<T>{} : value;
+  return x < broadcast<T>(T(1 - F::kBias)) ? Vec<T>{} : value;
 }
+
+constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
 
 template <class T>
 struct Exponential {
@@ -89,9 +90,9 @@ inline Exponential<T> exponential(const Vec<T> x) {
   Vec<T> r = fma<T>(n, broadcast<T>(-F::kLn2High), inside);
   r = fma<T>(n, broadcast<T>(-F::kLn2Low), r);
   const Vec<T> scale = (Vec<T>)(((Vec<Bits<T>>)y + F::kBias) << F::kMantissaBits);
-  Vec<T> series = broadcast<T>(T(1));  // 2 (e^r - 1 - r) / r^2, by Taylor: |r| < 0.35
-  for (int i = F::kExpTerms; i >= 3; --i) series = fma<T>(series, r * T(1.0 / i), broadcast<T>(T(1)));
-  const Vec<T> q = series * (r * r * T(0.5));
+  Vec<T> series = broadcast<T>(T(1.0 / factorial(F::kExpTerms)));  // (e^r - 1 - r) / r^2, by Taylor: |r| < 0.35
+  for (int i = F::kExpTerms - 1; i >= 2; --i) series = fma<T>(series, r, broadcast<T>(T(1.0 / factorial(i))));
+  const Vec<T> q = series * (r * r);
   const Vec<T> value = fma<T>(scale, q + r, scale);
   const Vec<T> rest = fma<T>(scale, q, (scale - T(1)) + fma<T>(scale, r, -x));
   const Vec<T> infinity = broadcast<T>(T(__builtin_inf()));
