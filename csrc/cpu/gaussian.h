@@ -29,17 +29,30 @@ class Noise {
   }
 
  private:
-  static constexpr int kSize = 4 * kNormals;
+  static constexpr int kGroups = 8, kSize = kGroups * kNormals;
 
   void seek(int64_t i) {
     base_ = i / 4 * 4;
-    for (int j = 0; j < kSize; j += kNormals) philox_normals<T>(seed_, uint64_t(base_ + j) / 4, numbers_ + j);
+    philox_normals<T, kGroups>(seed_, uint64_t(base_) / 4, numbers_);
   }
 
   uint64_t seed_;
   int64_t base_;
   T numbers_[kSize];
 };
+
+// While the noise is made nothing is loaded, so that the hardware does not look far enough ahead by itself.
+constexpr int64_t kAhead = 2048;  // bytes
+
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+}
+
+template <class T>
+inline void prefetch_to_write(T* p) {
+  __builtin_prefetch(reinterpret_cast<char*>(p) + kAhead, 1);
+}
 
 template <class T>
 void gaussian_rsample(const Sample<T>& task) {
@@ -51,13 +64,14 @@ void gaussian_rsample(const Sample<T>& task) {
     const int64_t m = row % task.M;
     Vec<T> total{};
     for (int64_t d = 0; d < D; d += W) {
+      prefetch(task.mu + m * D + d);
+      prefetch(task.logvar + m * D + d);
+      prefetch_to_write(task.z + row * D + d);
       const Vec<T> mu = load_up_to(task.mu + m * D + d, D - d);
       const Vec<T> logvar = load_up_to(task.logvar + m * D + d, D - d);
       const Vec<T> eps = noise.at(row * D + d);
       store_up_to(task.z + row * D + d, fma<T>(exponential<T>(logvar * T(0.5)).exp, eps, mu), D - d);
-      Vec<T> term = fma<T>(eps, eps, logvar);
-      for (int i = int(D - d < W ? D - d : W); i < W; ++i) term[i] = 0;
-      total += term;
+      total += keep<T>(fma<T>(eps, eps, logvar), D - d);
     }
     task.log_q[row] = T(-0.5) * (sum<T>(total) + T(D) * log_2pi);
   }
@@ -65,17 +79,19 @@ void gaussian_rsample(const Sample<T>& task) {
 
 template <class T>
 void gaussian_rsample_backward(const SampleBackward<T>& task) {
-  const int64_t D = task.D, first = task.row_begin * D, count = (task.row_end - task.row_begin) * D;
+  const int64_t D = task.D;
   constexpr int W = kWidth<T>;
-  __builtin_memset(task.dmu + first, 0, size_t(count) * sizeof(T));
-  __builtin_memset(task.dlogvar + first, 0, size_t(count) * sizeof(T));
   for (int64_t s = 0; s < task.S; ++s) {
-    Noise<T> noise(task.seed, s * task.M * D + first);
+    Noise<T> noise(task.seed, (s * task.M + task.row_begin) * D);
     for (int64_t m = task.row_begin; m < task.row_end; ++m) {
       const int64_t row = s * task.M + m;
       const T g_log_q = task.grad_log_q[row];
       for (int64_t d = 0; d < D; d += W) {
         const int64_t i = m * D + d, n = D - d;
+        prefetch(task.logvar + i);
+        prefetch(task.grad_z + row * D + d);
+        prefetch_to_write(task.dmu + i);
+        prefetch_to_write(task.dlogvar + i);
         const Vec<T> sigma = exponential<T>(load_up_to(task.logvar + i, n) * T(0.5)).exp;
         const Vec<T> eps = noise.at(row * D + d);
         const Vec<T> g_z = load_up_to(task.grad_z + row * D + d, n);
@@ -84,8 +100,10 @@ void gaussian_rsample_backward(const SampleBackward<T>& task) {
           dmu = g_z - g_log_q * eps / sigma;
           dlogvar = eps * fma<T>(g_z, sigma, -g_log_q * eps);
         }
-        store_up_to(task.dmu + i, load_up_to(task.dmu + i, n) + dmu, n);
-        store_up_to(task.dlogvar + i, fma<T>(dlogvar, broadcast<T>(T(0.5)), load_up_to(task.dlogvar + i, n)), n);
+        const Vec<T> dmu_before = s ? load_up_to(task.dmu + i, n) : Vec<T>{};
+        const Vec<T> dlogvar_before = s ? load_up_to(task.dlogvar + i, n) : Vec<T>{};
+        store_up_to(task.dmu + i, dmu_before + dmu, n);
+        store_up_to(task.dlogvar + i, fma<T>(dlogvar, broadcast<T>(T(0.5)), dlogvar_before), n);
       }
     }
   }

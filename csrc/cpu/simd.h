@@ -118,6 +118,15 @@ inline void store_up_to(T* p, Vec<T> v, int64_t n) {
 }
 #endif
 
+// The first n lanes, zeros after them.
+template <class T>
+inline Vec<T> keep(Vec<T> v, int64_t n) {
+  if (n < kWidth<T>) {
+    for (int i = int(n); i < kWidth<T>; ++i) v[i] = 0;
+  }
+  return v;
+}
+
 // Contracted to one instruction where the machine has it.
 template <class T>
 inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {

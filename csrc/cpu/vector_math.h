@@ -143,10 +143,12 @@ inline Direction<T> normal_direction(Vec<Bits<T>> w) {
   const Vec<I> quadrant = ((w + I(1 << 29)) >> 30) & I(3);
   const Vec<T> x = __builtin_convertvector((w << above) >> above, Vec<T>) * T(2 * kPi * kTwoToMinus32);  // |x| <= pi/4
   const Vec<T> z = x * x;
-  Vec<T> c = broadcast<T>(T(1)), s = c;
-  for (int i = Format<T>::kTrigTerms; i >= 1; --i) {  // Taylor, by Horner
-    c = fma<T>(c, z * T(-1.0 / (2 * i * (2 * i - 1))), broadcast<T>(T(1)));
-    s = fma<T>(s, z * T(-1.0 / (2 * i * (2 * i + 1))), broadcast<T>(T(1)));
+  constexpr int n = 2 * Format<T>::kTrigTerms;  // Taylor
+  Vec<T> c = broadcast<T>(T(1 / factorial(n))), s = broadcast<T>(T(1 / factorial(n + 1)));
+  for (int i = n - 2; i >= 0; i -= 2) {
+    const T sign = (n - i) % 4 == 0 ? 1 : -1;  // of this coefficient to the last: sums alternate
+    c = fma<T>(c, z, broadcast<T>(T(sign / factorial(i))));
+    s = fma<T>(s, z, broadcast<T>(T(sign / factorial(i + 1))));
   }
   s = s * x;
   const auto swap = (quadrant & I(1)) != 0;
@@ -157,38 +159,50 @@ inline Direction<T> normal_direction(Vec<Bits<T>> w) {
 constexpr int kBlocks = kWidth<uint64_t>;  // Philox blocks computed together
 constexpr int kNormals = 4 * kBlocks;      // and the numbers that they give
 
-// Normal numbers 4 b ... 4 b + kNormals - 1 of the stream of `seed`, in order; the definition is
-// fastvae/reference.py, philox_normal.
-template <class T>
-inline void philox_normals(uint64_t seed, uint64_t b, T* out) {
+// A word of 32 bits of each block, in the low half of its lane; what is above does not count.
+struct Words {
+  Vec<uint64_t> x[4];
+};
+
+inline Words philox(uint64_t seed, Vec<uint64_t> block) {
   using U = Vec<uint64_t>;
-  U block;
-  for (int i = 0; i < kBlocks; ++i) block[i] = b + uint64_t(i);
-  U x[4] = {block, block >> 32, U{}, U{}};  // only the low 32 bits of a lane count
+  Words w = {{block, block >> 32, U{}, U{}}};
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const U p0 = multiply_low(x[0], U{} + uint64_t(0xD2511F53));
-    const U p1 = multiply_low(x[2], U{} + uint64_t(0xCD9E8D57));
-    x[0] = (p1 >> 32) ^ x[1] ^ uint64_t(k0);
-    x[1] = p1;
-    x[2] = (p0 >> 32) ^ x[3] ^ uint64_t(k1);
-    x[3] = p0;
+    const U p0 = multiply_low(w.x[0], U{} + uint64_t(0xD2511F53));
+    const U p1 = multiply_low(w.x[2], U{} + uint64_t(0xCD9E8D57));
+    w.x[0] = (p1 >> 32) ^ w.x[1] ^ uint64_t(k0);
+    w.x[1] = p1;
+    w.x[2] = (p0 >> 32) ^ w.x[3] ^ uint64_t(k1);
+    w.x[3] = p0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
+  return w;
+}
+
+// Two vectors, lane by lane in turn: a0 b0 a1 b1 ...
+template <class T, size_t... I>
+inline void store_in_turn(Vec<T> a, Vec<T> b, T* out, std::index_sequence<I...>) {
+  constexpr int W = kWidth<T>;
+  store<T>(out, __builtin_shufflevector(a, b, int(I % 2 * W + I / 2)...));
+  store<T>(out + W, __builtin_shufflevector(a, b, int(I % 2 * W + I / 2 + W / 2)...));
+}
+
+// Box-Muller, to numbers in the order of their blocks.
+template <class T>
+inline void normals(const Words& w, T* out) {
+  constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
   const uint64_t low = 0xFFFFFFFF;
   if constexpr (sizeof(T) == 4) {  // words 0 and 2 of a block side by side, and 1 and 3
-    const Vec<T> radius = normal_radius<T>((Vec<int32_t>)((x[0] & low) | (x[2] << 32)));
-    const Direction<T> d = normal_direction<T>((Vec<int32_t>)((x[1] & low) | (x[3] << 32)));
-    const Vec<T> even = radius * d.cos, odd = radius * d.sin;
-    for (int i = 0; i < kWidth<T>; ++i) {
-      out[2 * i] = even[i];
-      out[2 * i + 1] = odd[i];
-    }
+    const Vec<T> radius = normal_radius<T>((Vec<int32_t>)((w.x[0] & low) | (w.x[2] << 32)));
+    const Direction<T> d = normal_direction<T>((Vec<int32_t>)((w.x[1] & low) | (w.x[3] << 32)));
+    store_in_turn<T>(radius * d.cos, radius * d.sin, out, lanes);
   } else {
     for (int pair = 0; pair < 2; ++pair) {
-      const Vec<T> radius = normal_radius<T>((Vec<int64_t>)(x[2 * pair] & low));
-      const Direction<T> d = normal_direction<T>((Vec<int64_t>)(x[2 * pair + 1] & low));
+      const Vec<T> radius = normal_radius<T>((Vec<int64_t>)(w.x[2 * pair] & low));
+      const Direction<T> d = normal_direction<T>((Vec<int64_t>)(w.x[2 * pair + 1] & low));
       const Vec<T> even = radius * d.cos, odd = radius * d.sin;
       for (int i = 0; i < kWidth<T>; ++i) {
         out[4 * i + 2 * pair] = even[i];
@@ -196,6 +210,17 @@ inline void philox_normals(uint64_t seed, uint64_t b, T* out) {
       }
     }
   }
+}
+
+// Normal numbers 4 b ... 4 b + groups * kNormals - 1 of the stream of `seed`, in order; the definition is
+// fastvae/reference.py, philox_normal.  In two loops, each of which keeps the core busy with several groups at a time.
+template <class T, int groups>
+inline void philox_normals(uint64_t seed, uint64_t b, T* out) {
+  Vec<uint64_t> block;
+  for (int i = 0; i < kBlocks; ++i) block[i] = b + uint64_t(i);
+  Words words[groups];
+  for (int i = 0; i < groups; ++i) words[i] = philox(seed, block + uint64_t(i * kBlocks));
+  for (int i = 0; i < groups; ++i) normals<T>(words[i], out + i * kNormals);
 }
 
 }  // namespace FASTVAE_ISA
