@@ -22,7 +22,7 @@ struct Range {
   int64_t row_begin, row_end, component_begin, component_end;
 };
 
-// log2 p(z) = top + log2(total) of the components seen so far; top is near the largest term, or above it.
+// log p(z) = top + log(total) of the components seen so far; top is near the largest term, or above it.
 template <class T>
 struct Partial {
   T top;
@@ -36,7 +36,7 @@ struct Forward {
   const int64_t* exclude;  // [M] or null
   Range range;
   Partial<T>* partial;  // [rows of the range], written
-  T* score;             // [rows, D] or null: sum_k 2^(a - top) u v, so that the score is -score / total
+  T* score;             // [rows, D] or null: sum_k exp(a - top) u v, so that the score is -score / total
   void* scratch;
 };
 

@@ -26,14 +26,11 @@ using fastvae::Partial;
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;  // components
 
-// Dimensions are summed in registers a block at a time, which keeps the rounding error small; after a block comes a look
-// at whether the tile still matters.  Blocks grow from the first size to the last.
-constexpr int kFirstBlock = 16, kLastBlock = 64;
+// Dimensions are summed in registers a block at a time, which keeps the rounding error small, with looks at whether the
+// tile still matters.
+constexpr int kBlock = 64, kLook = 16;
 
 constexpr int kBatch = 8;  // tiles that are worked on together
-
-// Exponents are kept in bits, as 2^x is less work than e^x; so the panels hold v times this.
-constexpr double kHalfLog2E = 0.5 * kLog2E;
 
 constexpr double kHalfLog2Pi = 0.918938533204672741780;
 
@@ -46,12 +43,12 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 template <class T>
 struct Scratch {
   int64_t chunk;  // panels
-  T* panels;      // [chunk, D, 2, kPanel]: v / (2 ln 2), mu
-  T* c;           // [chunk, kPanel], in bits
-  T* steep;       // [chunk]: log2 of the largest ratio of a component's 1 / sigma_d to the least one of all components
+  T* panels;      // [chunk, D, 2, kPanel]: v / 2, mu
+  T* c;           // [chunk, kPanel]
+  T* steep;       // [chunk]: log of the largest ratio of a component's 1 / sigma_d to the least one of all components
   T* grads;       // [chunk, D, 2, kPanel]: sum_m w u, and sum_m w u^2; backward only
   T* weights;     // [chunk, kPanel]: sum_m w
-  T* dz;          // [D, kRows, kWidth]: sum_k w u v, a vector of partial sums each
+  T* dz;          // [D, kRows, kWidth]: sum_k w u v / 2, a vector of partial sums each
   T* z;           // [D, kRows]
   T* tiles;       // [kBatch, kRows, kPanel]
 
@@ -134,19 +131,18 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
           const Vec<T> below_widest = mix.widest[d + i] - lv;
           narrow = below_widest > narrow ? below_widest : narrow;
         }
-        const Vec<T> v = exponential<T>(-(lv < limit ? limit : lv)).exp * T(kHalfLog2E);
+        const Vec<T> v = exponential<T>(-(lv < limit ? limit : lv)).exp * T(0.5);
         store<T>(p, absent ? broadcast<T>(T(1)) : v);
         store<T>(p + kPanel<T>, absent ? Vec<T>{} : mu[i]);
       }
     }
     T steep = j % kPanel<T> ? scratch.steep[j / kPanel<T>] : T(0);
     for (int i = 0; i < W; ++i) {
-      const double c = kLog2E * (log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi);
+      const double c = log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi;
       scratch.c[j + i] = T(absent[i] ? minus_infinity : c);
       if (absent[i]) continue;
       if (T(c) > extremes.c) extremes.c = T(c);
-      const T ratio = narrow[i] * T(kHalfLog2E);
-      if (ratio > steep) steep = ratio;
+      if (narrow[i] > 2 * steep) steep = narrow[i] / 2;
     }
     scratch.steep[j / kPanel<T>] = steep;
     if (steep > extremes.steep) extremes.steep = steep;
@@ -163,8 +159,8 @@ template <class T>
 T limit_for(T reference, T negligible, const Mixture<T>& mix, const Extremes<T>& chunk) {
   const T limit = reference - negligible;
   if (!mix.widest) return limit;
-  const double t_squared = 3 * kLn2 * (double(chunk.c) - double(limit) + double(chunk.steep)) + 1;
-  return T(double(limit) - (t_squared > 1 ? 0.5 * __builtin_log2(t_squared) : 0.0));
+  const double t_squared = 3 * (double(chunk.c) - double(limit) + double(chunk.steep)) + 1;
+  return T(double(limit) - (t_squared > 1 ? 0.5 * __builtin_log(t_squared) : 0.0));
 }
 
 // R rows of z, transposed: [D, R], the dimensions in their places.
@@ -174,37 +170,12 @@ void transpose_rows(const T* z, int64_t D, const int32_t* place, T* out) {
     for (int r = 0; r < R; ++r) out[place[d] * R + r] = z[r * D + d];
 }
 
-// a = c, or a, minus the sum over dimensions [begin, end) of u^2 v, for R rows and one panel: the innermost loop.
-template <class T, int R>
-inline __attribute__((always_inline)) void subtract_squares(const T* z, const T* panel, int64_t begin, int64_t end,
-                                                            const T* c, T* a) {
-  constexpr int W = kWidth<T>;
-  Vec<T> sum[R][2] = {};
-  for (int64_t d = begin; d < end; ++d) {
-    const T* p = panel + d * 2 * kPanel<T>;
-    const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> x = broadcast<T>(z[d * R + r]);
-      const Vec<T> u0 = x - mu0, u1 = x - mu1;
-      sum[r][0] = fma<T>(u0 * u0, v0, sum[r][0]);
-      sum[r][1] = fma<T>(u1 * u1, v1, sum[r][1]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    T* row = a + r * kPanel<T>;
-    const T* from = begin ? row : c;
-    store<T>(row, load<T>(from) - sum[r][0]);
-    store<T>(row + W, load<T>(from + W) - sum[r][1]);
-  }
-}
-
 // The tiles of R rows with the panels of a chunk, a batch at a time: those that matter.
 //
 // A tile is left out if all its exponents are below their rows' limits.  As they only fall while the sum over dimensions
 // grows, that may be known from the first dimensions already.  Where looking has been for nothing several times, most
-// panels are summed without.
+// panels are summed without.  An exponent is the same number either way, and in forward and backward: far from all
+// components a last bit of it can be worth many bits of exp(a - l).
 template <class T, int R>
 class Tiles {
  public:
@@ -233,34 +204,59 @@ class Tiles {
 
   // The tile after the last one; false if it does not matter.
   bool exponents(const T (&limit)[R]) {
-    const T *c = scratch_.c + next_ * kPanel<T>, steep = scratch_.steep[next_];
-    T* a = tile[count];
     const bool look = idle_ < kPatience || next_ % kEvery == 0;
-    for (int64_t d = 0, end; d < D_; d = end) {
-      end = least(D_, d + (look ? most(kFirstBlock, least(d, kLastBlock)) : kLastBlock));
-      subtract_squares<T, R>(scratch_.z, panel[count], d, end, c, a);
-      if ((look || end == D_) && !matters(a, limit, steep)) {
-        idle_ = end == D_ ? idle_ + look : 0;
-        return false;
-      }
+    for (int64_t d = 0; d < D_; d += kBlock) {
+      if (!subtract_squares(d, least(D_, d + kBlock), look, limit)) return false;
     }
     idle_ += look;
     if (exclude_) {
       for (int r = 0; r < R; ++r) {
         const int64_t lane = exclude_[r] - first_ - next_ * kPanel<T>;
-        if (lane >= 0 && lane < kPanel<T>) a[r * kPanel<T> + lane] = T(-__builtin_inf());
+        if (lane >= 0 && lane < kPanel<T>) tile[count][r * kPanel<T> + lane] = T(-__builtin_inf());
       }
     }
     return true;
   }
 
-  // Whether an exponent is not below its row's limit, or is NaN.  Mostly row 0 has one, or none has.
-  static bool matters(const T* a, const T (&limit)[R], T steep) {
-    for (int r = 0; r < R; ++r, a += kPanel<T>) {
-      const T lowered = limit[r] - steep;
-      if (!every_lane<T>(below(load<T>(a + W), lowered, below(load<T>(a), lowered, kEveryLane<T>)))) return true;
+  // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2: the innermost loop.  False if that leaves no
+  // exponent of the tile that matters.
+  bool subtract_squares(int64_t begin, int64_t end, bool look, const T (&limit)[R]) {
+    const T *z = scratch_.z, *from = begin ? tile[count] : scratch_.c + next_ * kPanel<T>;
+    const int64_t stride = begin ? kPanel<T> : 0;
+    Vec<T> sum[R][2] = {};
+    for (int64_t d = begin, stop; d < end;) {
+      for (stop = look ? least(end, d + kLook) : end; d < stop; ++d) {
+        const T* p = panel[count] + d * 2 * kPanel<T>;
+        const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Vec<T> x = broadcast<T>(z[d * R + r]);
+          const Vec<T> u0 = x - mu0, u1 = x - mu1;
+          sum[r][0] = fma<T>(u0 * u0, v0, sum[r][0]);
+          sum[r][1] = fma<T>(u1 * u1, v1, sum[r][1]);
+        }
+      }
+      if (!look && end < D_) continue;
+      bool matters = false;  // mostly row 0 has an exponent that is not below the limit, or is NaN; or none has
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        if (matters) continue;
+        const T lowered = limit[r] - scratch_.steep[next_];
+        const Mask<T> m = below(load<T>(from + r * stride) - sum[r][0], lowered, kEveryLane<T>);
+        matters = !every_lane<T>(below(load<T>(from + r * stride + W) - sum[r][1], lowered, m));
+      }
+      if (!matters) {
+        idle_ = d < D_ ? 0 : idle_ + look;
+        return false;
+      }
     }
-    return false;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      T* a = tile[count] + r * kPanel<T>;
+      store<T>(a, load<T>(from + r * stride) - sum[r][0]);
+      store<T>(a + W, load<T>(from + r * stride + W) - sum[r][1]);
+    }
+    return true;
   }
 
   const Scratch<T>& scratch_;
@@ -270,7 +266,7 @@ class Tiles {
   int64_t next_ = 0, idle_ = 0;
 };
 
-// The second pass over a tile, with its weights w: dz[d][r] += w u v by lane; for the panel, dmu[d] += sum_r w u and
+// The second pass over a tile, with its weights w: dz[d][r] += w u v / 2 by lane; for the panel, dmu[d] += sum_r w u and
 // dlogvar[d] += sum_r w u^2.
 template <class T, int R, bool DZ, bool DMU, bool DLOGVAR>
 void tile_gradients(const T* z, const T* panel, int64_t D, const T* weights, T* dz, T* grads) {
@@ -330,14 +326,14 @@ void add_rows(const T* dz, int r, int64_t D, const int32_t* place, T sign, T* ro
 template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
 
-constexpr int kMargin = 6;  // bits by which a term may exceed top before top is raised
+constexpr int kMargin = 4;  // how far a term may exceed top before top is raised
 
 // A term of this row exceeds top by more than the margin: what was summed so far shrinks to the new one.
 template <class T, int R, bool SCORE>
 __attribute__((noinline)) void raise_top(T raised, T* top, Partial<T>* partial, Vec<T>* total, T* dz, T* score,
                                          int64_t D) {
   const bool first = *top == kLowest<T>;  // nothing was summed
-  const double shrink = first ? 0.0 : __builtin_exp2(double(*top) - double(raised));
+  const double shrink = first ? 0.0 : __builtin_exp(double(*top) - double(raised));
   *top = raised;
   partial->total *= shrink;
   *total *= T(shrink);
@@ -357,7 +353,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   const int64_t D = task.mixture.D;
   const int64_t* exclude = task.exclude ? task.exclude + task.range.row_begin + row : nullptr;
   // K terms this far below top add less than a rounding of T together.
-  const T negligible = T(__builtin_log2(double(task.mixture.K)) + Format<T>::kMantissaBits + 3);
+  const T negligible = T(__builtin_log(double(task.mixture.K)) + (Format<T>::kMantissaBits + 3) * kLn2);
   transpose_rows<T, R>(task.z + (task.range.row_begin + row) * D, D, task.mixture.place, scratch.z);
   Partial<T>* partial = task.partial + row;
   T* score = task.score + row * D;
@@ -385,7 +381,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
       Vec<T> sum0{}, sum1{};
       for (int i = 0; i < tiles.count; ++i) {
         T* a = tiles.tile[i] + r * kPanel<T>;
-        const Vec<T> e0 = exp2_term<T>(load<T>(a) - top[r]), e1 = exp2_term<T>(load<T>(a + kWidth<T>) - top[r]);
+        const Vec<T> e0 = exp_term<T>(load<T>(a) - top[r]), e1 = exp_term<T>(load<T>(a + kWidth<T>) - top[r]);
         sum0 += e0;
         sum1 += e1;
         if constexpr (SCORE) {
@@ -404,7 +400,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   for (int r = 0; r < R; ++r) {
     partial[r].top = top[r];
     partial[r].total += sum<T>(total[r]);
-    if constexpr (SCORE) add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(1 / kHalfLog2E), score + r * D);
+    if constexpr (SCORE) add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(2), score + r * D);
   }
 }
 
@@ -452,13 +448,11 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
   const int64_t D = task.mixture.D, m = task.range.row_begin + row;
   const int64_t* exclude = task.exclude ? task.exclude + m : nullptr;
   // K terms of less than 2^-24 / K (2^-53 / K in double) are less than a rounding together.
-  const T negligible = T(__builtin_log2(double(task.mixture.K)) + Format<T>::kMantissaBits + 1);
-  T log_prob[R], rest[R], limit[R], grad[R];  // log_prob + rest in bits
+  const T negligible = T(__builtin_log(double(task.mixture.K)) + (Format<T>::kMantissaBits + 1) * kLn2);
+  T log_prob[R], limit[R], grad[R];
   for (int r = 0; r < R; ++r) {
     const bool nowhere = task.log_prob[m + r] == T(-__builtin_inf());  // density zero, no gradient
-    const double bits = nowhere ? 0.0 : kLog2E * double(task.log_prob[m + r]);
-    log_prob[r] = T(bits);
-    rest[r] = sizeof(T) == 4 ? T(bits - double(log_prob[r])) : T(0);
+    log_prob[r] = nowhere ? T(0) : task.log_prob[m + r];
     grad[r] = nowhere ? T(0) : task.grad[m + r];
     limit[r] = task.dense ? T(-__builtin_inf()) : limit_for<T>(log_prob[r], negligible, task.mixture, extremes);
   }
@@ -474,7 +468,7 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           T* a = w + r * kPanel<T> + j;
-          const Vec<T> x = exp2_term<T>(load<T>(a) - log_prob[r] - rest[r]) * grad[r];
+          const Vec<T> x = exp_term<T>(load<T>(a) - log_prob[r]) * grad[r];
           store<T>(a, x);
           sum += x;
         }
@@ -490,7 +484,7 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
 
   if constexpr (DZ) {
     for (int r = 0; r < R; ++r)
-      add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(-1 / kHalfLog2E), task.dz + (row + r) * D);
+      add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(-2), task.dz + (row + r) * D);
   }
 }
 
@@ -520,7 +514,7 @@ void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_
       Vec<T> dmu[W] = {}, dlogvar[W] = {};
       for (int i = 0; i < W && d + i < D; ++i) {
         const int64_t p = at + place[d + i] * 2 * kPanel<T>;
-        const Vec<T> v = load<T>(scratch.panels + p) * T(1 / kHalfLog2E);
+        const Vec<T> v = load<T>(scratch.panels + p) * T(2);
         if (task.dmu) dmu[i] = v * load<T>(scratch.grads + p);
         if (task.dlogvar) dlogvar[i] = T(0.5) * fma<T>(v, load<T>(scratch.grads + p + kPanel<T>), -weight);
         if (task.dlogvar && task.mixture.shared) task.dlogvar[d + i] += sum<T>(dlogvar[i]);

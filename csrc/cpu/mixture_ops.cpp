@@ -11,8 +11,6 @@
 namespace fastvae {
 namespace {
 
-constexpr double kLn2 = 0.693147180559945309417;
-
 constexpr int64_t kMergeBytes = 32 << 20;  // what splits may hold before they are merged
 
 // Splits of the components at most.  Few in forward: in each a row has to find its largest terms anew before it can
@@ -137,13 +135,13 @@ T merge(const Partial<T>* partial, int64_t splits, int64_t stride, double* scale
   double top = partial[0].top, total = 0;
   for (int64_t i = 1; i < splits; ++i) top = std::max(top, double(partial[i * stride].top));
   for (int64_t i = 0; i < splits; ++i) {
-    const double shrink = std::exp2(double(partial[i * stride].top) - top);
+    const double shrink = std::exp(double(partial[i * stride].top) - top);
     total += partial[i * stride].total * shrink;
     if (scale) scale[i] = shrink;
   }
   if (scale)
     for (int64_t i = 0; i < splits; ++i) scale[i] = total == 0 ? 0.0 : scale[i] / total;
-  return T(kLn2 * (top + std::log2(total)));
+  return T(top + std::log(total));
 }
 
 template <class T>

@@ -55,18 +55,19 @@ struct Exp2<double> {
                                  4.4352809446103361611e-10};
 };
 
-// 2^x for x <= 0 or a little above it: a term of a sum whose largest is about 1.  0 below the normal numbers; NaN stays
-// NaN.  Relative error 1e-7.
+// exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  0 below -kExpLimit; NaN stays
+// NaN.  Relative error 1e-7 + |x| 2^-25, so the absolute one is below 1e-7 everywhere.
 template <class T>
-inline Vec<T> exp2_term(Vec<T> x) {
+inline Vec<T> exp_term(Vec<T> x) {
   using F = Format<T>;
+  const Vec<T> log2e = broadcast<T>(T(kLog2E));
   const Vec<T> bias = broadcast<T>(F::kRound + F::kBias);
-  const Vec<T> y = x + bias;  // its low bits are the biased exponent
-  const Vec<T> r = x - (y - bias);
+  const Vec<T> y = fma<T>(x, log2e, bias);  // its low bits are the biased exponent
+  const Vec<T> r = fma<T>(x, log2e, bias - y);
   Vec<T> p = broadcast<T>(Exp2<T>::c[Exp2<T>::kDegree]);
   for (int i = Exp2<T>::kDegree - 1; i >= 0; --i) p = fma<T>(p, r, broadcast<T>(Exp2<T>::c[i]));
   const Vec<T> value = p * (Vec<T>)((Vec<Bits<T>>)y << F::kMantissaBits);
-  return x < broadcast<T>(T(1 - F::kBias)) ? Vec<T>{} : value;
+  return x < broadcast<T>(-F::kExpLimit) ? Vec<T>{} : value;
 }
 
 constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
