@@ -14,10 +14,11 @@ struct Mixture {
   int64_t K, D;
   bool shared;
   const int32_t* place;  // [D]: where dimension d comes in the sum over dimensions; the telling ones come first
+  const int64_t* order;  // [K]: the components in the order in which they are taken; null: as they are
   const T* widest;       // [D]: the largest logvar of any component; null where no gradient in z is wanted
 };
 
-// A rectangle of the M x K pairs: what one task works on.
+// A rectangle of the M x K pairs, components in their order: what one task works on.
 struct Range {
   int64_t row_begin, row_end, component_begin, component_end;
 };
@@ -33,7 +34,7 @@ template <class T>
 struct Forward {
   Mixture<T> mixture;
   const T* z;              // [M, D]
-  const int64_t* exclude;  // [M] or null
+  const int64_t* exclude;  // [M]: a place in the order, or -1; or null
   Range range;
   Partial<T>* partial;  // [rows of the range], written
   T* score;             // [rows, D] or null: sum_k exp(a - top) u v, so that the score is -score / total
@@ -49,11 +50,12 @@ struct Backward {
   const T* grad;      // [M]
   bool dense;         // touch every tile
   Range range;
-  // Added to; null where not asked for.
-  T* dz;        // [rows of the range, D]
-  T* dmu;       // [components of the range, D]
-  T* dlogvar;   // [components, D], or [D] if shared
-  T* dweights;  // [components]
+  // Null where not asked for.
+  T* dz;        // [rows of the range, D], added to
+  T* dmu;       // [K, D], written at the components of the range; added to if `add`
+  T* dlogvar;   // [K, D], likewise; or [D] if shared, added to
+  T* dweights;  // [K], likewise
+  bool add;
   void* scratch;
 };
 

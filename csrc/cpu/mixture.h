@@ -28,7 +28,7 @@ constexpr int kPanel = 2 * kWidth<T>;  // components
 
 // Dimensions are summed in registers a block at a time, which keeps the rounding error small, with looks at whether the
 // tile still matters.
-constexpr int kBlock = 64, kLook = 16;
+constexpr int kBlock = 64, kFirstLook = 8, kLook = 16;
 
 constexpr int kBatch = 8;  // tiles that are worked on together
 
@@ -81,18 +81,39 @@ struct Scratch {
   }
 };
 
-// The square of rows of `stride` at p, transposed; zeros where there are fewer rows or columns than lanes.
+// Where the parameters of up to kWidth components begin, from the k-th in order on.
 template <class T>
-inline void load_transposed(const T* p, int64_t stride, int64_t rows, int64_t columns, Vec<T> (&v)[kWidth<T>]) {
-  constexpr int W = kWidth<T>;
-  if (rows >= W && columns >= W) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = load<T>(p + i * stride);
-  } else {
-    for (int i = 0; i < W; ++i) v[i] = i < rows ? load_up_to(p + i * stride, columns) : Vec<T>{};
+struct Places {
+  int64_t count, k[kWidth<T>], at[kWidth<T>];
+
+  Places(const Mixture<T>& mix, int64_t first, int64_t n) : count(least(n, kWidth<T>)) {
+    for (int i = 0; i < count; ++i) {
+      k[i] = mix.order ? mix.order[first + i] : first + i;
+      at[i] = k[i] * mix.D;
+    }
   }
-  transpose<T>(v);
-}
+
+  // x [K, D] at dimensions [d, D), transposed; zeros where there are fewer components or dimensions than lanes.
+  void load_transposed(const T* x, int64_t d, int64_t D, Vec<T> (&v)[kWidth<T>]) const {
+    constexpr int W = kWidth<T>;
+    if (count == W && D - d >= W) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = load<T>(x + at[i] + d);
+    } else {
+      for (int i = 0; i < W; ++i) v[i] = i < count ? load_up_to(x + at[i] + d, D - d) : Vec<T>{};
+    }
+    transpose<T>(v);
+  }
+
+  // The way back: v, which is used up, is written or added to x.
+  void store_transposed(Vec<T> (&v)[kWidth<T>], int64_t d, int64_t D, bool add, T* x) const {
+    transpose<T>(v);
+    for (int i = 0; i < count; ++i) {
+      T* out = x + at[i] + d;
+      store_up_to(out, add ? load_up_to(out, D - d) + v[i] : v[i], D - d);
+    }
+  }
+};
 
 // The largest c and the largest steepness of a packed chunk.
 template <class T>
@@ -112,17 +133,18 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
   Extremes<T> extremes = {T(minus_infinity), T(0)};
   for (int64_t j = 0; j < round_up(count, kPanel<T>); j += W) {
     T* panel = scratch.panels + j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
+    const Places<T> places(mix, k + j, count - j);
     double log_w[W];
     Vec<Bits<T>> absent;
     for (int i = 0; i < W; ++i) {
-      log_w[i] = j + i >= count ? minus_infinity : mix.log_weights ? double(mix.log_weights[k + j + i]) : uniform;
+      log_w[i] = i >= places.count ? minus_infinity : mix.log_weights ? double(mix.log_weights[places.k[i]]) : uniform;
       absent[i] = log_w[i] == minus_infinity ? -1 : 0;
     }
     Vec<T> logvar_sum{}, narrow{};
     for (int64_t d = 0; d < D; d += W) {
       Vec<T> mu[W], logvar[W];
-      load_transposed<T>(mix.mu + (k + j) * D + d, D, count - j, D - d, mu);
-      if (!mix.shared) load_transposed<T>(mix.logvar + (k + j) * D + d, D, count - j, D - d, logvar);
+      places.load_transposed(mix.mu, d, D, mu);
+      if (!mix.shared) places.load_transposed(mix.logvar, d, D, logvar);
       for (int i = 0; i < W && d + i < D; ++i) {
         T* p = panel + mix.place[d + i] * 2 * kPanel<T>;
         const Vec<T> lv = mix.shared ? broadcast<T>(mix.logvar[d + i]) : logvar[i];
@@ -173,8 +195,8 @@ void transpose_rows(const T* z, int64_t D, const int32_t* place, T* out) {
 // The tiles of R rows with the panels of a chunk, a batch at a time: those that matter.
 //
 // A tile is left out if all its exponents are below their rows' limits.  As they only fall while the sum over dimensions
-// grows, that may be known from the first dimensions already.  Where looking has been for nothing several times, most
-// panels are summed without.  An exponent is the same number either way, and in forward and backward: far from all
+// grows, that may be known from the first dimensions already.  Where components are not in order and looking has been
+// for nothing several times, most panels are summed without.  An exponent is the same number either way, and in forward and backward: far from all
 // components a last bit of it can be worth many bits of exp(a - l).
 template <class T, int R>
 class Tiles {
@@ -184,8 +206,8 @@ class Tiles {
   int64_t index[kBatch];   // of the panel in its chunk
   const T* panel[kBatch];  // [D, 2, kPanel]
 
-  Tiles(const Scratch<T>& scratch, int64_t D, const int64_t* exclude, int64_t first, int64_t panels)
-      : scratch_(scratch), D_(D), exclude_(exclude), first_(first), panels_(panels) {
+  Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t first, int64_t panels)
+      : scratch_(scratch), D_(mixture.D), in_order_(mixture.order), exclude_(exclude), first_(first), panels_(panels) {
     for (int i = 0; i < kBatch; ++i) tile[i] = scratch.tiles + i * R * kPanel<T>;
   }
 
@@ -204,7 +226,7 @@ class Tiles {
 
   // The tile after the last one; false if it does not matter.
   bool exponents(const T (&limit)[R]) {
-    const bool look = idle_ < kPatience || next_ % kEvery == 0;
+    const bool look = in_order_ || idle_ < kPatience || next_ % kEvery == 0;
     for (int64_t d = 0; d < D_; d += kBlock) {
       if (!subtract_squares(d, least(D_, d + kBlock), look, limit)) return false;
     }
@@ -225,7 +247,7 @@ class Tiles {
     const int64_t stride = begin ? kPanel<T> : 0;
     Vec<T> sum[R][2] = {};
     for (int64_t d = begin, stop; d < end;) {
-      for (stop = look ? least(end, d + kLook) : end; d < stop; ++d) {
+      for (stop = look ? least(end, d + (d < kLook ? kFirstLook : kLook)) : end; d < stop; ++d) {
         const T* p = panel[count] + d * 2 * kPanel<T>;
         const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
 #pragma GCC unroll 8
@@ -261,6 +283,7 @@ class Tiles {
 
   const Scratch<T>& scratch_;
   const int64_t D_;
+  const bool in_order_;
   const int64_t* exclude_;
   const int64_t first_, panels_;
   int64_t next_ = 0, idle_ = 0;
@@ -365,7 +388,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   Vec<T> total[R] = {};
   if constexpr (SCORE) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
 
-  Tiles<T, R> tiles(scratch, D, exclude, first, panels);
+  Tiles<T, R> tiles(scratch, task.mixture, exclude, first, panels);
   while (tiles.find(limit)) {
     for (int r = 0; r < R; ++r) {
       Vec<T> largest = broadcast<T>(kLowest<T>);  // a NaN is not, but comes out of exp
@@ -459,7 +482,7 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
   transpose_rows<T, R>(task.z + m * D, D, task.mixture.place, scratch.z);
   if constexpr (DZ) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
 
-  Tiles<T, R> tiles(scratch, D, exclude, first, panels);
+  Tiles<T, R> tiles(scratch, task.mixture, exclude, first, panels);
   while (tiles.find(limit)) {
     for (int i = 0; i < tiles.count; ++i) {
       T *w = tiles.tile[i], *weights = scratch.weights + tiles.index[i] * kPanel<T>;
@@ -500,39 +523,35 @@ struct BackwardRows {
   }
 };
 
-// The gradients of `count` packed components, which begin at offset k of the task's range, into its outputs.
+// The gradients of `count` packed components, from the k-th in order on, into the task's outputs.
 template <class T>
 void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_t k, int64_t count) {
   constexpr int W = kWidth<T>;
   const int64_t D = task.mixture.D;
   const int32_t* place = task.mixture.place;
   for (int64_t j = 0; j < count; j += W) {
-    const int64_t n = least(W, count - j), at = j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
+    const int64_t at = j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
+    const Places<T> places(task.mixture, k + j, count - j);
     const Vec<T> weight = load<T>(scratch.weights + j);
-    if (task.dweights) store_up_to(task.dweights + k + j, load_up_to(task.dweights + k + j, n) + weight, n);
+    if (task.dweights) {
+      for (int i = 0; i < places.count; ++i) {
+        T* out = task.dweights + places.k[i];
+        *out = task.add ? *out + weight[i] : weight[i];
+      }
+    }
     for (int64_t d = 0; d < D; d += W) {
-      Vec<T> dmu[W] = {}, dlogvar[W] = {};
-      for (int i = 0; i < W && d + i < D; ++i) {
+      Vec<T> dmu[W], dlogvar[W];
+      for (int i = 0; i < W; ++i) {
+        dmu[i] = dlogvar[i] = Vec<T>{};
+        if (d + i >= D) continue;
         const int64_t p = at + place[d + i] * 2 * kPanel<T>;
         const Vec<T> v = load<T>(scratch.panels + p) * T(2);
         if (task.dmu) dmu[i] = v * load<T>(scratch.grads + p);
         if (task.dlogvar) dlogvar[i] = T(0.5) * fma<T>(v, load<T>(scratch.grads + p + kPanel<T>), -weight);
         if (task.dlogvar && task.mixture.shared) task.dlogvar[d + i] += sum<T>(dlogvar[i]);
       }
-      if (task.dmu) {
-        transpose<T>(dmu);
-        for (int i = 0; i < n; ++i) {
-          T* out = task.dmu + (k + j + i) * D + d;
-          store_up_to(out, load_up_to(out, D - d) + dmu[i], D - d);
-        }
-      }
-      if (task.dlogvar && !task.mixture.shared) {
-        transpose<T>(dlogvar);
-        for (int i = 0; i < n; ++i) {
-          T* out = task.dlogvar + (k + j + i) * D + d;
-          store_up_to(out, load_up_to(out, D - d) + dlogvar[i], D - d);
-        }
-      }
+      if (task.dmu) places.store_transposed(dmu, d, D, task.add, task.dmu);
+      if (task.dlogvar && !task.mixture.shared) places.store_transposed(dlogvar, d, D, task.add, task.dlogvar);
     }
   }
 }
@@ -550,7 +569,7 @@ void mixture_backward_as(const Backward<T>& task) {
     __builtin_memset(scratch.weights, 0, size_t(panels * kPanel<T>) * sizeof(T));
     if (DMU || DLOGVAR) __builtin_memset(scratch.grads, 0, size_t(panels * D * 2 * kPanel<T>) * sizeof(T));
     for_row_tiles<T, kRows>(0, rows, BackwardRows<T, DZ, DMU, DLOGVAR>{task, scratch, extremes, k, panels});
-    unpack_gradients<T>(task, scratch, k - task.range.component_begin, count);
+    unpack_gradients<T>(task, scratch, k, count);
   }
 }
 

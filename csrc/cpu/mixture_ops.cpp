@@ -4,9 +4,7 @@
 // and sums, or their parts of dz); groups of rows each have their own parts of the parameters' gradients.  Where a cut
 // changes the order of a sum it depends on the shapes alone, and merging goes in order: the same input gives the same
 // bits, whatever the threads.
-#include <cmath>
-
-#include "host.h"
+#include "prepared.h"
 
 namespace fastvae {
 namespace {
@@ -37,84 +35,17 @@ Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t most_split
   return p;
 }
 
-int64_t cut(int64_t n, int64_t parts, int64_t i) { return n / parts * i + std::min(i, n % parts); }
-
-// The same by whole blocks: rows of a tile, components of a panel.
-int64_t cut(int64_t n, int64_t block, int64_t parts, int64_t i) {
+// The cut of n by whole blocks: rows of a tile, components of a panel.
+int64_t cut_blocks(int64_t n, int64_t block, int64_t parts, int64_t i) {
   return std::min(n, block * cut((n + block - 1) / block, parts, i));
 }
 
 Range range_of(const Plan& p, int64_t row_begin, int64_t row_end, int64_t K, int64_t task) {
   constexpr int64_t kTileRows = 8, kPanel = 32;  // of the widest instruction set
   const int64_t rows = row_end - row_begin, group = task / p.splits, split = task % p.splits;
-  return {row_begin + cut(rows, kTileRows, p.groups, group), row_begin + cut(rows, kTileRows, p.groups, group + 1),
-          cut(K, kPanel, p.splits, split), cut(K, kPanel, p.splits, split + 1)};
+  return {row_begin + cut_blocks(rows, kTileRows, p.groups, group), row_begin + cut_blocks(rows, kTileRows, p.groups, group + 1),
+          cut_blocks(K, kPanel, p.splits, split), cut_blocks(K, kPanel, p.splits, split + 1)};
 }
-
-// A mixture, and what is found out about it before the kernels run.
-template <class T>
-struct Prepared {
-  Mixture<T> mixture;
-  std::vector<int32_t> place;
-  std::vector<T> widest;
-
-  Prepared(const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights, bool gradient_in_z) {
-    const int64_t K = mu.size(0), D = mu.size(1);
-    mixture = {input<T>(mu), input<T>(logvar), input<T>(log_weights), K, D, logvar.size(0) != K, nullptr, nullptr};
-    order_dimensions();
-    mixture.place = place.data();
-    if (gradient_in_z) {
-      find_widest();
-      mixture.widest = widest.data();
-    }
-  }
-
- private:
-  bool absent(int64_t k) const { return mixture.log_weights && mixture.log_weights[k] == T(-INFINITY); }
-  const T* logvar_of(int64_t k) const { return mixture.logvar + (mixture.shared ? 0 : k * mixture.D); }
-
-  // Dimensions that tell components apart best, by the variance of their means over their variances, come first, so
-  // that a tile which does not matter is known early.  A sample of the components decides; any order is right.
-  void order_dimensions() {
-    const int64_t K = mixture.K, D = mixture.D, step = std::max<int64_t>(1, K / 128);
-    std::vector<double> sum(D), square(D), logvar(D), telling(D);
-    int64_t count = 0;
-    for (int64_t k = 0; k < K; k += step) {
-      if (absent(k)) continue;
-      ++count;
-      for (int64_t d = 0; d < D; ++d) {
-        const double m = mixture.mu[k * D + d];
-        sum[d] += m;
-        square[d] += m * m;
-        logvar[d] += logvar_of(k)[d];
-      }
-    }
-    for (int64_t d = 0; d < D; ++d) {
-      telling[d] = std::log(square[d] - sum[d] * sum[d] / count) - logvar[d] / count;
-      if (std::isnan(telling[d])) telling[d] = -INFINITY;
-    }
-    std::vector<int32_t> order(D);
-    place.resize(D);
-    for (int64_t d = 0; d < D; ++d) order[d] = int32_t(d);
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return telling[a] > telling[b]; });
-    for (int64_t i = 0; i < D; ++i) place[order[i]] = int32_t(i);
-  }
-
-  void find_widest() {
-    const int64_t D = mixture.D, rows = mixture.shared ? 1 : mixture.K, parts = std::clamp<int64_t>(rows / 1024, 1, 64);
-    widest.assign(parts * D, T(-INFINITY));
-    run_tasks(parts, [&](int64_t part) {
-      T* most = widest.data() + part * D;
-      for (int64_t k = cut(rows, parts, part); k < cut(rows, parts, part + 1); ++k) {
-        if (!mixture.shared && absent(k)) continue;
-        const T* logvar = mixture.logvar + k * D;
-        for (int64_t d = 0; d < D; ++d) most[d] = logvar[d] > most[d] ? logvar[d] : most[d];
-      }
-    });
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t d = 0; d < D; ++d) widest[d] = std::max(widest[d], widest[part * D + d]);
-  }
-};
 
 void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
            const std::optional<Tensor>& exclude) {
@@ -145,8 +76,8 @@ T merge(const Partial<T>* partial, int64_t splits, int64_t stride, double* scale
 }
 
 template <class T>
-void forward(const Kernels<T>& kernels, const Mixture<T>& mixture, const T* z, const int64_t* exclude, int64_t M,
-             T* log_prob, T* score) {
+void forward(const Kernels<T>& kernels, const Mixture<T>& mixture, const Rows<T>& rows, int64_t M, T* log_prob,
+             T* score) {
   const int64_t D = mixture.D;
   Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0), kForwardSplits);
   // Groups of rows only give further threads work; they change no row's result.
@@ -158,20 +89,21 @@ void forward(const Kernels<T>& kernels, const Mixture<T>& mixture, const T* z, c
   const int64_t scratch_bytes = kernels.mixture_scratch(D);
 
   for (int64_t begin = 0; begin < M; begin += slab) {
-    const int64_t rows = std::min(slab, M - begin);
+    const int64_t count = std::min(slab, M - begin);
     run_tasks(p.groups * p.splits, [&](int64_t task) {
-      const Range range = range_of(p, begin, begin + rows, mixture.K, task);
+      const Range range = range_of(p, begin, begin + count, mixture.K, task);
       const int64_t at = task % p.splits * slab + range.row_begin - begin;
-      kernels.mixture_forward({mixture, z, exclude, range, partial.data() + at, score ? scores.get() + at * D : nullptr,
-                               thread_scratch(scratch_bytes)});
+      kernels.mixture_forward({mixture, rows.z, rows.exclude, range, partial.data() + at,
+                               score ? scores.get() + at * D : nullptr, thread_scratch(scratch_bytes)});
     });
-    const int64_t piece = std::max<int64_t>(16, rows / 64);
-    run_tasks((rows + piece - 1) / piece, [&](int64_t task) {
+    const int64_t piece = std::max<int64_t>(16, count / 64);
+    run_tasks((count + piece - 1) / piece, [&](int64_t task) {
       double scale[kForwardSplits];
-      for (int64_t r = task * piece; r < std::min(rows, (task + 1) * piece); ++r) {
-        log_prob[begin + r] = merge<T>(partial.data() + r, p.splits, slab, score ? scale : nullptr);
+      for (int64_t r = task * piece; r < std::min(count, (task + 1) * piece); ++r) {
+        const int64_t row = rows[begin + r];
+        log_prob[row] = merge<T>(partial.data() + r, p.splits, slab, score ? scale : nullptr);
         if (!score) continue;
-        T* out = score + (begin + r) * D;
+        T* out = score + row * D;
         std::fill(out, out + D, T(0));
         for (int64_t i = 0; i < p.splits; ++i) {
           const T* part = scores.get() + (i * slab + r) * D;
@@ -188,28 +120,35 @@ struct Gradients {
   T *dz, *dmu, *dlogvar, *dweights;
 };
 
-// out[i] += parts[0][i] + parts[1][i] + ..., in that order; the parts lie one after the other.
+// out[i] = parts[0][i] + parts[1][i] + ..., in that order; the parts lie `stride` apart.
 template <class T>
-void add_parts(T* out, const T* parts, int64_t count, int64_t n) {
+void sum_parts(T* out, const T* parts, int64_t count, int64_t stride, int64_t n) {
+  std::copy_n(parts, n, out);
+  for (int64_t part = 1; part < count; ++part)
+    for (int64_t i = 0; i < n; ++i) out[i] += parts[part * stride + i];
+}
+
+// The same of what may not be wanted, by tasks.
+template <class T>
+void sum_parts(T* out, const T* parts, int64_t count, int64_t n) {
   if (!out || !count) return;
   const int64_t piece = 4096;
   run_tasks((n + piece - 1) / piece, [&](int64_t task) {
-    const int64_t end = std::min(n, (task + 1) * piece);
-    for (int64_t part = 0; part < count; ++part)
-      for (int64_t i = task * piece; i < end; ++i) out[i] += parts[part * n + i];
+    const int64_t begin = task * piece;
+    sum_parts(out + begin, parts + begin, count, n, std::min(n - begin, piece));
   });
 }
 
 template <class T>
-void backward(const Kernels<T>& kernels, Backward<T> job, int64_t M, Gradients<T> out) {
+void backward(const Kernels<T>& kernels, Backward<T> job, const Rows<T>& rows, int64_t M, Gradients<T> out) {
   const int64_t K = job.mixture.K, D = job.mixture.D;
   const bool shared = job.mixture.shared;
   const Plan p = plan(M, K, D, D * int64_t(sizeof(T)), kBackwardSplits);
   const int64_t slab = std::min(M, p.slab), scratch_bytes = kernels.mixture_scratch(D);
   const auto zeros = [](bool wanted, int64_t n) { return std::vector<T>(size_t(wanted ? n : 0)); };
 
-  // With one group of rows the parameters' gradients are added to the output itself.  A shared logvar's are summed over
-  // the components too, so each task has its own.
+  // With one group of rows the parameters' gradients go to the output itself.  A shared logvar's are summed over the
+  // components too, so each task has its own.
   const int64_t parts = p.groups > 1 ? p.groups : 0, shared_parts = p.groups * p.splits;
   std::vector<T> dz = zeros(out.dz, p.splits * slab * D);
   std::vector<T> dmu = zeros(out.dmu, parts * K * D);
@@ -217,27 +156,33 @@ void backward(const Kernels<T>& kernels, Backward<T> job, int64_t M, Gradients<T
   std::vector<T> dweights = zeros(out.dweights, parts * K);
 
   for (int64_t begin = 0; begin < M; begin += slab) {
-    const int64_t rows = std::min(slab, M - begin);
-    std::fill(dz.begin(), dz.end(), T(0));
+    const int64_t count = std::min(slab, M - begin);
+    if (begin) std::fill(dz.begin(), dz.end(), T(0));
     run_tasks(p.groups * p.splits, [&](int64_t task) {
       const int64_t group = task / p.splits, split = task % p.splits;
       Backward<T> b = job;
-      b.range = range_of(p, begin, begin + rows, K, task);
+      b.range = range_of(p, begin, begin + count, K, task);
+      b.add = begin > 0;
       b.scratch = thread_scratch(scratch_bytes);
       const auto part_of = [&](T* whole, std::vector<T>& own, int64_t row) {
-        return !whole ? nullptr : (parts ? own.data() + group * K * row : whole) + b.range.component_begin * row;
+        return whole && parts ? own.data() + group * K * row : whole;
       };
-      b.dz = out.dz ? dz.data() + (split * rows + b.range.row_begin - begin) * D : nullptr;
+      b.dz = out.dz ? dz.data() + (split * slab + b.range.row_begin - begin) * D : nullptr;
       b.dmu = part_of(out.dmu, dmu, D);
       b.dlogvar = shared && out.dlogvar ? dlogvar.data() + task * D : part_of(out.dlogvar, dlogvar, D);
       b.dweights = part_of(out.dweights, dweights, 1);
       kernels.mixture_backward(b);
     });
-    add_parts(out.dz ? out.dz + begin * D : nullptr, dz.data(), p.splits, rows * D);
+    if (!out.dz) continue;
+    const int64_t piece = std::max<int64_t>(16, count / 64);
+    run_tasks((count + piece - 1) / piece, [&](int64_t task) {
+      for (int64_t r = task * piece; r < std::min(count, (task + 1) * piece); ++r)
+        sum_parts(out.dz + rows[begin + r] * D, dz.data() + r * D, p.splits, slab * D, D);
+    });
   }
-  add_parts(out.dmu, dmu.data(), parts, K * D);
-  add_parts(out.dlogvar, dlogvar.data(), shared ? shared_parts : parts, shared ? D : K * D);
-  add_parts(out.dweights, dweights.data(), parts, K);
+  sum_parts(out.dmu, dmu.data(), parts, K * D);
+  sum_parts(out.dlogvar, dlogvar.data(), shared ? shared_parts : parts, shared ? D : K * D);
+  sum_parts(out.dweights, dweights.data(), parts, K);
 }
 
 Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
@@ -247,8 +192,9 @@ Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
   Tensor log_prob = empty(z, {M});
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
-    const Prepared<T> prepared(mu, logvar, log_weights, false);
-    forward<T>(kernels, prepared.mixture, input<T>(z), input<int64_t>(exclude), M, output<T>(log_prob), nullptr);
+    const Prepared<T> prepared(mu, logvar, log_weights, M, false, false);
+    const Rows<T> rows(prepared, input<T>(z), input<int64_t>(exclude), M);
+    forward<T>(kernels, prepared.mixture, rows, M, output<T>(log_prob), nullptr);
   });
   return log_prob;
 }
@@ -261,9 +207,9 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
   Tensor log_prob = empty(z, {M}), score = torch::stable::empty_like(z);
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
-    const Prepared<T> prepared(mu, logvar, log_weights, true);
-    forward<T>(kernels, prepared.mixture, input<T>(z), input<int64_t>(exclude), M, output<T>(log_prob),
-               output<T>(score));
+    const Prepared<T> prepared(mu, logvar, log_weights, M, true, false);
+    const Rows<T> rows(prepared, input<T>(z), input<int64_t>(exclude), M);
+    forward<T>(kernels, prepared.mixture, rows, M, output<T>(log_prob), output<T>(score));
   });
   return {log_prob, score};
 }
@@ -277,21 +223,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
   const int64_t M = z.size(0), K = mu.size(0), D = mu.size(1);
   STD_TORCH_CHECK(grad.numel() == M && log_prob.numel() == M, "fastvae: want grad and log_prob [M]");
   const auto wanted = [&](bool need, std::vector<int64_t> size) {
-    return torch::stable::new_zeros(z, need ? size : std::vector<int64_t>{0});
+    if (!need) size = {0};
+    return M ? torch::stable::new_empty(z, size) : torch::stable::new_zeros(z, size);
   };
   Tensor dz = wanted(need_z, {M, D}), dmu = wanted(need_mu, {K, D}),
          dlogvar = wanted(need_logvar, {logvar.size(0), D}), dweights = wanted(need_log_weights, {K});
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
-    const Prepared<T> prepared(mu, logvar, log_weights, need_z);
+    const Prepared<T> prepared(mu, logvar, log_weights, M, need_z, dense);
+    const Rows<T> rows(prepared, input<T>(z), input<int64_t>(exclude), M);
+    std::vector<T> log_prob_memory, grad_memory;
     Backward<T> job{};
     job.mixture = prepared.mixture;
-    job.z = input<T>(z);
-    job.exclude = input<int64_t>(exclude);
-    job.log_prob = input<T>(log_prob);
-    job.grad = input<T>(grad);
+    job.z = rows.z;
+    job.exclude = rows.exclude;
+    job.log_prob = rows.reordered(input<T>(log_prob), log_prob_memory);
+    job.grad = rows.reordered(input<T>(grad), grad_memory);
     job.dense = dense;
-    backward<T>(kernels, job, M,
+    backward<T>(kernels, job, rows, M,
                 {need_z ? output<T>(dz) : nullptr, need_mu ? output<T>(dmu) : nullptr,
                  need_logvar ? output<T>(dlogvar) : nullptr, need_log_weights ? output<T>(dweights) : nullptr});
   });

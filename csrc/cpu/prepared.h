@@ -1,0 +1,157 @@
+// What is found out about a mixture before the kernels run: in which order its dimensions, its components and the rows
+// are best taken, so that tiles which do not matter are many and known early.  Any order is right.
+#pragma once
+
+#include <cmath>
+
+#include "host.h"
+
+namespace fastvae {
+
+inline int64_t cut(int64_t n, int64_t parts, int64_t i) { return n / parts * i + std::min(i, n % parts); }
+
+template <class T>
+class Prepared {
+ public:
+  Mixture<T> mixture;
+
+  // M rows are to come; `everything` if every tile is to be computed.
+  Prepared(const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights, int64_t M,
+           bool gradient_in_z, bool everything) {
+    const int64_t K = mu.size(0), D = mu.size(1);
+    mixture = {input<T>(mu), input<T>(logvar), input<T>(log_weights), K, D, logvar.size(0) != K, {}, {}, {}};
+    const bool apart = order_dimensions();
+    mixture.place = place_.data();
+    if (apart && !everything && M >= 32 && K >= 256) {
+      order_ = in_order(mixture.mu, K);
+      mixture.order = order_.data();
+    }
+    if (gradient_in_z) {
+      find_widest();
+      mixture.widest = widest_.data();
+    }
+  }
+
+  // The order of n rows [n, D] in which neighbours lie on the same side of the mean in as many of the first dimensions
+  // as can be: a Gray code of the sides, by counting.
+  std::vector<int64_t> in_order(const T* rows, int64_t n) const {
+    std::vector<uint16_t> code(static_cast<size_t>(n));
+    const int64_t D = mixture.D, bits = int64_t(first_.size()), parts = std::clamp<int64_t>(n / 1024, 1, 64);
+    run_tasks(parts, [&](int64_t part) {
+      for (int64_t i = cut(n, parts, part); i < cut(n, parts, part + 1); ++i) {
+        unsigned c = 0;
+        for (int64_t b = 0; b < bits; ++b) c = c << 1 | ((rows[i * D + first_[b]] > mean_[b]) ^ (c & 1));
+        code[i] = uint16_t(c);
+      }
+    });
+    std::vector<int64_t> next((size_t(1) << bits) + 1), order(static_cast<size_t>(n));
+    for (const uint16_t c : code) ++next[c + 1];
+    for (size_t c = 1; c < next.size(); ++c) next[c] += next[c - 1];
+    for (int64_t i = 0; i < n; ++i) order[next[code[i]]++] = i;
+    return order;
+  }
+
+ private:
+  static constexpr int64_t kBits = 10;
+  // Nats by which two components differ on average in the first kFew dimensions for ordering to be worth its time: some
+  // more than a term has to lie below the largest to be left out.
+  static constexpr int64_t kFew = 8;
+  static constexpr double kApart = 40;
+
+  std::vector<int32_t> place_;
+  std::vector<int64_t> order_, first_;
+  std::vector<T> widest_, mean_;  // mean_ of dimensions first_
+
+  bool absent(int64_t k) const { return mixture.log_weights && mixture.log_weights[k] == T(-INFINITY); }
+  const T* logvar_of(int64_t k) const { return mixture.logvar + (mixture.shared ? 0 : k * mixture.D); }
+
+  // Dimensions that tell components apart best, by the variance of their means over their variances, come first.  A
+  // sample of the components decides.  True if the first few tell them apart well.
+  bool order_dimensions() {
+    const int64_t K = mixture.K, D = mixture.D, step = std::max<int64_t>(1, K / 128);
+    std::vector<double> sum(D), square(D), logvar(D), telling(D);
+    int64_t count = 0;
+    for (int64_t k = 0; k < K; k += step) {
+      if (absent(k)) continue;
+      ++count;
+      for (int64_t d = 0; d < D; ++d) {
+        const double m = mixture.mu[k * D + d];
+        sum[d] += m;
+        square[d] += m * m;
+        logvar[d] += logvar_of(k)[d];
+      }
+    }
+    for (int64_t d = 0; d < D; ++d) {
+      telling[d] = std::log((square[d] - sum[d] * sum[d] / count) / count) - logvar[d] / count;
+      if (std::isnan(telling[d])) telling[d] = -INFINITY;
+    }
+    std::vector<int32_t> order(D);
+    place_.resize(D);
+    for (int64_t d = 0; d < D; ++d) order[d] = int32_t(d);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return telling[a] > telling[b]; });
+    for (int64_t i = 0; i < D; ++i) place_[order[i]] = int32_t(i);
+    double nats = 0;
+    for (int64_t i = 0; i < std::min(D, kFew); ++i) nats += std::exp(telling[order[i]]);
+    for (int64_t i = 0; i < std::min(D, kBits); ++i) {
+      first_.push_back(order[i]);
+      mean_.push_back(T(sum[order[i]] / count));
+    }
+    return nats > kApart;
+  }
+
+  void find_widest() {
+    const int64_t D = mixture.D, rows = mixture.shared ? 1 : mixture.K, parts = std::clamp<int64_t>(rows / 1024, 1, 64);
+    widest_.assign(parts * D, T(-INFINITY));
+    run_tasks(parts, [&](int64_t part) {
+      T* most = widest_.data() + part * D;
+      for (int64_t k = cut(rows, parts, part); k < cut(rows, parts, part + 1); ++k) {
+        if (!mixture.shared && absent(k)) continue;
+        const T* logvar = mixture.logvar + k * D;
+        for (int64_t d = 0; d < D; ++d) most[d] = logvar[d] > most[d] ? logvar[d] : most[d];
+      }
+    });
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t d = 0; d < D; ++d) widest_[d] = std::max(widest_[d], widest_[part * D + d]);
+  }
+};
+
+// The rows as the kernels take them: as they are, or a copy in the mixture's order.
+template <class T>
+class Rows {
+ public:
+  const T* z;
+  const int64_t* exclude;  // places of components
+
+  Rows(const Prepared<T>& prepared, const T* rows, const int64_t* excluded, int64_t M) : z(rows), exclude(excluded) {
+    const Mixture<T>& mixture = prepared.mixture;
+    if (!mixture.order) return;
+    order_ = prepared.in_order(rows, M);
+    z_.resize(size_t(M * mixture.D));
+    for (int64_t i = 0; i < M; ++i) std::copy_n(rows + order_[i] * mixture.D, mixture.D, z_.data() + i * mixture.D);
+    z = z_.data();
+    if (!excluded) return;
+    std::vector<int64_t> place(static_cast<size_t>(mixture.K));
+    for (int64_t i = 0; i < mixture.K; ++i) place[mixture.order[i]] = i;
+    for (int64_t i = 0; i < M; ++i) {
+      const int64_t k = excluded[order_[i]];
+      exclude_.push_back(k < 0 || k >= mixture.K ? -1 : place[k]);
+    }
+    exclude = exclude_.data();
+  }
+
+  // Where row i is in the caller's order.
+  int64_t operator[](int64_t i) const { return order_.empty() ? i : order_[i]; }
+
+  // x[(*this)[i]] for every row i; x itself, if the order is the same.
+  const T* reordered(const T* x, std::vector<T>& memory) const {
+    if (order_.empty()) return x;
+    for (const int64_t i : order_) memory.push_back(x[i]);
+    return memory.data();
+  }
+
+ private:
+  std::vector<int64_t> order_, exclude_;
+  std::vector<T> z_;
+};
+
+}  // namespace fastvae
