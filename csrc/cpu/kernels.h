@@ -36,6 +36,7 @@ struct Forward {
   const T* z;              // [M, D]
   const int64_t* exclude;  // [M]: a place in the order, or -1; or null
   Range range;
+  const T* known;       // [rows of the range] or null: a term of the whole sum, or less
   Partial<T>* partial;  // [rows of the range], written
   T* score;             // [rows, D] or null: sum_k exp(a - top) u v, so that the score is -score / total
   void* scratch;

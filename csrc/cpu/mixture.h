@@ -380,10 +380,11 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   transpose_rows<T, R>(task.z + (task.range.row_begin + row) * D, D, task.mixture.place, scratch.z);
   Partial<T>* partial = task.partial + row;
   T* score = task.score + row * D;
-  T top[R], limit[R];
+  T top[R], known[R], limit[R];
   for (int r = 0; r < R; ++r) {
     top[r] = partial[r].top;
-    limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
+    known[r] = task.known ? task.known[row + r] : kLowest<T>;
+    limit[r] = limit_for<T>(top[r] > known[r] ? top[r] : known[r], negligible, task.mixture, extremes);
   }
   Vec<T> total[R] = {};
   if constexpr (SCORE) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
@@ -399,7 +400,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
       if (__builtin_expect(!every_lane<T>(below(largest, top[r] + kMargin, kEveryLane<T>)), 0)) {
         raise_top<T, R, SCORE>(max<T>(largest), top + r, partial + r, total + r, scratch.dz + r * kWidth<T>,
                                score + r * D, D);
-        limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
+        if (!(top[r] < known[r])) limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
       }
       Vec<T> sum0{}, sum1{};
       for (int i = 0; i < tiles.count; ++i) {

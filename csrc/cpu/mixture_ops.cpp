@@ -9,6 +9,8 @@
 namespace fastvae {
 namespace {
 
+constexpr int64_t kTileRows = 8, kPanel = 32;  // of the widest instruction set
+
 constexpr int64_t kMergeBytes = 32 << 20;  // what splits may hold before they are merged
 
 // Splits of the components at most.  Few in forward: in each a row has to find its largest terms anew before it can
@@ -41,10 +43,10 @@ int64_t cut_blocks(int64_t n, int64_t block, int64_t parts, int64_t i) {
 }
 
 Range range_of(const Plan& p, int64_t row_begin, int64_t row_end, int64_t K, int64_t task) {
-  constexpr int64_t kTileRows = 8, kPanel = 32;  // of the widest instruction set
   const int64_t rows = row_end - row_begin, group = task / p.splits, split = task % p.splits;
-  return {row_begin + cut_blocks(rows, kTileRows, p.groups, group), row_begin + cut_blocks(rows, kTileRows, p.groups, group + 1),
-          cut_blocks(K, kPanel, p.splits, split), cut_blocks(K, kPanel, p.splits, split + 1)};
+  const auto row = [&](int64_t i) { return row_begin + cut_blocks(rows, kTileRows, p.groups, i); };
+  const auto component = [&](int64_t i) { return cut_blocks(K, kPanel, p.splits, i); };
+  return {row(group), row(group + 1), component(split), component(split + 1)};
 }
 
 void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
@@ -75,9 +77,29 @@ T merge(const Partial<T>* partial, int64_t splits, int64_t stride, double* scale
   return T(top + std::log(total));
 }
 
+// For each row a term that is large, if the components are in order: of the components around the place of its tile.
 template <class T>
-void forward(const Kernels<T>& kernels, const Mixture<T>& mixture, const Rows<T>& rows, int64_t M, T* log_prob,
+std::vector<T> large_terms(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<T>& rows, int64_t M) {
+  const Mixture<T>& mixture = prepared.mixture;
+  if (!mixture.order) return {};
+  std::vector<T> terms(static_cast<size_t>(M));
+  const int64_t scratch_bytes = kernels.mixture_scratch(mixture.D);
+  run_tasks((M + kTileRows - 1) / kTileRows, [&](int64_t task) {
+    const int64_t begin = task * kTileRows, end = std::min(M, begin + kTileRows);
+    const int64_t place = prepared.place_near(rows.z + (begin + end) / 2 * mixture.D);
+    const int64_t first = std::clamp<int64_t>(place - kPanel / 2, 0, mixture.K - 1);
+    Partial<T> partial[kTileRows];
+    kernels.mixture_forward({mixture, rows.z, rows.exclude, {begin, end, first, std::min(mixture.K, first + 2 * kPanel)},
+                             nullptr, partial, nullptr, thread_scratch(scratch_bytes)});
+    for (int64_t i = begin; i < end; ++i) terms[i] = partial[i - begin].top;
+  });
+  return terms;
+}
+
+template <class T>
+void forward(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<T>& rows, int64_t M, T* log_prob,
              T* score) {
+  const Mixture<T>& mixture = prepared.mixture;
   const int64_t D = mixture.D;
   Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0), kForwardSplits);
   // Groups of rows only give further threads work; they change no row's result.
@@ -87,13 +109,15 @@ void forward(const Kernels<T>& kernels, const Mixture<T>& mixture, const Rows<T>
   std::vector<Partial<T>> partial(size_t(p.splits * slab));                        // [splits, slab]
   std::unique_ptr<T[]> scores(score ? new T[size_t(p.splits * slab * D)] : nullptr);  // [splits, slab, D]
   const int64_t scratch_bytes = kernels.mixture_scratch(D);
+  const std::vector<T> known = large_terms(kernels, prepared, rows, M);
 
   for (int64_t begin = 0; begin < M; begin += slab) {
     const int64_t count = std::min(slab, M - begin);
     run_tasks(p.groups * p.splits, [&](int64_t task) {
       const Range range = range_of(p, begin, begin + count, mixture.K, task);
       const int64_t at = task % p.splits * slab + range.row_begin - begin;
-      kernels.mixture_forward({mixture, rows.z, rows.exclude, range, partial.data() + at,
+      kernels.mixture_forward({mixture, rows.z, rows.exclude, range,
+                               known.empty() ? nullptr : known.data() + range.row_begin, partial.data() + at,
                                score ? scores.get() + at * D : nullptr, thread_scratch(scratch_bytes)});
     });
     const int64_t piece = std::max<int64_t>(16, count / 64);
@@ -194,7 +218,7 @@ Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
     using T = decltype(zero);
     const Prepared<T> prepared(mu, logvar, log_weights, M, false, false);
     const Rows<T> rows(prepared, input<T>(z), input<int64_t>(exclude), M);
-    forward<T>(kernels, prepared.mixture, rows, M, output<T>(log_prob), nullptr);
+    forward<T>(kernels, prepared, rows, M, output<T>(log_prob), nullptr);
   });
   return log_prob;
 }
@@ -209,7 +233,7 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
     using T = decltype(zero);
     const Prepared<T> prepared(mu, logvar, log_weights, M, true, false);
     const Rows<T> rows(prepared, input<T>(z), input<int64_t>(exclude), M);
-    forward<T>(kernels, prepared.mixture, rows, M, output<T>(log_prob), output<T>(score));
+    forward<T>(kernels, prepared, rows, M, output<T>(log_prob), output<T>(score));
   });
   return {log_prob, score};
 }

@@ -23,7 +23,7 @@ class Prepared {
     const bool apart = order_dimensions();
     mixture.place = place_.data();
     if (apart && !everything && M >= 32 && K >= 256) {
-      order_ = in_order(mixture.mu, K);
+      order_ = in_order(mixture.mu, K, begins_);
       mixture.order = order_.data();
     }
     if (gradient_in_z) {
@@ -33,23 +33,23 @@ class Prepared {
   }
 
   // The order of n rows [n, D] in which neighbours lie on the same side of the mean in as many of the first dimensions
-  // as can be: a Gray code of the sides, by counting.
-  std::vector<int64_t> in_order(const T* rows, int64_t n) const {
+  // as can be, by counting; and where in that order a code begins, into `begins`.
+  std::vector<int64_t> in_order(const T* rows, int64_t n, std::vector<int64_t>& begins) const {
     std::vector<uint16_t> code(static_cast<size_t>(n));
-    const int64_t D = mixture.D, bits = int64_t(first_.size()), parts = std::clamp<int64_t>(n / 1024, 1, 64);
+    const int64_t parts = std::clamp<int64_t>(n / 1024, 1, 64);
     run_tasks(parts, [&](int64_t part) {
-      for (int64_t i = cut(n, parts, part); i < cut(n, parts, part + 1); ++i) {
-        unsigned c = 0;
-        for (int64_t b = 0; b < bits; ++b) c = c << 1 | ((rows[i * D + first_[b]] > mean_[b]) ^ (c & 1));
-        code[i] = uint16_t(c);
-      }
+      for (int64_t i = cut(n, parts, part); i < cut(n, parts, part + 1); ++i) code[i] = code_of(rows + i * mixture.D);
     });
-    std::vector<int64_t> next((size_t(1) << bits) + 1), order(static_cast<size_t>(n));
-    for (const uint16_t c : code) ++next[c + 1];
-    for (size_t c = 1; c < next.size(); ++c) next[c] += next[c - 1];
+    begins.assign((size_t(1) << first_.size()) + 1, 0);
+    for (const uint16_t c : code) ++begins[c + 1];
+    for (size_t c = 1; c < begins.size(); ++c) begins[c] += begins[c - 1];
+    std::vector<int64_t> next = begins, order(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i) order[next[code[i]]++] = i;
     return order;
   }
+
+  // About where in the order the components are that are near to a row [D].
+  int64_t place_near(const T* row) const { return begins_[code_of(row)]; }
 
  private:
   static constexpr int64_t kBits = 10;
@@ -59,8 +59,15 @@ class Prepared {
   static constexpr double kApart = 40;
 
   std::vector<int32_t> place_;
-  std::vector<int64_t> order_, first_;
+  std::vector<int64_t> order_, begins_, first_;
   std::vector<T> widest_, mean_;  // mean_ of dimensions first_
+
+  // A Gray code: which side of the mean, dimension by dimension.
+  uint16_t code_of(const T* row) const {
+    unsigned code = 0;
+    for (size_t b = 0; b < first_.size(); ++b) code = code << 1 | ((row[first_[b]] > mean_[b]) ^ (code & 1));
+    return uint16_t(code);
+  }
 
   bool absent(int64_t k) const { return mixture.log_weights && mixture.log_weights[k] == T(-INFINITY); }
   const T* logvar_of(int64_t k) const { return mixture.logvar + (mixture.shared ? 0 : k * mixture.D); }
@@ -125,7 +132,8 @@ class Rows {
   Rows(const Prepared<T>& prepared, const T* rows, const int64_t* excluded, int64_t M) : z(rows), exclude(excluded) {
     const Mixture<T>& mixture = prepared.mixture;
     if (!mixture.order) return;
-    order_ = prepared.in_order(rows, M);
+    std::vector<int64_t> begins;
+    order_ = prepared.in_order(rows, M, begins);
     z_.resize(size_t(M * mixture.D));
     for (int64_t i = 0; i < M; ++i) std::copy_n(rows + order_[i] * mixture.D, mixture.D, z_.data() + i * mixture.D);
     z = z_.data();
