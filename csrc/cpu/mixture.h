@@ -387,10 +387,12 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
     limit[r] = limit_for<T>(top[r] > known[r] ? top[r] : known[r], negligible, task.mixture, extremes);
   }
   Vec<T> total[R] = {};
-  if constexpr (SCORE) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
 
   Tiles<T, R> tiles(scratch, task.mixture, exclude, first, panels);
+  bool any = false;
   while (tiles.find(limit)) {
+    if (SCORE && !any) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
+    any = true;
     for (int r = 0; r < R; ++r) {
       Vec<T> largest = broadcast<T>(kLowest<T>);  // a NaN is not, but comes out of exp
       for (int i = 0; i < tiles.count; ++i) {
@@ -421,6 +423,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
     }
   }
 
+  if (!any) return;
   for (int r = 0; r < R; ++r) {
     partial[r].top = top[r];
     partial[r].total += sum<T>(total[r]);
@@ -481,10 +484,12 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
     limit[r] = task.dense ? T(-__builtin_inf()) : limit_for<T>(log_prob[r], negligible, task.mixture, extremes);
   }
   transpose_rows<T, R>(task.z + m * D, D, task.mixture.place, scratch.z);
-  if constexpr (DZ) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
 
   Tiles<T, R> tiles(scratch, task.mixture, exclude, first, panels);
+  bool any = false;
   while (tiles.find(limit)) {
+    if (DZ && !any) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
+    any = true;
     for (int i = 0; i < tiles.count; ++i) {
       T *w = tiles.tile[i], *weights = scratch.weights + tiles.index[i] * kPanel<T>;
       for (int j = 0; j < kPanel<T>; j += kWidth<T>) {
@@ -506,7 +511,7 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
     }
   }
 
-  if constexpr (DZ) {
+  if (DZ && any) {
     for (int r = 0; r < R; ++r)
       add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(-2), task.dz + (row + r) * D);
   }
