@@ -97,7 +97,7 @@ class MixtureLogProb(torch.autograd.Function):
 
 
 class GaussianRsample(torch.autograd.Function):
-    """(z [S, M, D], log q [S, M]); backward draws the noise again from the seed."""
+    """(z [S, M, D], log q [S, M]), or without the S where num_samples is None; backward draws the noise again."""
 
     @staticmethod
     def forward(
@@ -105,18 +105,21 @@ class GaussianRsample(torch.autograd.Function):
         mu: Tensor,
         logvar: Tensor,
         seed: Tensor,
-        num_samples: int,
+        num_samples: int | None,
         path_derivative: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logvar, seed)
-        ctx.path_derivative, ctx.backend = path_derivative, backend
-        return operators[backend].gaussian_rsample(mu, logvar, seed, num_samples)
+        ctx.path_derivative, ctx.backend, ctx.one = path_derivative, backend, num_samples is None
+        z, log_q = operators[backend].gaussian_rsample(mu, logvar, seed, num_samples or 1)
+        return (z.squeeze_(0), log_q.squeeze_(0)) if ctx.one else (z, log_q)
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad_z: Tensor, grad_log_q: Tensor) -> Gradients:
         logvar, seed = ctx.saved_tensors
+        if ctx.one:
+            grad_z, grad_log_q = grad_z.unsqueeze(0), grad_log_q.unsqueeze(0)
         dmu, dlogvar = operators[ctx.backend].gaussian_rsample_backward(
             grad_z.contiguous(), grad_log_q.contiguous(), logvar, seed, ctx.path_derivative
         )

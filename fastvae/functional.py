@@ -71,7 +71,7 @@ def mixture_log_prob(
         return reference.mixture_log_prob(z, mu, logvar, log_weights, exclude=exclude)
     rows = _flat(z, mu, logvar, log_weights, exclude)
     log_prob, _ = MixtureLogProb.apply(*rows, dense_backward, False, backend)
-    return log_prob.reshape(z.shape[:-1])
+    return _shaped(log_prob, z.shape[:-1])
 
 
 def mixture_log_prob_and_score(
@@ -104,7 +104,7 @@ def mixture_log_prob_and_score(
         return reference.mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude=exclude)
     rows = _flat(z, mu, logvar, log_weights, exclude)
     log_prob, score = MixtureLogProb.apply(*rows, dense_backward, True, backend)
-    return log_prob.reshape(z.shape[:-1]), score.reshape(z.shape)
+    return _shaped(log_prob, z.shape[:-1]), _shaped(score, z.shape)
 
 
 def gaussian_rsample(
@@ -144,8 +144,7 @@ def gaussian_rsample(
 
     Source: Kingma and Welling, Auto-encoding variational Bayes (ICLR 2014).
     """
-    dtype = _result_dtype(mu=mu, logvar=logvar)
-    mu, logvar = _check_gaussian(mu, logvar)
+    mu, logvar, dtype = _check_gaussian(mu, logvar)
     if num_samples is not None:
         if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
             raise TypeError(f"num_samples must be an integer or None, not {type(num_samples).__name__}")
@@ -158,10 +157,9 @@ def gaussian_rsample(
         )
         return z.to(dtype), log_q
     seed = reference.draw_seed(mu.device, generator)
-    S, batch, D = 1 if num_samples is None else num_samples, mu.shape[:-1], mu.shape[-1]
-    z, log_q = GaussianRsample.apply(_rows(mu), _rows(logvar), seed, S, path_derivative, backend)
-    lead = batch if num_samples is None else (S, *batch)
-    return z.reshape(*lead, D).to(dtype), log_q.reshape(lead)
+    z, log_q = GaussianRsample.apply(_rows(mu), _rows(logvar), seed, num_samples, path_derivative, backend)
+    lead = mu.shape[:-1] if num_samples is None else (num_samples, *mu.shape[:-1])
+    return _shaped(z, (*lead, mu.shape[-1])).to(dtype), _shaped(log_q, lead)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tensor:
@@ -184,11 +182,11 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tenso
 
     Source: Kingma and Welling, Auto-encoding variational Bayes (ICLR 2014), appendix B.
     """
-    mu, logvar = _check_gaussian(mu, logvar)
+    mu, logvar, _ = _check_gaussian(mu, logvar)
     backend = backends.choose(impl, mu.device)
     if backend == "reference":
         return reference.gaussian_kl(mu, logvar)
-    return GaussianKL.apply(_rows(mu), _rows(logvar), backend).reshape(mu.shape[:-1])
+    return _shaped(GaussianKL.apply(_rows(mu), _rows(logvar), backend), mu.shape[:-1])
 
 
 def mixture_kl(
@@ -225,8 +223,7 @@ def mixture_kl(
 
         z, log_q = gaussian_rsample(mu, logvar, num_samples);  kl = log_q - mixture_log_prob(z, prior_mu, ...)
     """
-    dtype = _result_dtype(mu=mu, logvar=logvar)
-    mu, logvar = _check_gaussian(mu, logvar)
+    mu, logvar, dtype = _check_gaussian(mu, logvar)
     _result_dtype(mu=mu, prior_mu=prior_mu, prior_logvar=prior_logvar, log_weights=log_weights)
     _check_components(prior_mu, prior_logvar, log_weights, "prior_")
     if prior_mu.shape[1] != mu.shape[-1]:
@@ -277,14 +274,15 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _check_gaussian(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """mu and logvar of one shape [..., D], in the dtype of the computation."""
-    dtype = _compute_dtype(_result_dtype(mu=mu, logvar=logvar))
+def _check_gaussian(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """mu and logvar of one shape [..., D], in the dtype of the computation; and the dtype of the result."""
+    result = _result_dtype(mu=mu, logvar=logvar)
+    dtype = _compute_dtype(result)
     if mu.ndim == 0 or mu.shape[-1] == 0:
         raise ValueError(f"mu must be [..., D] with D >= 1, not {_shape(mu)}")
     if logvar.shape != mu.shape:
         logvar = _expand("logvar", logvar, mu.shape, "mu")
-    return mu.to(dtype), logvar.to(dtype)
+    return mu.to(dtype), logvar.to(dtype), result
 
 
 def _check_mixture(
@@ -347,7 +345,14 @@ def _shape(tensor: Tensor) -> list[int]:
 
 def _rows(tensor: Tensor) -> Tensor:
     """[..., D] -> contiguous [M, D]; M is spelt out because -1 is ambiguous for an empty batch."""
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
+    if tensor.ndim != 2:
+        tensor = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor.contiguous()
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Reshaped, but for what has the shape: each view is a node of the graph, which a small call feels."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def _flat(

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <numeric>
 
 #include "host.h"
 
@@ -20,9 +21,11 @@ class Prepared {
            bool gradient_in_z, bool everything) {
     const int64_t K = mu.size(0), D = mu.size(1);
     mixture = {input<T>(mu), input<T>(logvar), input<T>(log_weights), K, D, logvar.size(0) != K, {}, {}, {}};
-    const bool apart = order_dimensions();
+    place_.resize(D);
+    std::iota(place_.begin(), place_.end(), 0);
+    const bool apart = M * K >= kSmall && order_dimensions();
     mixture.place = place_.data();
-    if (apart && !everything && M >= 32 && K >= 256) {
+    if (apart && !everything && M >= 32) {
       order_ = in_order(mixture.mu, K, begins_);
       mixture.order = order_.data();
     }
@@ -52,6 +55,7 @@ class Prepared {
   int64_t place_near(const T* row) const { return begins_[code_of(row)]; }
 
  private:
+  static constexpr int64_t kSmall = 1 << 16;  // rows times components, below which finding an order takes too long
   static constexpr int64_t kBits = 10;
   // Nats by which two components differ on average in the first kFew dimensions for ordering to be worth its time: some
   // more than a term has to lie below the largest to be left out.
@@ -93,8 +97,7 @@ class Prepared {
       if (std::isnan(telling[d])) telling[d] = -INFINITY;
     }
     std::vector<int32_t> order(D);
-    place_.resize(D);
-    for (int64_t d = 0; d < D; ++d) order[d] = int32_t(d);
+    std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return telling[a] > telling[b]; });
     for (int64_t i = 0; i < D; ++i) place_[order[i]] = int32_t(i);
     double nats = 0;
