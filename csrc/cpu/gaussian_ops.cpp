@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_backward(const Tensor& grad_z, const
   const int64_t S = grad_z.size(0), M = logvar.size(0), D = logvar.size(1);
   STD_TORCH_CHECK(grad_z.numel() == S * M * D && grad_log_q.numel() == S * M,
                   "fastvae: want grad_z [S, M, D] and grad_log_q [S, M]");
-  Tensor dmu = torch::stable::empty_like(logvar), dlogvar = torch::stable::empty_like(logvar);
+  Tensor dmu = empty(logvar, {M, D}), dlogvar = empty(logvar, {M, D});
   by_dtype(logvar, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     run_rows(M, S * D, [&](int64_t begin, int64_t end) {
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> gaussian_kl_backward(const Tensor& grad, const Tensor
   check_floats({&mu, &grad});
   const int64_t M = mu.size(0), D = mu.size(1);
   STD_TORCH_CHECK(grad.numel() == M, "fastvae: want grad [M]");
-  Tensor dmu = torch::stable::empty_like(mu), dlogvar = torch::stable::empty_like(mu);
+  Tensor dmu = empty(mu, {M, D}), dlogvar = empty(mu, {M, D});
   by_dtype(mu, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     run_rows(M, D, [&](int64_t begin, int64_t end) {

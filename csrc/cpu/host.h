@@ -10,6 +10,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -40,7 +44,18 @@ T* output(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline Tensor empty(const Tensor& like, std::vector<int64_t> size) { return torch::stable::new_empty(like, size); }
+// A result, not yet written.  A large one is often fresh memory, and the first touch of its pages then takes as long as
+// the work; so it asks for huge ones.
+inline Tensor empty(const Tensor& like, std::vector<int64_t> size) {
+  Tensor t = torch::stable::new_empty(like, size);
+#if defined(__linux__)
+  constexpr uintptr_t huge = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), end = begin + t.numel() * t.element_size();
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  if (first + huge < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return t;
+}
 
 // The functional layer checked shapes, dtypes and devices; this guards the operators against a call past it.
 inline void check_floats(std::initializer_list<const Tensor*> tensors) {

@@ -81,15 +81,17 @@ struct Scratch {
   }
 };
 
-// Where the parameters of up to kWidth components begin, from the k-th in order on.
+// Where the parameters of up to kWidth components begin, from the k-th in order on; and those of as many after them.
 template <class T>
 struct Places {
-  int64_t count, k[kWidth<T>], at[kWidth<T>];
+  int64_t count, k[kWidth<T>], at[kWidth<T>], next[kWidth<T>];
 
   Places(const Mixture<T>& mix, int64_t first, int64_t n) : count(least(n, kWidth<T>)) {
     for (int i = 0; i < count; ++i) {
+      const int64_t later = least(mix.K - 1, first + kWidth<T> + i);
       k[i] = mix.order ? mix.order[first + i] : first + i;
       at[i] = k[i] * mix.D;
+      next[i] = (mix.order ? mix.order[later] : later) * mix.D;
     }
   }
 
@@ -98,7 +100,10 @@ struct Places {
     constexpr int W = kWidth<T>;
     if (count == W && D - d >= W) {
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) v[i] = load<T>(x + at[i] + d);
+      for (int i = 0; i < W; ++i) {
+        v[i] = load<T>(x + at[i] + d);
+        __builtin_prefetch(x + next[i] + d);
+      }
     } else {
       for (int i = 0; i < W; ++i) v[i] = i < count ? load_up_to(x + at[i] + d, D - d) : Vec<T>{};
     }

@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
                                                       const std::optional<Tensor>& exclude) {
   check(z, mu, logvar, log_weights, exclude);
   const int64_t M = z.size(0);
-  Tensor log_prob = empty(z, {M}), score = torch::stable::empty_like(z);
+  Tensor log_prob = empty(z, {M}), score = empty(z, {M, z.size(1)});
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     const Prepared<T> prepared(mu, logvar, log_weights, M, true, false);
@@ -248,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
   STD_TORCH_CHECK(grad.numel() == M && log_prob.numel() == M, "fastvae: want grad and log_prob [M]");
   const auto wanted = [&](bool need, std::vector<int64_t> size) {
     if (!need) size = {0};
-    return M ? torch::stable::new_empty(z, size) : torch::stable::new_zeros(z, size);
+    return M ? empty(z, size) : torch::stable::new_zeros(z, size);
   };
   Tensor dz = wanted(need_z, {M, D}), dmu = wanted(need_mu, {K, D}),
          dlogvar = wanted(need_logvar, {logvar.size(0), D}), dweights = wanted(need_log_weights, {K});
