@@ -187,7 +187,10 @@ T limit_for(T reference, T negligible, const Mixture<T>& mix, const Extremes<T>&
   const T limit = reference - negligible;
   if (!mix.widest) return limit;
   const double t_squared = 3 * (double(chunk.c) - double(limit) + double(chunk.steep)) + 1;
-  return T(double(limit) - (t_squared > 1 ? 0.5 * __builtin_log(t_squared) : 0.0));
+  int64_t bits;
+  __builtin_memcpy(&bits, &t_squared, sizeof bits);
+  const int64_t exponent = (bits >> 52) - 1022;  // t^2 < 2^exponent, which is a cheap bound and near enough
+  return T(double(limit) - (t_squared > 1 ? 0.5 * kLn2 * double(exponent) : 0.0));
 }
 
 // R rows of z, transposed: [D, R], the dimensions in their places.
