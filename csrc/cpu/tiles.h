@@ -1,0 +1,170 @@
+// Tiles: R rows by a panel, the exponents a of their pairs, and what their weights add to the gradients.
+#pragma once
+
+#include "panels.h"
+
+namespace FASTVAE_ISA {
+
+// Dimensions are summed in registers a block at a time, which keeps the rounding error small, with looks at whether the
+// tile still matters.
+constexpr int kBlock = 64, kFirstLook = 8, kLook = 16;
+
+// What a may be and its term still be left out.  The sum, whose logarithm or largest a is `reference`, does not see K
+// terms that are `negligible` below it.  The gradient in z is a sum of r t s: there a term counts t s / s' times as
+// much, s' the least s of any component in that dimension.  s / s' is what the panel's steepness is taken off for;
+// t = sqrt(2 (c - a)) at most, and r t falls with a, so that t at the limit itself is taken for all below it: with A the
+// room from there to c but for log t, t^2 = 2 (A + log t) < 3 A + 1.
+template <class T>
+T limit_for(T reference, T negligible, const Mixture<T>& mix, const Extremes<T>& chunk) {
+  const T limit = reference - negligible;
+  if (!mix.widest) return limit;
+  const double t_squared = 3 * (double(chunk.c) - double(limit) + double(chunk.steep)) + 1;
+  int64_t bits;
+  __builtin_memcpy(&bits, &t_squared, sizeof bits);
+  const int64_t exponent = (bits >> 52) - 1022;  // t^2 < 2^exponent, which is a cheap bound and near enough
+  return T(double(limit) - (t_squared > 1 ? 0.5 * kLn2 * double(exponent) : 0.0));
+}
+
+// The tiles of R rows with the panels of a chunk, a batch at a time: those that matter.
+//
+// A tile is left out if all its exponents are below their rows' limits.  As they only fall while the sum over dimensions
+// grows, that may be known from the first dimensions already.  Where components are not in order and looking has been
+// for nothing several times, most panels are summed without.  An exponent is the same number either way, in forward and
+// in backward: far from all components a last bit of it is worth many bits of exp(a - l).
+template <class T, int R>
+class Tiles {
+ public:
+  int count = 0;
+  T* tile[kBatch];         // [R, kPanel]: the exponents; the caller may change them
+  int64_t index[kBatch];   // of the panel in its chunk
+  const T* panel[kBatch];  // [D, 2, kPanel]
+
+  Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t first, int64_t panels)
+      : scratch_(scratch), D_(mixture.D), in_order_(mixture.order), exclude_(exclude), first_(first), panels_(panels) {
+    for (int i = 0; i < kBatch; ++i) tile[i] = scratch.tiles + i * R * kPanel<T>;
+  }
+
+  // The next batch; false at the end.
+  bool find(const T (&limit)[R]) {
+    for (count = 0; next_ < panels_ && count < kBatch; ++next_) {
+      index[count] = next_;
+      panel[count] = scratch_.panels + next_ * D_ * 2 * kPanel<T>;
+      if (exponents(limit)) ++count;
+    }
+    return count > 0;
+  }
+
+ private:
+  static constexpr int W = kWidth<T>, kPatience = 4, kEvery = 8;
+
+  // The tile after the last one; false if it does not matter.
+  bool exponents(const T (&limit)[R]) {
+    const bool look = in_order_ || idle_ < kPatience || next_ % kEvery == 0;
+    for (int64_t d = 0; d < D_; d += kBlock) {
+      if (!subtract_squares(d, least(D_, d + kBlock), look, limit)) return false;
+    }
+    idle_ += look;
+    if (exclude_) {
+      for (int r = 0; r < R; ++r) {
+        const int64_t lane = exclude_[r] - first_ - next_ * kPanel<T>;
+        if (lane >= 0 && lane < kPanel<T>) tile[count][r * kPanel<T> + lane] = T(-__builtin_inf());
+      }
+    }
+    return true;
+  }
+
+  // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2: the innermost loop.  False if that leaves no
+  // exponent of the tile that matters.
+  bool subtract_squares(int64_t begin, int64_t end, bool look, const T (&limit)[R]) {
+    const T *z = scratch_.z, *from = begin ? tile[count] : scratch_.c + next_ * kPanel<T>;
+    const int64_t stride = begin ? kPanel<T> : 0;
+    Vec<T> sum[R][2] = {};
+    for (int64_t d = begin, stop; d < end;) {
+      for (stop = look ? least(end, d + (d < kLook ? kFirstLook : kLook)) : end; d < stop; ++d) {
+        const T* p = panel[count] + d * 2 * kPanel<T>;
+        const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Vec<T> x = broadcast<T>(z[d * R + r]);
+          const Vec<T> u0 = x - mu0, u1 = x - mu1;
+          sum[r][0] = fma<T>(u0 * u0, v0, sum[r][0]);
+          sum[r][1] = fma<T>(u1 * u1, v1, sum[r][1]);
+        }
+      }
+      if (!look && end < D_) continue;
+      bool matters = false;  // mostly row 0 has an exponent that is not below the limit, or is NaN; or none has
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        if (matters) continue;
+        const T lowered = limit[r] - scratch_.steep[next_];
+        const Mask<T> m = below(load<T>(from + r * stride) - sum[r][0], lowered, kEveryLane<T>);
+        matters = !every_lane<T>(below(load<T>(from + r * stride + W) - sum[r][1], lowered, m));
+      }
+      if (!matters) {
+        idle_ = d < D_ ? 0 : idle_ + look;
+        return false;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      T* a = tile[count] + r * kPanel<T>;
+      store<T>(a, load<T>(from + r * stride) - sum[r][0]);
+      store<T>(a + W, load<T>(from + r * stride + W) - sum[r][1]);
+    }
+    return true;
+  }
+
+  const Scratch<T>& scratch_;
+  const int64_t D_;
+  const bool in_order_;
+  const int64_t* exclude_;
+  const int64_t first_, panels_;
+  int64_t next_ = 0, idle_ = 0;
+};
+
+// The second pass over a tile, with its weights w: dz[d][r] += w u v / 2 by lane; for the panel, dmu[d] += sum_r w u and
+// dlogvar[d] += sum_r w u^2.
+template <class T, int R, bool DZ, bool DMU, bool DLOGVAR>
+void tile_gradients(const T* z, const T* panel, int64_t D, const T* weights, T* dz, T* grads) {
+  constexpr int W = kWidth<T>;
+  Vec<T> w[R][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    w[r][0] = load<T>(weights + r * kPanel<T>);
+    w[r][1] = load<T>(weights + r * kPanel<T> + W);
+  }
+  for (int64_t d = 0; d < D; ++d) {
+    const T* p = panel + d * 2 * kPanel<T>;
+    const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
+    Vec<T> dmu0{}, dmu1{}, dlogvar0{}, dlogvar1{};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> x = broadcast<T>(z[d * R + r]);
+      const Vec<T> u0 = x - mu0, u1 = x - mu1;
+      const Vec<T> wu0 = w[r][0] * u0, wu1 = w[r][1] * u1;
+      if constexpr (DZ) {
+        T* sum = dz + (d * R + r) * W;
+        store<T>(sum, fma<T>(wu1, v1, fma<T>(wu0, v0, load<T>(sum))));
+      }
+      if constexpr (DMU) {
+        dmu0 += wu0;
+        dmu1 += wu1;
+      }
+      if constexpr (DLOGVAR) {
+        dlogvar0 = fma<T>(wu0, u0, dlogvar0);
+        dlogvar1 = fma<T>(wu1, u1, dlogvar1);
+      }
+    }
+    T* g = grads + d * 2 * kPanel<T>;
+    if constexpr (DMU) {
+      store<T>(g, load<T>(g) + dmu0);
+      store<T>(g + W, load<T>(g + W) + dmu1);
+    }
+    if constexpr (DLOGVAR) {
+      store<T>(g + 2 * W, load<T>(g + 2 * W) + dlogvar0);
+      store<T>(g + 3 * W, load<T>(g + 3 * W) + dlogvar1);
+    }
+  }
+}
+
+}  // namespace FASTVAE_ISA
