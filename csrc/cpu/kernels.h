@@ -88,7 +88,7 @@ template <class T>
 struct Kernels {
   void (*mixture_forward)(const Forward<T>&);
   void (*mixture_backward)(const Backward<T>&);
-  int64_t (*mixture_scratch)(int64_t D);  // bytes, for any of the two
+  int64_t (*mixture_scratch)(int64_t D, bool shared);  // bytes, for any of the two
   void (*gaussian_rsample)(const Sample<T>&);
   void (*gaussian_rsample_backward)(const SampleBackward<T>&);
   void (*gaussian_kl)(const T* mu, const T* logvar, int64_t rows, int64_t D, T* kl);

@@ -110,7 +110,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
     }
     if constexpr (SCORE) {
       for (int i = 0; i < tiles.count; ++i)
-        tile_gradients<T, R, true, false, false>(scratch.z, tiles.panel[i], D, tiles.tile[i], scratch.dz, nullptr);
+        tile_gradients<T, R, true, false, false>(scratch, tiles.index[i], D, tiles.tile[i]);
     }
   }
 
@@ -144,7 +144,8 @@ struct ForwardRows {
 template <class T>
 void mixture_forward(const Forward<T>& task) {
   const int64_t D = task.mixture.D, rows = task.range.row_end - task.range.row_begin;
-  const Scratch<T> scratch(task.scratch, D, false);
+  const Scratch<T> scratch(task.scratch, D, task.mixture.shared, false);
+  pack_shared(task.mixture, scratch);
   for (int64_t r = 0; r < rows; ++r) task.partial[r] = {kLowest<T>, 0.0};
   if (task.score) __builtin_memset(task.score, 0, size_t(rows * D) * sizeof(T));
 
@@ -197,8 +198,7 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
     }
     if constexpr (DZ || DMU || DLOGVAR) {
       for (int i = 0; i < tiles.count; ++i)
-        tile_gradients<T, R, DZ, DMU, DLOGVAR>(scratch.z, tiles.panel[i], D, tiles.tile[i], scratch.dz,
-                                               scratch.grads + tiles.index[i] * D * 2 * kPanel<T>);
+        tile_gradients<T, R, DZ, DMU, DLOGVAR>(scratch, tiles.index[i], D, tiles.tile[i]);
     }
   }
 
@@ -223,7 +223,8 @@ struct BackwardRows {
 template <class T, bool DZ, bool DMU, bool DLOGVAR>
 void mixture_backward_as(const Backward<T>& task) {
   const int64_t D = task.mixture.D, rows = task.range.row_end - task.range.row_begin;
-  const Scratch<T> scratch(task.scratch, D, true);
+  const Scratch<T> scratch(task.scratch, D, task.mixture.shared, true);
+  pack_shared(task.mixture, scratch);
 
   const int64_t step = scratch.chunk * kPanel<T>;
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {
@@ -250,8 +251,8 @@ void mixture_backward(const Backward<T>& task) {
 }
 
 template <class T>
-int64_t mixture_scratch(int64_t D) {
-  return Scratch<T>::bytes(D);
+int64_t mixture_scratch(int64_t D, bool shared) {
+  return Scratch<T>::bytes(D, shared);
 }
 
 }  // namespace FASTVAE_ISA

@@ -84,7 +84,7 @@ std::vector<T> large_terms(const Kernels<T>& kernels, const Prepared<T>& prepare
   const Mixture<T>& mixture = prepared.mixture;
   if (!mixture.order) return {};
   std::vector<T> terms(static_cast<size_t>(M));
-  const int64_t scratch_bytes = kernels.mixture_scratch(mixture.D);
+  const int64_t scratch_bytes = kernels.mixture_scratch(mixture.D, mixture.shared);
   run_tasks((M + kTileRows - 1) / kTileRows, [&](int64_t task) {
     const int64_t begin = task * kTileRows, end = std::min(M, begin + kTileRows);
     const int64_t place = prepared.place_near(rows.z + (begin + end) / 2 * mixture.D);
@@ -109,7 +109,7 @@ void forward(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<
   const int64_t slab = std::min(M, p.slab);
   std::vector<Partial<T>> partial(size_t(p.splits * slab));                        // [splits, slab]
   std::unique_ptr<T[]> scores(score ? new T[size_t(p.splits * slab * D)] : nullptr);  // [splits, slab, D]
-  const int64_t scratch_bytes = kernels.mixture_scratch(D);
+  const int64_t scratch_bytes = kernels.mixture_scratch(D, mixture.shared);
   const std::vector<T> known = large_terms(kernels, prepared, rows, M);
 
   for (int64_t begin = 0; begin < M; begin += slab) {
@@ -169,7 +169,7 @@ void backward(const Kernels<T>& kernels, Backward<T> job, const Rows<T>& rows, i
   const int64_t K = job.mixture.K, D = job.mixture.D;
   const bool shared = job.mixture.shared;
   const Plan p = plan(M, K, D, D * int64_t(sizeof(T)), kBackwardSplits);
-  const int64_t slab = std::min(M, p.slab), scratch_bytes = kernels.mixture_scratch(D);
+  const int64_t slab = std::min(M, p.slab), scratch_bytes = kernels.mixture_scratch(D, shared);
   const auto zeros = [](bool wanted, int64_t n) { return std::vector<T>(size_t(wanted ? n : 0)); };
 
   // With one group of rows the parameters' gradients go to the output itself.  A shared logvar's are summed over the

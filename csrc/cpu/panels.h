@@ -1,6 +1,7 @@
 // Panels: the components as the innermost loop reads them, and the way back of their gradients.
 //
-// A panel is 2 vectors of components, dimension by dimension: v / 2, then mu.
+// A panel is 2 vectors of components, dimension by dimension: mu, and beside it v / 2.  Where components share one
+// variance there is one v for all panels, and packing reads mu alone.
 #pragma once
 
 #include "kernels.h"
@@ -27,7 +28,8 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 template <class T>
 struct Scratch {
   int64_t chunk;  // panels
-  T* panels;      // [chunk, D, 2, kPanel]: v / 2, mu
+  T* mu;          // [chunk, D, kPanel]
+  T* v;           // [chunk, D, kPanel], halved; shared: [1, D, kPanel]
   T* c;           // [chunk, kPanel]
   T* steep;       // [chunk]: log of the largest ratio of a component's 1 / sigma_d to the least one of all components
   T* grads;       // [chunk, D, 2, kPanel]: sum_m w u, and sum_m w u^2; backward only
@@ -36,19 +38,23 @@ struct Scratch {
   T* z;           // [D, kRows]
   T* tiles;       // [kBatch, kRows, kPanel]
 
-  static int64_t bytes(int64_t D) {
-    const Scratch forward(nullptr, D, false), backward(nullptr, D, true);
+  // Of panel i.
+  int64_t at(int64_t i) const { return i * panel; }
+  int64_t v_at(int64_t i) const { return shared ? 0 : i * panel; }
+
+  static int64_t bytes(int64_t D, bool shared) {
+    const Scratch forward(nullptr, D, shared, false), backward(nullptr, D, shared, true);
     return int64_t(sizeof(T)) * most(forward.size, backward.size) + kBytes;
   }
 
-  Scratch(void* memory, int64_t D, bool gradients) {
+  Scratch(void* memory, int64_t D, bool shared, bool gradients) : panel(kPanel<T> * D), shared(shared) {
     base = reinterpret_cast<T*>(round_up(reinterpret_cast<int64_t>(memory), kBytes));
-    const int64_t panel = 2 * kPanel<T> * D, arrays = gradients ? 2 : 1;
-    chunk = most(1, least(64, (512 << 10) / (arrays * panel * int64_t(sizeof(T)))));
-    panels = take(chunk * panel);
+    chunk = most(1, least(64, (512 << 10) / ((gradients ? 4 : 2) * panel * int64_t(sizeof(T)))));
+    mu = take(chunk * panel);
+    v = take(shared ? panel : chunk * panel);
     c = take(chunk * kPanel<T>);
     steep = take(chunk);
-    grads = take(gradients ? chunk * panel : 0);
+    grads = take(gradients ? 2 * chunk * panel : 0);
     weights = take(chunk * kPanel<T>);
     dz = take(D * kRows * kWidth<T>);
     z = take(D * kRows);
@@ -56,6 +62,8 @@ struct Scratch {
   }
 
  private:
+  int64_t panel;  // numbers in one array of a panel
+  bool shared;
   T* base;
   int64_t size = 0;
   T* take(int64_t n) {
@@ -110,18 +118,38 @@ struct Extremes {
   T c, steep;
 };
 
-// Components [k, k + count) into panels, by squares of kWidth components and dimensions.  One that is absent, by a
-// weight of -inf or as the padding of the last panel, is mu = 0, v = 1, c = -inf: whatever its parameters are, it
+// v / 2.  Finite, so that u = 0 gives 0 and not NaN.
+template <class T>
+inline Vec<T> half_v_of(Vec<T> logvar) {
+  const Vec<T> limit = broadcast<T>(-Format<T>::kExpLimit);
+  return exponential<T>(-(logvar < limit ? limit : logvar)).exp * T(0.5);
+}
+
+// The v that all panels share, once a task.
+template <class T>
+void pack_shared(const Mixture<T>& mix, const Scratch<T>& scratch) {
+  if (!mix.shared) return;
+  for (int64_t d = 0; d < mix.D; ++d) {
+    const Vec<T> v = half_v_of<T>(broadcast<T>(mix.logvar[d]));
+    for (int i = 0; i < 2; ++i) store<T>(scratch.v + mix.place[d] * kPanel<T> + i * kWidth<T>, v);
+  }
+}
+
+// Components [k, k + count) in order into panels, by squares of kWidth components and dimensions.  One that is absent, by
+// a weight of -inf or as the padding of the last panel, is mu = 0, v / 2 = 1, c = -inf: whatever its parameters are, it
 // reaches nothing.
 template <class T>
 Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<T>& scratch) {
   constexpr int W = kWidth<T>;
   const int64_t D = mix.D;
   const double minus_infinity = -__builtin_inf(), uniform = -__builtin_log(double(mix.K));
-  const Vec<T> limit = broadcast<T>(-Format<T>::kExpLimit);  // a finite v, so that u = 0 gives 0 and not NaN
   Extremes<T> extremes = {T(minus_infinity), T(0)};
+  T shared_sum = 0;
+  if (mix.shared)
+    for (int64_t d = 0; d < D; ++d) shared_sum += mix.logvar[d];
   for (int64_t j = 0; j < round_up(count, kPanel<T>); j += W) {
-    T* panel = scratch.panels + j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
+    T *panel_mu = scratch.mu + scratch.at(j / kPanel<T>) + j % kPanel<T>,
+      *panel_v = scratch.v + scratch.v_at(j / kPanel<T>) + j % kPanel<T>;
     const Places<T> places(mix, k + j, count - j);
     double log_w[W];
     Vec<Bits<T>> absent;
@@ -129,22 +157,22 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
       log_w[i] = i >= places.count ? minus_infinity : mix.log_weights ? double(mix.log_weights[places.k[i]]) : uniform;
       absent[i] = log_w[i] == minus_infinity ? -1 : 0;
     }
-    Vec<T> logvar_sum{}, narrow{};
+    Vec<T> logvar_sum = broadcast<T>(shared_sum), narrow{};
     for (int64_t d = 0; d < D; d += W) {
       Vec<T> mu[W], logvar[W];
       places.load_transposed(mix.mu, d, D, mu);
-      if (!mix.shared) places.load_transposed(mix.logvar, d, D, logvar);
+      for (int i = 0; i < W && d + i < D; ++i)
+        store<T>(panel_mu + mix.place[d + i] * kPanel<T>, absent ? Vec<T>{} : mu[i]);
+      if (mix.shared) continue;
+      places.load_transposed(mix.logvar, d, D, logvar);
       for (int i = 0; i < W && d + i < D; ++i) {
-        T* p = panel + mix.place[d + i] * 2 * kPanel<T>;
-        const Vec<T> lv = mix.shared ? broadcast<T>(mix.logvar[d + i]) : logvar[i];
-        logvar_sum += lv;
+        logvar_sum += logvar[i];
         if (mix.widest) {
-          const Vec<T> below_widest = mix.widest[d + i] - lv;
+          const Vec<T> below_widest = mix.widest[d + i] - logvar[i];
           narrow = below_widest > narrow ? below_widest : narrow;
         }
-        const Vec<T> v = exponential<T>(-(lv < limit ? limit : lv)).exp * T(0.5);
-        store<T>(p, absent ? broadcast<T>(T(1)) : v);
-        store<T>(p + kPanel<T>, absent ? Vec<T>{} : mu[i]);
+        store<T>(panel_v + mix.place[d + i] * kPanel<T>,
+                 absent ? broadcast<T>(T(1)) : half_v_of<T>(logvar[i]));
       }
     }
     T steep = j % kPanel<T> ? scratch.steep[j / kPanel<T>] : T(0);
@@ -168,7 +196,7 @@ void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_
   const int64_t D = task.mixture.D;
   const int32_t* place = task.mixture.place;
   for (int64_t j = 0; j < count; j += W) {
-    const int64_t at = j / kPanel<T> * D * 2 * kPanel<T> + j % kPanel<T>;
+    const int64_t panel = j / kPanel<T>, lane = j % kPanel<T>;
     const Places<T> places(task.mixture, k + j, count - j);
     const Vec<T> weight = load<T>(scratch.weights + j);
     if (task.dweights) {
@@ -182,10 +210,11 @@ void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_
       for (int i = 0; i < W; ++i) {
         dmu[i] = dlogvar[i] = Vec<T>{};
         if (d + i >= D) continue;
-        const int64_t p = at + place[d + i] * 2 * kPanel<T>;
-        const Vec<T> v = load<T>(scratch.panels + p) * T(2);
-        if (task.dmu) dmu[i] = v * load<T>(scratch.grads + p);
-        if (task.dlogvar) dlogvar[i] = T(0.5) * fma<T>(v, load<T>(scratch.grads + p + kPanel<T>), -weight);
+        const int64_t p = place[d + i] * kPanel<T> + lane;
+        const T* grads = scratch.grads + 2 * scratch.at(panel) + p + place[d + i] * kPanel<T>;
+        const Vec<T> v = load<T>(scratch.v + scratch.v_at(panel) + p) * T(2);
+        if (task.dmu) dmu[i] = v * load<T>(grads);
+        if (task.dlogvar) dlogvar[i] = T(0.5) * fma<T>(v, load<T>(grads + kPanel<T>), -weight);
         if (task.dlogvar && task.mixture.shared) task.dlogvar[d + i] += sum<T>(dlogvar[i]);
       }
       if (task.dmu) places.store_transposed(dmu, d, D, task.add, task.dmu);

@@ -35,9 +35,8 @@ template <class T, int R>
 class Tiles {
  public:
   int count = 0;
-  T* tile[kBatch];         // [R, kPanel]: the exponents; the caller may change them
-  int64_t index[kBatch];   // of the panel in its chunk
-  const T* panel[kBatch];  // [D, 2, kPanel]
+  T* tile[kBatch];        // [R, kPanel]: the exponents; the caller may change them
+  int64_t index[kBatch];  // of the panel in its chunk
 
   Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t first, int64_t panels)
       : scratch_(scratch), D_(mixture.D), in_order_(mixture.order), exclude_(exclude), first_(first), panels_(panels) {
@@ -48,7 +47,6 @@ class Tiles {
   bool find(const T (&limit)[R]) {
     for (count = 0; next_ < panels_ && count < kBatch; ++next_) {
       index[count] = next_;
-      panel[count] = scratch_.panels + next_ * D_ * 2 * kPanel<T>;
       if (exponents(limit)) ++count;
     }
     return count > 0;
@@ -76,13 +74,13 @@ class Tiles {
   // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2: the innermost loop.  False if that leaves no
   // exponent of the tile that matters.
   bool subtract_squares(int64_t begin, int64_t end, bool look, const T (&limit)[R]) {
-    const T *z = scratch_.z, *from = begin ? tile[count] : scratch_.c + next_ * kPanel<T>;
+    const T *z = scratch_.z, *mu = scratch_.mu + scratch_.at(next_), *v = scratch_.v + scratch_.v_at(next_), *from = begin ? tile[count] : scratch_.c + next_ * kPanel<T>;
     const int64_t stride = begin ? kPanel<T> : 0;
     Vec<T> sum[R][2] = {};
     for (int64_t d = begin, stop; d < end;) {
       for (stop = look ? least(end, d + (d < kLook ? kFirstLook : kLook)) : end; d < stop; ++d) {
-        const T* p = panel[count] + d * 2 * kPanel<T>;
-        const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
+        const Vec<T> v0 = load<T>(v + d * kPanel<T>), v1 = load<T>(v + d * kPanel<T> + W);
+        const Vec<T> mu0 = load<T>(mu + d * kPanel<T>), mu1 = load<T>(mu + d * kPanel<T> + W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vec<T> x = broadcast<T>(z[d * R + r]);
@@ -125,8 +123,10 @@ class Tiles {
 // The second pass over a tile, with its weights w: dz[d][r] += w u v / 2 by lane; for the panel, dmu[d] += sum_r w u and
 // dlogvar[d] += sum_r w u^2.
 template <class T, int R, bool DZ, bool DMU, bool DLOGVAR>
-void tile_gradients(const T* z, const T* panel, int64_t D, const T* weights, T* dz, T* grads) {
+void tile_gradients(const Scratch<T>& scratch, int64_t index, int64_t D, const T* weights) {
   constexpr int W = kWidth<T>;
+  const T *z = scratch.z, *mu = scratch.mu + scratch.at(index), *v = scratch.v + scratch.v_at(index);
+  T *dz = scratch.dz, *grads = scratch.grads + 2 * scratch.at(index);
   Vec<T> w[R][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -134,8 +134,8 @@ void tile_gradients(const T* z, const T* panel, int64_t D, const T* weights, T* 
     w[r][1] = load<T>(weights + r * kPanel<T> + W);
   }
   for (int64_t d = 0; d < D; ++d) {
-    const T* p = panel + d * 2 * kPanel<T>;
-    const Vec<T> v0 = load<T>(p), v1 = load<T>(p + W), mu0 = load<T>(p + 2 * W), mu1 = load<T>(p + 3 * W);
+    const Vec<T> v0 = load<T>(v + d * kPanel<T>), v1 = load<T>(v + d * kPanel<T> + W);
+    const Vec<T> mu0 = load<T>(mu + d * kPanel<T>), mu1 = load<T>(mu + d * kPanel<T> + W);
     Vec<T> dmu0{}, dmu1{}, dlogvar0{}, dlogvar1{};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
