@@ -159,7 +159,13 @@ def test_ctrl_c_then_resume(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     command = [sys.executable, "-m", "fastvae.app.cli", "train", "--out", "parts", *settings]
     checkpoint = tmp_path / "parts" / "checkpoint.pt"
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -80,7 +80,13 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, "mixture", "--peers", "eager", "--out", str(tmp_path)]
     command += [part for K in range(100, 400) for part in ("--shapes", f"8,{K},4")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "cpu.json").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
