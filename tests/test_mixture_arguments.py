@@ -32,6 +32,15 @@ def test_logvar_broadcasts_and_its_gradient_has_its_shape(
     assert_within(run(case, impl, dense_backward=True), *allowance(case, dense_backward=True))
 
 
+def test_one_variance_for_all_in_many_dimensions(impl: str) -> None:
+    """A kernel density: one number; and the same number given for each dimension, or nearly."""
+    z, mu = torch.randn(11, 150), torch.randn(40, 150)
+    each = torch.full((150,), -0.5)
+    for logvar in (torch.tensor(1.5), each, torch.cat([each[1:], torch.tensor([2.0])])):
+        case = Case(z, mu, logvar, None, torch.randn(11))
+        assert_within(run(case, impl, dense_backward=True), *allowance(case, dense_backward=True))
+
+
 @pytest.mark.parametrize("shape", [(1,), (2,), (1, 1), (2, 1), (1, 2)], ids=str)
 def test_small_logvars_are_not_mistaken_for_shared_ones(impl: str, shape: tuple[int, ...]) -> None:
     """K = 1 or D = 1, where one shape can be read in two ways."""

@@ -12,7 +12,7 @@ struct Mixture {
   const T* logvar;       // [K, D], or [D] if shared
   const T* log_weights;  // [K], or null: -log K each
   int64_t K, D;
-  bool shared;
+  bool shared, isotropic;  // one logvar for all components; and for all dimensions
   const int32_t* place;  // [D]: where dimension d comes in the sum over dimensions; the telling ones come first
   const int64_t* order;  // [K]: the components in the order in which they are taken; null: as they are
   const T* widest;       // [D]: the largest logvar of any component; null where no gradient in z is wanted

@@ -20,7 +20,9 @@ class Prepared {
   Prepared(const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights, int64_t M,
            bool gradient_in_z, bool everything) {
     const int64_t K = mu.size(0), D = mu.size(1);
-    mixture = {input<T>(mu), input<T>(logvar), input<T>(log_weights), K, D, logvar.size(0) != K, {}, {}, {}};
+    mixture = {input<T>(mu), input<T>(logvar), input<T>(log_weights), K, D, logvar.size(0) != K, {}, {}, {}, {}};
+    const T* first = mixture.logvar;
+    mixture.isotropic = mixture.shared && std::all_of(first, first + D, [&](T lv) { return lv == *first; });
     place_.resize(D);
     std::iota(place_.begin(), place_.end(), 0);
     const bool apart = M * K >= kSmall && order_dimensions();

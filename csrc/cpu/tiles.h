@@ -39,7 +39,13 @@ class Tiles {
   int64_t index[kBatch];  // of the panel in its chunk
 
   Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t first, int64_t panels)
-      : scratch_(scratch), D_(mixture.D), in_order_(mixture.order), exclude_(exclude), first_(first), panels_(panels) {
+      : scratch_(scratch),
+        D_(mixture.D),
+        in_order_(mixture.order),
+        isotropic_(mixture.isotropic),
+        exclude_(exclude),
+        first_(first),
+        panels_(panels) {
     for (int i = 0; i < kBatch; ++i) tile[i] = scratch.tiles + i * R * kPanel<T>;
   }
 
@@ -59,7 +65,9 @@ class Tiles {
   bool exponents(const T (&limit)[R]) {
     const bool look = in_order_ || idle_ < kPatience || next_ % kEvery == 0;
     for (int64_t d = 0; d < D_; d += kBlock) {
-      if (!subtract_squares(d, least(D_, d + kBlock), look, limit)) return false;
+      const int64_t end = least(D_, d + kBlock);
+      if (!(isotropic_ ? subtract_squares<true>(d, end, look, limit) : subtract_squares<false>(d, end, look, limit)))
+        return false;
     }
     idle_ += look;
     if (exclude_) {
@@ -72,10 +80,15 @@ class Tiles {
   }
 
   // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2: the innermost loop.  False if that leaves no
-  // exponent of the tile that matters.
+  // exponent of the tile that matters.  A v that is the same everywhere is multiplied with once.
+  template <bool kIsotropic>
   bool subtract_squares(int64_t begin, int64_t end, bool look, const T (&limit)[R]) {
-    const T *z = scratch_.z, *mu = scratch_.mu + scratch_.at(next_), *v = scratch_.v + scratch_.v_at(next_), *from = begin ? tile[count] : scratch_.c + next_ * kPanel<T>;
+    const T *z = scratch_.z, *mu = scratch_.mu + scratch_.at(next_), *v = scratch_.v + scratch_.v_at(next_);
+    const T* from = begin ? tile[count] : scratch_.c + next_ * kPanel<T>;
     const int64_t stride = begin ? kPanel<T> : 0;
+    const auto minus = [v](const T* from, Vec<T> sum) {
+      return kIsotropic ? fma<T>(-sum, load<T>(v), load<T>(from)) : load<T>(from) - sum;
+    };
     Vec<T> sum[R][2] = {};
     for (int64_t d = begin, stop; d < end;) {
       for (stop = look ? least(end, d + (d < kLook ? kFirstLook : kLook)) : end; d < stop; ++d) {
@@ -85,8 +98,8 @@ class Tiles {
         for (int r = 0; r < R; ++r) {
           const Vec<T> x = broadcast<T>(z[d * R + r]);
           const Vec<T> u0 = x - mu0, u1 = x - mu1;
-          sum[r][0] = fma<T>(u0 * u0, v0, sum[r][0]);
-          sum[r][1] = fma<T>(u1 * u1, v1, sum[r][1]);
+          sum[r][0] = kIsotropic ? fma<T>(u0, u0, sum[r][0]) : fma<T>(u0 * u0, v0, sum[r][0]);
+          sum[r][1] = kIsotropic ? fma<T>(u1, u1, sum[r][1]) : fma<T>(u1 * u1, v1, sum[r][1]);
         }
       }
       if (!look && end < D_) continue;
@@ -95,8 +108,8 @@ class Tiles {
       for (int r = 0; r < R; ++r) {
         if (matters) continue;
         const T lowered = limit[r] - scratch_.steep[next_];
-        const Mask<T> m = below(load<T>(from + r * stride) - sum[r][0], lowered, kEveryLane<T>);
-        matters = !every_lane<T>(below(load<T>(from + r * stride + W) - sum[r][1], lowered, m));
+        const Mask<T> m = below(minus(from + r * stride, sum[r][0]), lowered, kEveryLane<T>);
+        matters = !every_lane<T>(below(minus(from + r * stride + W, sum[r][1]), lowered, m));
       }
       if (!matters) {
         idle_ = d < D_ ? 0 : idle_ + look;
@@ -106,15 +119,15 @@ class Tiles {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       T* a = tile[count] + r * kPanel<T>;
-      store<T>(a, load<T>(from + r * stride) - sum[r][0]);
-      store<T>(a + W, load<T>(from + r * stride + W) - sum[r][1]);
+      store<T>(a, minus(from + r * stride, sum[r][0]));
+      store<T>(a + W, minus(from + r * stride + W, sum[r][1]));
     }
     return true;
   }
 
   const Scratch<T>& scratch_;
   const int64_t D_;
-  const bool in_order_;
+  const bool in_order_, isotropic_;
   const int64_t* exclude_;
   const int64_t first_, panels_;
   int64_t next_ = 0, idle_ = 0;
