@@ -76,6 +76,20 @@ def cpu_targets(results: Results) -> str:
     return target_table(results.bench("cpu"))
 
 
+@table("speed", "cpu.json")
+def speed(results: Results) -> str:
+    """The large cases in short: a random mixture, and the one of a trained model."""
+    rows = []
+    for result in results.bench("cpu").cases.values():
+        shape = (result["M"], result["K"], result["D"])
+        if result["suite"] != "mixture" or "series" in result or shape not in ((1024, 10000, 40), (1024, 25000, 40)):
+            continue
+        peer = best_peer(result)
+        faster = (words.ratio(times_faster(result, than)) for than in (peer, "keops", "mixture-same-family"))
+        rows.append([f"{result['work']}, {result['inputs']}", str(shape), *faster])
+    return words.markdown(["", "(M, K, D)", "than the best peer", "than KeOps", "than MixtureSameFamily"], rows, left=2)
+
+
 @table("cpu-mixture", "cpu.json")
 def cpu_mixture(results: Results) -> str:
     """How many times faster fastvae is than the best peer and three others, how near the limit, how exact."""
