@@ -2,8 +2,9 @@
 
 __version__ = "0.1.0"
 
-from fastvae import reference
+from fastvae import bounds, reference
 from fastvae.backends import info
+from fastvae.encoded_priors import ExemplarPrior, VampPrior
 from fastvae.functional import (
     gaussian_kl,
     gaussian_rsample,
@@ -11,14 +12,16 @@ from fastvae.functional import (
     mixture_log_prob,
     mixture_log_prob_and_score,
 )
-from fastvae.priors import MixturePrior, StandardNormalPrior, VampPrior
+from fastvae.priors import MixturePrior, StandardNormalPrior
 from fastvae.vae import VAE
 
 __all__ = [
     "VAE",
+    "ExemplarPrior",
     "MixturePrior",
     "StandardNormalPrior",
     "VampPrior",
+    "bounds",
     "gaussian_kl",
     "gaussian_rsample",
     "info",
