@@ -19,31 +19,37 @@ class EncodedMixture(Mixture):
     VAE's hold it once.
 
     With `refresh` below 1, a step of training (`kl` and `density` in training mode) encodes that share of the inputs,
-    each in its turn of a random order, and takes the others as they were when last encoded, without a gradient.  So
-    no encoding is older than 1 / refresh steps, and the gradient in the encoder by way of the components is `refresh`
-    of the whole one in expectation.  `log_prob`, `components`, `sample` and evaluation mode encode all, as ever.
+    each in its turn of a random order, and takes the others as they were when last encoded, without a gradient.  No
+    encoding is then older than 1 / refresh steps; but of the gradient by way of the components only a share arrives,
+    and training shows it.  `neighbours` brings most of it back: each row's nearest components, which hold nearly all
+    of its responsibilities, are encoded too.  `log_prob`, `components`, `sample` and evaluation mode encode all, as
+    ever, and so does the first step after `train()` or `eval()`.
     """
 
     encoder: nn.Module
 
-    def __init__(self, encoder: nn.Module, chunk_size: int | None, refresh: float) -> None:
+    def __init__(self, encoder: nn.Module, chunk_size: int | None, refresh: float, neighbours: int) -> None:
         super().__init__()
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
         if not 0 < refresh <= 1:
             raise ValueError(f"refresh must be above 0 and at most 1, the share of a step, not {refresh}")
+        if neighbours < 0:
+            raise ValueError(f"neighbours must be at least 0, not {neighbours}")
         self.__dict__["encoder"] = encoder  # past nn.Module's registry: the VAE registers it
         self.chunk_size = chunk_size
         self.refresh = refresh
-        self.forget()
+        self.neighbours = neighbours
+        self._forget()
 
-    def forget(self) -> None:
-        """Drop what `refresh` keeps between steps: the next one encodes everything.
+    def train(self, mode: bool = True) -> EncodedMixture:
+        """As of any module; and `refresh` begins anew, with all components encoded in the next step."""
+        self._forget()
+        return super().train(mode)
 
-        For a beginning that does not depend on what was before, as after loading weights or at an epoch's start.
-        """
-        self._kept: tuple[Tensor, Tensor] | None = None
-        self._turns: list[Tensor] = []
+    def _forget(self) -> None:
+        self._kept: tuple[Tensor, Tensor] | None = None  # (mu [K, D], logvar [K, D]) as last encoded
+        self._turns: list[Tensor] = []  # the components whose turn is still to come, a step's worth in each
 
     def _inputs(self, index: Tensor | None) -> Tensor:
         """u [n, *input_shape] of these components, None for all."""
@@ -63,8 +69,8 @@ class EncodedMixture(Mixture):
         mu, logvar = (torch.cat(part) for part in zip(*encoded, strict=True))
         return mu, logvar
 
-    def _refreshed(self) -> tuple[Tensor, Tensor]:
-        """(mu [K, D], logvar [K, D]) for a step of training."""
+    def _refreshed(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(mu [K, D], logvar [K, D]) for a step of training; index and near as in :meth:`Prior.density`."""
         if self.refresh == 1 or not self.training:
             return self._encoded()
         if self._kept is None:
@@ -74,20 +80,40 @@ class EncodedMixture(Mixture):
         K = len(kept_mu)
         if not self._turns:
             self._turns = list(torch.randperm(K, device=kept_mu.device).split(math.ceil(self.refresh * K)))
-        index = self._turns.pop()
-        mu, logvar = self._encoded(index)
-        mu, logvar = kept_mu.index_copy(0, index, mu), kept_logvar.index_copy(0, index, logvar)
+        turn = self._turns.pop()
+        if self.neighbours and near is not None:
+            nearest = _nearest(near.detach(), kept_mu, min(self.neighbours, K), index)
+            turn = torch.cat([turn, nearest.flatten()]).unique()
+        mu, logvar = self._encoded(turn)
+        mu, logvar = kept_mu.index_copy(0, turn, mu), kept_logvar.index_copy(0, turn, logvar)
         self._kept = mu.detach(), logvar.detach()
         return mu, logvar
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         return (*self._encoded(), self.component_log_weights())
 
-    def step_components(self) -> tuple[Tensor, Tensor, Tensor]:
-        return (*self._refreshed(), self.component_log_weights())
+    def step_components(self, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return (*self._refreshed(None, near), self.component_log_weights())
 
     def component_parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self._encoded(index)
+
+
+def _nearest(points: Tensor, mu: Tensor, count: int, index: Tensor | None) -> Tensor:
+    """Which of the means mu [K, D] are nearest to each of the points [B, D], but for its own: int64 [B, count].
+
+    By the expansion of the squared distance: what it cancels matters to a density, but not to a choice.
+    """
+    best, which = points.new_empty(len(points), 0), mu.new_empty((len(points), 0), dtype=torch.int64)
+    size = max(count, 2**22 // max(1, len(points)))  # so that the table stays small whatever K is
+    for start, part in zip(range(0, len(mu), size), mu.split(size), strict=True):
+        distance = torch.addmm(part.square().sum(1), points, part.T, alpha=-2)  # [B, size], less |point|^2
+        if index is not None:
+            own = torch.arange(start, start + len(part), device=mu.device) == index[:, None]
+            distance = distance.masked_fill(own, math.inf)
+        found = distance.topk(min(count, len(part)), 1, largest=False)
+        best, which = torch.cat([best, found.values], 1), torch.cat([which, found.indices + start], 1)
+    return which.gather(1, best.topk(count, 1, largest=False).indices)
 
 
 class VampPrior(EncodedMixture):
@@ -102,7 +128,8 @@ class VampPrior(EncodedMixture):
         learn_weights: make the weights w_k parameters; otherwise they are 1 / K.
         chunk_size: encode this many pseudo-inputs at a time and recompute their activations in backward, so that
             memory does not grow with K; None encodes all at once.
-        refresh: the share of the components that a step of training encodes anew, see :class:`EncodedMixture`.
+        refresh, neighbours: the share of the components that a step of training encodes anew, and how many of those
+            nearest to each row, see :class:`EncodedMixture`.
 
     Source: Tomczak and Welling, VAE with a VampPrior (AISTATS 2018).
     """
@@ -118,8 +145,9 @@ class VampPrior(EncodedMixture):
         learn_weights: bool = False,
         chunk_size: int | None = None,
         refresh: float = 1.0,
+        neighbours: int = 0,
     ) -> None:
-        super().__init__(encoder, chunk_size, refresh)
+        super().__init__(encoder, chunk_size, refresh, neighbours)
         if pseudo_inputs.ndim < 2 or 0 in pseudo_inputs.shape or not pseudo_inputs.is_floating_point():
             raise ValueError(
                 "pseudo_inputs must be floating [K, *input_shape] with K >= 1, "
@@ -158,8 +186,8 @@ class ExemplarPrior(EncodedMixture):
         shared_variance: one learned variance s^2 for all components and dimensions, in place of the encoder's.
         subset: in each step of training take so many of the points at random, in place of all N.  The log of a
             subset's mixture is lower in expectation than that of the whole, so that the bound stays a bound.
-        refresh: the share of the exemplars that a step of training encodes anew, see :class:`EncodedMixture`.  Not
-            together with `subset`.
+        refresh, neighbours: the share of the exemplars that a step of training encodes anew, and how many of those
+            nearest to each row, see :class:`EncodedMixture`.  Not together with `subset`.
         chunk_size: encode this many at a time, as in :class:`VampPrior`.
 
     Source: Norouzi, Fleet and Norouzi, Exemplar VAE: linking generative models, nearest neighbor retrieval, and data
@@ -176,9 +204,10 @@ class ExemplarPrior(EncodedMixture):
         shared_variance: bool = False,
         subset: int | None = None,
         refresh: float = 1.0,
+        neighbours: int = 0,
         chunk_size: int | None = 1000,
     ) -> None:
-        super().__init__(encoder, chunk_size, refresh)
+        super().__init__(encoder, chunk_size, refresh, neighbours)
         if data.ndim < 2 or 0 in data.shape[1:] or len(data) < 2 or not data.is_floating_point():
             raise ValueError(
                 f"data must be floating [N, *input_shape] with N >= 2, not {data.dtype} {list(data.shape)}"
@@ -194,22 +223,22 @@ class ExemplarPrior(EncodedMixture):
     def component_log_weights(self) -> Tensor:
         return self.data.new_full((len(self.data),), -math.log(len(self.data)))
 
-    def density(self, index: Tensor | None = None) -> Density:
-        mu, logvar, own = self._step(index)
+    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+        mu, logvar, own = self._step(index, near)
         if own is None:
             return lambda z: F.mixture_log_prob(z, mu, logvar)
         # The others' weights become 1 / (K - 1), but for the rows whose own point is not among the components.
         K = len(mu)
-        more = torch.where(own >= 0, math.log(K / (K - 1)), 0.0).to(mu.dtype)  # [B]
+        more = (own >= 0).to(mu.dtype) * math.log(K / (K - 1))  # [B]
         return lambda z: F.mixture_log_prob(z, mu, logvar, exclude=own.expand(z.shape[:-1])) + more
 
     def kl(
         self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         z, log_q = F.gaussian_rsample(mu, logvar, num_samples)
-        return z, log_q - self.density(index)(z)
+        return z, log_q - self.density(index, mu)(z)
 
-    def _step(self, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _step(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(mu [K, D], logvar, own int64 [B]): the components of a step, and which of them each row is, or -1."""
         N = len(self.data)
         if index is not None and (index.dtype != torch.int64 or index.ndim != 1):
@@ -217,7 +246,7 @@ class ExemplarPrior(EncodedMixture):
         if index is not None and index.numel() and not (-1 <= int(index.min()) and int(index.max()) < N):
             raise ValueError(f"index must be in -1 ... {N - 1} for N = {N}, -1 for what is not in the data")
         if self.subset is None or not self.training:
-            return (*self._refreshed(), index)
+            return (*self._refreshed(index, near), index)
         chosen = torch.randperm(N, device=self.data.device)[: self.subset]
         mu, logvar = self._encoded(chosen)
         if index is None:

@@ -32,12 +32,14 @@ class Prior(nn.Module):
         """n independent draws, [n, D]; no gradient."""
         raise NotImplementedError
 
-    def density(self, index: Tensor | None = None) -> Density:
+    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
         """log p(z) for one step of training: what it takes to know p is computed once, here, and not for each z.
 
         Args:
             index: int64 [B], which of the training points the rows of a batch are, for a prior that is made of them
                 (see :class:`fastvae.ExemplarPrior`); others have no use for it.
+            near: [B, D], about where the density will be asked for, as the posterior's means; for a prior that saves
+                work elsewhere.
 
         Returns:
             A function: z [..., B, D] -> [..., B], nats, differentiable in z and in the prior's parameters.
@@ -63,7 +65,7 @@ class Prior(nn.Module):
             the same for every sample), else log q(z | x) - log p(z) of each sample.
         """
         z, log_q = F.gaussian_rsample(mu, logvar, num_samples)
-        return z, log_q - self.density(index)(z)
+        return z, log_q - self.density(index, mu)(z)
 
     def snapshot(self) -> Prior:
         """This prior as it is now, for many evaluations without gradients."""
@@ -110,8 +112,8 @@ class Mixture(Prior):
         """(mu [K, D], logvar broadcastable to [K, D], log_weights [K]), differentiable; the weights sum to one."""
         raise NotImplementedError
 
-    def step_components(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The components for one step of training, where a subclass may save work."""
+    def step_components(self, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The components for one step of training, where a subclass may save work; near as in :meth:`density`."""
         return self.components()
 
     def component_log_weights(self) -> Tensor:
@@ -125,8 +127,8 @@ class Mixture(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return F.mixture_log_prob(z, *self.components())
 
-    def density(self, index: Tensor | None = None) -> Density:
-        mu, logvar, log_weights = self.step_components()
+    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+        mu, logvar, log_weights = self.step_components(near)
         return lambda z: F.mixture_log_prob(z, mu, logvar, log_weights)
 
     def marginal_log_prob(self, z: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class Mixture(Prior):
     def kl(
         self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return F.mixture_kl(mu, logvar, *self.step_components(), num_samples)
+        return F.mixture_kl(mu, logvar, *self.step_components(mu), num_samples)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

@@ -223,7 +223,7 @@ class VAE(nn.Module):
         estimate = bounds.elbo if bound == "elbo" else bounds.iwae
         return estimate(
             lambda z: self._log_likelihood_of(x, z),
-            self.prior.density(index),
+            self.prior.density(index, mu),
             mu,
             logvar,
             num_samples,

@@ -14,7 +14,7 @@ from fastvae.app.dataset import Dataset
 from fastvae.app.errors import ConfigError
 from fastvae.app.randomness import Stream, reseed
 from fastvae.app.run_folder import TrainedRun
-from fastvae.app.train import VALIDATION_BATCH, bound
+from fastvae.app.train import VALIDATION_BATCH, measure
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BOUND_SAMPLES = 10  # of z for each image, so that the bound's own noise does not show beside that over images
@@ -70,13 +70,14 @@ def evaluate(
     started = time.perf_counter()
     x = plan.images(run.dataset).to(run.device)
     reseed(run.config.seed, Stream.EVALUATE)
+    vae = VAE(run.vae.encoder, run.vae.decoder, run.vae.prior.snapshot(), run.vae.likelihood)
     parts = []
     for batch in x.split(50):
-        parts.append(run.vae.log_likelihood(batch, num_samples=plan.samples))
+        parts.append(vae.log_likelihood(batch, num_samples=plan.samples))
         on_images(sum(map(len, parts)))
     log_likelihood = torch.cat(parts).double()
     error = float(log_likelihood.std()) / len(x) ** 0.5 if len(x) > 1 else 0.0
-    measures = bound(run.vae, x, num_samples=BOUND_SAMPLES)
+    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES)
     means = posterior_means(run.vae, x)
     return Evaluation(
         split=plan.split,

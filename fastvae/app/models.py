@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastvae import VAE, MixturePrior, StandardNormalPrior, VampPrior
+from fastvae import VAE, ExemplarPrior, MixturePrior, StandardNormalPrior, VampPrior
 from fastvae.app.config import TrainConfig
 from fastvae.app.dataset import Dataset
 from fastvae.app.errors import ConfigError
 from fastvae.app.randomness import Stream, reseed
+from fastvae.priors import Prior
 
 
 class GatedDense(nn.Module):
@@ -84,14 +85,24 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
     for network in (encoder, decoder):
         network.apply(_he_normal)
     # The prior comes last, so that no initialisation of weights can overwrite where it starts from.
-    prior: StandardNormalPrior | MixturePrior | VampPrior
+    prior: Prior
     if config.prior == "standard":
         prior = StandardNormalPrior(config.latent)
     elif config.prior == "mixture":
         start = torch.randn(config.components, config.latent)
         prior = MixturePrior(start, learn_weights=config.learn_weights)
+    elif config.prior == "exemplar":
+        saving = {} if config.chunk_size is None else {"chunk_size": config.chunk_size}
+        prior = ExemplarPrior(encoder, dataset.train.x, refresh=config.refresh, neighbours=config.neighbours, **saving)
     else:
-        prior = VampPrior(encoder, _pseudo_inputs(config, dataset), learn_weights=config.learn_weights)
+        prior = VampPrior(
+            encoder,
+            _pseudo_inputs(config, dataset),
+            learn_weights=config.learn_weights,
+            chunk_size=config.chunk_size,
+            refresh=config.refresh,
+            neighbours=config.neighbours,
+        )
     likelihood = "bernoulli" if dataset.kind == "binary" else "discretized_logistic"
     return VAE(encoder, decoder, prior, likelihood=likelihood)
 

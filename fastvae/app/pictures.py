@@ -15,7 +15,7 @@ from fastvae.app.plots import draw_curves, draw_images, draw_pairs, save_figure
 from fastvae.app.randomness import Stream, reseed
 from fastvae.app.run_folder import PICTURES, TrainedRun
 
-PRIOR_NAMES = {"standard": "standard normal prior", "mixture": "mixture prior", "vamp": "VampPrior"}
+PRIOR_NAMES = {"standard": "standard normal prior", "mixture": "mixture prior", "vamp": "VampPrior", "exemplar": "exemplar prior"}
 
 
 def draw_run(run: TrainedRun) -> list[Path]:

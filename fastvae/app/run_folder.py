@@ -29,8 +29,9 @@ def versions() -> dict[str, str]:
 
 
 class Measures(TypedDict):
-    """Means over images, in nats."""
+    """Means over images, in nats; `bound` is the one that training maximises, the ELBO or another."""
 
+    bound: float
     elbo: float
     reconstruction: float
     kl: float
@@ -56,7 +57,7 @@ class Checkpoint(TypedDict):
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     best_epoch: int
-    best_elbo: float
+    best_bound: float
     best_model: dict[str, Tensor]
     history: list[Epoch]
 
