@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from fastvae import bounds, reference
+from fastvae.aggregated import AggregatedPosterior
 from fastvae.backends import info
 from fastvae.encoded_priors import ExemplarPrior, VampPrior
 from fastvae.functional import (
@@ -12,11 +13,13 @@ from fastvae.functional import (
     mixture_log_prob,
     mixture_log_prob_and_score,
 )
+from fastvae.groups import grouped_mixture_log_prob
 from fastvae.priors import MixturePrior, StandardNormalPrior
 from fastvae.vae import VAE
 
 __all__ = [
     "VAE",
+    "AggregatedPosterior",
     "ExemplarPrior",
     "MixturePrior",
     "StandardNormalPrior",
@@ -24,6 +27,7 @@ __all__ = [
     "bounds",
     "gaussian_kl",
     "gaussian_rsample",
+    "grouped_mixture_log_prob",
     "info",
     "mixture_kl",
     "mixture_log_prob",

@@ -133,11 +133,11 @@ class GroupedMixtureLogProb(torch.autograd.Function):
         backward = operators[ctx.backend].mixture_log_prob_backward
         groups = _groups(mu, logvar, log_weights, ctx.starts)
         slices = (slice(*pair) for pair in pairwise(ctx.starts))
-        for g, l, components, k in zip(grad.contiguous(), log_prob, groups, slices, strict=True):
+        for g, log_p, components, k in zip(grad.contiguous(), log_prob, groups, slices, strict=True):
             if components is None:
                 continue
             places = slice(None), k, k if len(logvar) == len(mu) else slice(None), k
-            parts = backward(g, l, z, *components, None, ctx.dense, *need)
+            parts = backward(g, log_p, z, *components, None, ctx.dense, *need)
             for total, place, part in zip(totals, places, parts, strict=True):
                 if total is not None:
                     total[place] += part

@@ -243,7 +243,7 @@ class ExemplarPrior(EncodedMixture):
         N = len(self.data)
         if index is not None and (index.dtype != torch.int64 or index.ndim != 1):
             raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
-        if index is not None and index.numel() and not (-1 <= int(index.min()) and int(index.max()) < N):
+        if index is not None and index.numel() and (int(index.min()) < -1 or int(index.max()) >= N):
             raise ValueError(f"index must be in -1 ... {N - 1} for N = {N}, -1 for what is not in the data")
         if self.subset is None or not self.training:
             return (*self._refreshed(index, near), index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -74,12 +76,10 @@ def grouped_mixture_log_prob(
     return log_prob.reshape(G, *z.shape[:-1]).movedim(0, -1)
 
 
-def _by_reference(
-    z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None, starts: tuple[int, ...]
-) -> Tensor:
+def _by_reference(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None, starts: tuple[int, ...]) -> Tensor:
     logvar = logvar.expand(mu.shape)
     columns = []
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in pairwise(starts):
         weights = None if log_weights is None else log_weights[start:stop]
         if stop == start:
             columns.append(z.new_full(z.shape[:-1], -torch.inf))

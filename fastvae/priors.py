@@ -134,7 +134,10 @@ class Mixture(Prior):
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         mu, logvar, log_weights = self.components()
         logvar = logvar.expand(mu.shape)
-        each = [F.mixture_log_prob(z[..., d, None], mu[:, d, None], logvar[:, d, None], log_weights) for d in range(z.shape[-1])]
+        each = [
+            F.mixture_log_prob(z[..., d, None], mu[:, d, None], logvar[:, d, None], log_weights)
+            for d in range(z.shape[-1])
+        ]
         return torch.stack(each, -1)
 
     def kl(

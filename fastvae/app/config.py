@@ -71,6 +71,11 @@ class TrainConfig:
             )
 
 
+def bound_name(config: TrainConfig) -> str:
+    """The bound that training maximises, in words."""
+    return "ELBO" if config.bound == "elbo" else f"IWAE bound of {config.num_samples} samples"
+
+
 def option(field: str) -> str:
     """The command-line option that sets a field of TrainConfig."""
     return "--samples" if field == "num_samples" else "--" + field.replace("_", "-")

@@ -138,7 +138,7 @@ Warmup = Annotated[
 Patience = Annotated[
     int | None,
     typer.Option(
-        help="Stop when the validation ELBO has not improved for so many epochs after the warm-up.  "
+        help="Stop when the validation bound has not improved for so many epochs after the warm-up.  "
         f" {_default('patience')}",
         rich_help_panel=TRAINING,
     ),

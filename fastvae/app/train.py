@@ -107,12 +107,17 @@ def finished(config: TrainConfig, state: Checkpoint) -> bool:
     return state["epoch"] >= config.epochs or waited >= config.patience
 
 
+def with_fixed_prior(vae: VAE) -> VAE:
+    """The same model for evaluation, whose prior's components are encoded once and not for every batch."""
+    return VAE(vae.encoder, vae.decoder, vae.prior.snapshot(), vae.likelihood).eval()
+
+
 @torch.no_grad()
 def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo") -> Measures:
     """The bound, the ELBO and its two terms, each the mean over the images x [N, pixels]."""
     was_training = vae.training
     vae.eval()
-    frozen = VAE(vae.encoder, vae.decoder, vae.prior.snapshot(), vae.likelihood)
+    frozen = with_fixed_prior(vae)
     total = _Total()
     for batch in x.split(max(1, VALIDATION_BATCH // num_samples)):
         total.add(frozen(batch, num_samples=num_samples, bound=bound))
