@@ -133,7 +133,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
     Source: Kong, A note on importance sampling using standardized weights (1992).
     """
-    return torch.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
+    return 1 / torch.softmax(log_weights, 0).square().sum(0)
 
 
 def _draws(

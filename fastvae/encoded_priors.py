@@ -205,7 +205,7 @@ class ExemplarPrior(EncodedMixture):
         subset: int | None = None,
         refresh: float = 1.0,
         neighbours: int = 0,
-        chunk_size: int | None = 1000,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__(encoder, chunk_size, refresh, neighbours)
         if data.ndim < 2 or 0 in data.shape[1:] or len(data) < 2 or not data.is_floating_point():

@@ -12,6 +12,8 @@ from fastvae.app.errors import ConfigError
 from fastvae.app.randomness import Stream, reseed
 from fastvae.priors import Prior
 
+EXEMPLAR_CHUNK = 1000  # exemplars encoded at once: with all at once, activations would outgrow everything else
+
 
 class GatedDense(nn.Module):
     """A dense layer with a learned gate: h(x) * sigmoid(g(x))."""
@@ -92,8 +94,13 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
         start = torch.randn(config.components, config.latent)
         prior = MixturePrior(start, learn_weights=config.learn_weights)
     elif config.prior == "exemplar":
-        saving = {} if config.chunk_size is None else {"chunk_size": config.chunk_size}
-        prior = ExemplarPrior(encoder, dataset.train.x, refresh=config.refresh, neighbours=config.neighbours, **saving)
+        prior = ExemplarPrior(
+            encoder,
+            dataset.train.x,
+            chunk_size=config.chunk_size or EXEMPLAR_CHUNK,
+            refresh=config.refresh,
+            neighbours=config.neighbours,
+        )
     else:
         prior = VampPrior(
             encoder,

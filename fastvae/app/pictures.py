@@ -51,7 +51,7 @@ def draw_samples(run: TrainedRun, path: Path, count: int, *, drawn: bool = False
 
 def draw_gap(run: TrainedRun) -> None:
     """Write the densities of prior and aggregated posterior, side by side on one plane, into the run's folder."""
-    figure = Figure(figsize=(10.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(10.4, 6.2), layout="constrained")
     draw_densities(figure.subplots(1, 2, sharex=True, sharey=True), run.vae.prior, aggregated_posterior(run))
     figure.suptitle(_title(run, "prior and aggregated posterior of the training images"), fontsize=12)
     save_figure(figure, run.folder.picture(GAP))
