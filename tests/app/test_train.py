@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvae import VAE, VampPrior
+from fastvae import VAE, ExemplarPrior, VampPrior
 from fastvae.app.atomic import whole_file
 from fastvae.app.config import TrainConfig, continued, make_config, option
 from fastvae.app.dataset import Dataset, Split
@@ -196,6 +196,49 @@ def test_training_pixels_are_drawn_afresh_in_each_epoch(tmp_path: Path) -> None:
     assert not torch.equal(first.sum(0), second.sum(0))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prior": "exemplar", "refresh": 0.1, "neighbours": 2, "chunk_size": 7},
+        {"prior": "exemplar", "bound": "iwae", "num_samples": 3, "gradient": "dreg"},
+        {"prior": "vamp", "refresh": 0.5, "gradient": "stl", "num_samples": 2},
+    ],
+)
+def test_priors_and_bounds_train_and_resume(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Bit for bit as without a stop, whatever a prior keeps between steps; and the bound rises."""
+    config, data = replace(TINY, epochs=6, learning_rate=3e-3, **settings), tiny_data()
+    straight = train(config, data, tmp_path / "straight")
+    train(replace(config, epochs=3), data, tmp_path / "parts")
+    assert_same(train(config, data, tmp_path / "parts", resume=True), straight)
+    first, last = straight["history"][0], straight["history"][-1]
+    assert last["validation"]["bound"] > first["validation"]["bound"]
+
+
+def test_training_leaves_each_images_own_exemplar_out(tmp_path: Path) -> None:
+    """The prior is asked for the very rows of each batch, in training and only there."""
+    asked: list[Tensor | None] = []
+
+    class Watched(ExemplarPrior):
+        def density(self, index: Tensor | None = None, near: Tensor | None = None):  # type: ignore[no-untyped-def]
+            asked.append(index)
+            return super().density(index, near)
+
+    data, seen = tiny_data(dynamic=False), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastvae.app.models.ExemplarPrior", Watched)
+        hook = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[0]) if isinstance(module, VAE) and module.training else None
+        )
+        try:
+            train(replace(TINY, prior="exemplar", epochs=1, warmup=0), data, tmp_path)
+        finally:
+            hook.remove()
+    assert len(asked) == len(seen) == 3 and all(index is not None for index in asked)
+    for index, x in zip(asked, seen, strict=True):
+        assert torch.equal(data.train.x[index], x)
+    assert sorted(torch.cat([i for i in asked if i is not None]).tolist()) == list(range(80))
+
+
 @pytest.mark.parametrize("prior", ["standard", "vamp"])
 def test_grey_images_train(tmp_path: Path, prior: str) -> None:
     state = train(replace(TINY, prior=prior, epochs=15, learning_rate=3e-3), tiny_data("gray"), tmp_path)
@@ -250,6 +293,11 @@ def test_resume_with_more_epochs_or_moved_data() -> None:
         {"warmup": 100},
         {"prior": "flow"},
         {"pseudo_init": "zeros"},
+        {"bound": "vr"},
+        {"gradient": "dreg"},
+        {"refresh": 0.0},
+        {"neighbours": -1},
+        {"chunk_size": 0},
     ],
 )
 def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:
