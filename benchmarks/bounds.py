@@ -130,23 +130,12 @@ def _counter(total: list[int]) -> Any:
 
 _STEP = """
 import sys, torch, fastvae
-from torch import nn
+from fastvae.app.models import BinaryDecoder, Encoder
 
 K, chunk_size = int(sys.argv[1]), int(sys.argv[2]) or None
-body = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 80))
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = body
-
-    def forward(self, x):
-        return self.body(x).chunk(2, -1)
-
-encoder = Encoder()
-decoder = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 784))
+encoder, decoder = Encoder(784, 300, 40), BinaryDecoder(784, 300, 40)
 vae = fastvae.VAE(encoder, decoder, fastvae.VampPrior(encoder, torch.rand(K, 784), chunk_size=chunk_size))
-optimizer = torch.optim.Adam(vae.parameters())
+optimizer = torch.optim.Adam(vae.parameters(), fused=True)
 for _ in range(2):
     optimizer.zero_grad()
     vae(torch.rand(100, 784).round()).loss.backward()
