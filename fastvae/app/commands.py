@@ -54,6 +54,7 @@ def train_command(
     pseudo_init: options.PseudoInit = None,
     learn_weights: options.LearnWeights = None,
     chunk_size: options.ChunkSize = None,
+    subset: options.Subset = None,
     refresh: options.Refresh = None,
     neighbours: options.Neighbours = None,
     latent: options.Latent = None,

@@ -21,7 +21,7 @@ class TrainConfig:
     """All that decides the result of a training run; kept as config.json in the run's folder.
 
     The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
-    `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` and `refresh` are the prior's; `bound`, with
+    `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
     `num_samples` draws and the estimator `gradient`, is what training maximises.
     """
 
@@ -33,6 +33,7 @@ class TrainConfig:
     pseudo_init: str = "data"
     learn_weights: bool = False
     chunk_size: int | None = None
+    subset: int | None = None
     refresh: float = 1.0
     neighbours: int = 0
     bound: str = "elbo"
@@ -52,7 +53,17 @@ class TrainConfig:
         _one_of("pseudo_init", self.pseudo_init, PSEUDO_INITS)
         _one_of("bound", self.bound, BOUNDS)
         _one_of("gradient", self.gradient, GRADIENTS)
-        for name in ("components", "latent", "hidden", "epochs", "patience", "batch_size", "num_samples", "chunk_size"):
+        for name in (
+            "components",
+            "latent",
+            "hidden",
+            "epochs",
+            "patience",
+            "batch_size",
+            "num_samples",
+            "chunk_size",
+            "subset",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{option(name)} is {getattr(self, name)}; it should be 1 or more.")
         for name in ("warmup", "seed", "neighbours"):
@@ -60,6 +71,8 @@ class TrainConfig:
                 raise ConfigError(f"{option(name)} is {getattr(self, name)}; it should be 0 or more.")
         if not 0 < self.refresh <= 1:
             raise ConfigError(f"--refresh is {self.refresh}; it should be above 0 and at most 1.")
+        if self.subset is not None and self.refresh < 1:
+            raise ConfigError("--subset and --refresh are two ways to save work in a step; say one of them.")
         if self.bound == "elbo" and self.gradient == "dreg":
             raise ConfigError("--gradient dreg is for --bound iwae; for the ELBO it would be --gradient stl.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

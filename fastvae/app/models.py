@@ -78,7 +78,8 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
     """Make the model that a run starts from; the same config and data give the same weights.
 
     Raises:
-        ConfigError: more pseudo-inputs are to start from training images than there are.
+        ConfigError: more pseudo-inputs are to start from training images, or more exemplars to be taken in a step,
+            than there are.
     """
     reseed(config.seed, Stream.INITIALISE)
     sizes = (dataset.num_pixels, config.hidden, config.latent)
@@ -94,9 +95,14 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
         start = torch.randn(config.components, config.latent)
         prior = MixturePrior(start, learn_weights=config.learn_weights)
     elif config.prior == "exemplar":
+        if config.subset is not None and not 2 <= config.subset <= len(dataset.train):
+            raise ConfigError(
+                f"--subset is {config.subset}; it should be 2 ... {len(dataset.train)}, the training images there are."
+            )
         prior = ExemplarPrior(
             encoder,
             dataset.train.x,
+            subset=config.subset,
             chunk_size=config.chunk_size or EXEMPLAR_CHUNK,
             refresh=config.refresh,
             neighbours=config.neighbours,

@@ -76,6 +76,13 @@ ChunkSize = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Subset = Annotated[
+    int | None,
+    typer.Option(
+        help="Take so many exemplars at random in each step of training; evaluation takes all. (default: all)",
+        rich_help_panel=MODEL,
+    ),
+]
 Refresh = Annotated[
     float | None,
     typer.Option(

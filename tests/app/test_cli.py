@@ -169,6 +169,8 @@ def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Pat
         (["train", "--gradient", "dreg"], "--gradient dreg is for --bound iwae"),
         (["train", "--samples", "0"], "--samples is 0"),
         (["train", "--chunk-size", "-1"], "--chunk-size is -1"),
+        (["train", "--prior", "exemplar", "--subset", "1201"], "--subset is 1201; it should be 2 ... 1200"),
+        (["train", "--subset", "9", "--refresh", "0.5"], "--subset and --refresh are two ways"),
         (["train", "--refresh", "0"], "--refresh is 0.0"),
         (["train", "--neighbours", "-2"], "--neighbours is -2"),
         (["train", "--device", "abacus"], "--device abacus"),

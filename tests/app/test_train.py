@@ -200,7 +200,7 @@ def test_training_pixels_are_drawn_afresh_in_each_epoch(tmp_path: Path) -> None:
     "settings",
     [
         {"prior": "exemplar", "refresh": 0.1, "neighbours": 2, "chunk_size": 7},
-        {"prior": "exemplar", "bound": "iwae", "num_samples": 3, "gradient": "dreg"},
+        {"prior": "exemplar", "bound": "iwae", "num_samples": 3, "gradient": "dreg", "subset": 20},
         {"prior": "vamp", "refresh": 0.5, "gradient": "stl", "num_samples": 2},
     ],
 )
