@@ -21,9 +21,9 @@ class EncodedMixture(Mixture):
     With `refresh` below 1, a step of training (`kl` and `density` in training mode) encodes that share of the inputs,
     each in its turn of a random order, and takes the others as they were when last encoded, without a gradient.  No
     encoding is then older than 1 / refresh steps; but of the gradient by way of the components only a share arrives,
-    and training shows it.  `neighbours` brings most of it back: each row's nearest components, which hold nearly all
-    of its responsibilities, are encoded too.  `log_prob`, `components`, `sample` and evaluation mode encode all, as
-    ever, and so does the first step after `train()` or `eval()`.
+    and training shows it.  `neighbours` brings more of it back: each row's nearest components, which hold most of its
+    responsibilities, are encoded too.  `log_prob`, `components`, `sample` and evaluation mode encode all, as ever, and
+    so does the first step after `train()` or `eval()`.
     """
 
     encoder: nn.Module
@@ -82,7 +82,8 @@ class EncodedMixture(Mixture):
             self._turns = list(torch.randperm(K, device=kept_mu.device).split(math.ceil(self.refresh * K)))
         turn = self._turns.pop()
         if self.neighbours and near is not None:
-            nearest = _nearest(near.detach(), kept_mu, min(self.neighbours, K), index)
+            points = near.detach().reshape(-1, near.shape[-1])
+            nearest = _nearest(points, kept_mu, min(self.neighbours, K), index)
             turn = torch.cat([turn, nearest.flatten()]).unique()
         mu, logvar = self._encoded(turn)
         mu, logvar = kept_mu.index_copy(0, turn, mu), kept_logvar.index_copy(0, turn, logvar)
@@ -225,6 +226,8 @@ class ExemplarPrior(EncodedMixture):
 
     def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
         mu, logvar, own = self._step(index, near)
+        if self.logvar is not None:
+            logvar = self.logvar  # one for all, which the kernels need not read K times, and never an old one
         if own is None:
             return lambda z: F.mixture_log_prob(z, mu, logvar)
         # The others' weights become 1 / (K - 1), but for the rows whose own point is not among the components.

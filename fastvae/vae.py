@@ -28,7 +28,7 @@ class VAEOutput:
         kl: [B], KL(q(z | x) || p(z)), or its estimate.
         z: [S, B, D].
         mu, logvar: [B, D], the posterior.
-        effective_sample_size: [B], of the S importance weights; None where the KL came in closed form.
+        log_weights: [S, B], log p(x, z) / q(z | x), no gradient; None where the KL came in closed form.
     """
 
     loss: Tensor
@@ -38,12 +38,17 @@ class VAEOutput:
     z: Tensor
     mu: Tensor
     logvar: Tensor
-    effective_sample_size: Tensor | None
+    log_weights: Tensor | None
 
     @property
     def elbo(self) -> Tensor:
         """[B], the evidence lower bound, whatever beta the loss has."""
         return self.reconstruction - self.kl
+
+    @property
+    def effective_sample_size(self) -> Tensor | None:
+        """[B], how many of the S samples their weights are worth; None where the KL came in closed form."""
+        return None if self.log_weights is None else bounds.effective_sample_size(self.log_weights)
 
 
 class VAE(nn.Module):
@@ -119,13 +124,13 @@ class VAE(nn.Module):
             z, divergence = self._kl(mu, logvar, num_samples, index)
             log_likelihood = self._log_likelihood_of(x, z)
             drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
-            worth = None if self.prior.has_closed_form_kl else drawn.effective_sample_size
+            log_weights = None if self.prior.has_closed_form_kl else drawn.log_weights
         else:
             drawn = self._drawn(bound, x, mu, logvar, num_samples, gradient, beta, chunk_size, index)
-            worth = drawn.effective_sample_size
+            log_weights = drawn.log_weights
         reconstruction, divergence = drawn.log_likelihood.mean(0), drawn.kl.mean(0)  # [B]
         value = reconstruction - divergence if bound == "elbo" else bounds.log_mean_exp(drawn.log_weights)
-        return VAEOutput(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, worth)
+        return VAEOutput(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, log_weights)
 
     def elbo(
         self,

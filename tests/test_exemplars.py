@@ -208,6 +208,21 @@ def test_state_and_copies() -> None:
     assert copied.sample(3).shape == (3, 6)
 
 
+def test_a_shared_variance_is_never_an_old_one() -> None:
+    """With encodings kept between steps, the learned variance has its whole gradient and its present value."""
+    prior, _ = made(shared_variance=True, refresh=0.3)
+    whole, _ = made(shared_variance=True)
+    z = torch.randn(4, 3, dtype=torch.float64)
+    prior.density()
+    assert prior.logvar is not None and whole.logvar is not None
+    whole.data, whole.__dict__["encoder"] = prior.data, prior.encoder
+    for one in (prior, whole):
+        with torch.no_grad():
+            one.logvar.fill_(-1.0)
+        one.density()(z).sum().backward()
+    assert torch.allclose(prior.logvar.grad, whole.logvar.grad, rtol=1e-12)
+
+
 def test_samples_come_from_all_points() -> None:
     prior, _ = made()
     n = 20_000
