@@ -22,6 +22,8 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
 	$(BIN)/fastvae bench --out benchmarks/results
+	$(BIN)/python examples/score_groups.py --record benchmarks/results/groups.json
+	for part in estimators refresh memory; do $(BIN)/python -m benchmarks.bounds $$part || exit 1; done
 	$(BIN)/python -m benchmarks.tables
 
 dist: .venv/ready

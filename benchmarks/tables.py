@@ -233,6 +233,65 @@ def static_mnist(results: Results) -> str:
     return words.markdown(headings, rows)
 
 
+@table("groups", "groups.json")
+def groups(results: Results) -> str:
+    """One call for all groups against the loop over them."""
+    found = results.read("groups.json")
+    rows = [
+        [
+            f"{found['cells']:,} cells x {found['groups']} groups, D = {found['latent']}",
+            str(found["threads"]),
+            f"{found['loop_seconds']:.0f} s",
+            f"{found['call_seconds']:.2f} s",
+            words.ratio(found["loop_seconds"] / found["call_seconds"]),
+            words.ratio(found["loop_cpu_seconds"] / found["call_cpu_seconds"]),
+            f"{found['largest_difference']:.0e}",
+        ]
+    ]
+    headings = ["", "threads", "loop", "one call", "faster", "by CPU time", "largest difference, nats"]
+    return words.markdown(headings, rows)
+
+
+@table("bounds-estimators", "bounds-estimators.json")
+def bounds_estimators(results: Results) -> str:
+    """The variance and the bias of the encoder's gradient."""
+    rows = [
+        [
+            row["gradient"],
+            str(row["samples"]),
+            f"{row['variance']:.3f}",
+            "" if row["gradient"] == "plain" else f"{row['bias']:.2f} ({row['bias_error']:.2f})",
+        ]
+        for row in results.read("bounds-estimators.json")["rows"]
+    ]
+    headings = ["gradient", "S", "variance / plain's", "distance from plain's mean / its norm (by chance alone)"]
+    return words.markdown(headings, rows)
+
+
+@table("bounds-refresh", "bounds-refresh.json")
+def bounds_refresh(results: Results) -> str:
+    """What training with fewer exemplars encoded in a step costs."""
+    rows = [
+        [row["way"], f"{row['encoded_in_a_step']:.0f}", f"{row['log_likelihood']:.2f}"]
+        for row in results.read("bounds-refresh.json")["rows"]
+    ]
+    return words.markdown(["in a step of training", "exemplars encoded", "log-likelihood, nats"], rows)
+
+
+@table("bounds-memory", "bounds-memory.json")
+def bounds_memory(results: Results) -> str:
+    """The peak of a process that trains with K pseudo-inputs."""
+    rows = [
+        [
+            f"{row['K']:,}",
+            f"in chunks of {row['chunk_size']:,}" if row["chunk_size"] else "at once",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+        ]
+        for row in results.read("bounds-memory.json")["rows"]
+    ]
+    return words.markdown(["K", "encoded", "peak of the process"], rows, left=2)
+
+
 def render(name: str, results: Results) -> str:
     """The Markdown of a table; that it is not recorded, where its source is not there.
 

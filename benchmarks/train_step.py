@@ -46,7 +46,9 @@ class EagerVampPrior(fastvae.VampPrior):
         """[..., D] -> [...]."""
         return eager.log_prob(z.flatten(0, -2), *self.components()).reshape(z.shape[:-1])
 
-    def kl(self, mu: Tensor, logvar: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    def kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(z, log q(z | x) - log p(z))."""
         if num_samples is not None:
             mu, logvar = (p.expand(num_samples, *p.shape) for p in (mu, logvar))

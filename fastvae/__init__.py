@@ -2,8 +2,10 @@
 
 __version__ = "0.1.0"
 
-from fastvae import reference
+from fastvae import bounds, reference
+from fastvae.aggregated import AggregatedPosterior
 from fastvae.backends import info
+from fastvae.encoded_priors import ExemplarPrior, VampPrior
 from fastvae.functional import (
     gaussian_kl,
     gaussian_rsample,
@@ -11,16 +13,21 @@ from fastvae.functional import (
     mixture_log_prob,
     mixture_log_prob_and_score,
 )
-from fastvae.priors import MixturePrior, StandardNormalPrior, VampPrior
+from fastvae.groups import grouped_mixture_log_prob
+from fastvae.priors import MixturePrior, StandardNormalPrior
 from fastvae.vae import VAE
 
 __all__ = [
     "VAE",
+    "AggregatedPosterior",
+    "ExemplarPrior",
     "MixturePrior",
     "StandardNormalPrior",
     "VampPrior",
+    "bounds",
     "gaussian_kl",
     "gaussian_rsample",
+    "grouped_mixture_log_prob",
     "info",
     "mixture_kl",
     "mixture_log_prob",

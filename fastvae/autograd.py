@@ -5,8 +5,10 @@ They take checked, flattened input (see `ops.py`); the last argument names the b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,6 +96,62 @@ class MixtureLogProb(torch.autograd.Function):
             )
             grads = [new if needed else old for old, new, needed in zip(grads, computed, need, strict=True)]
         return (*grads, None, None, None, None)
+
+
+class GroupedMixtureLogProb(torch.autograd.Function):
+    """log p(z | g) [G, M]; group g is the components from starts[g] up to starts[g + 1].
+
+    One call of the operator for each group, on a slice: what goes from one call to the next is z alone, which is
+    small beside the work.  A score would be [G, M, D], so backward computes the gradient in z here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_weights: Tensor | None,
+        starts: tuple[int, ...],
+        dense: bool,
+        backend: str,
+    ) -> Tensor:
+        log_prob = z.new_full((len(starts) - 1, len(z)), -math.inf)
+        for row, components in zip(log_prob, _groups(mu, logvar, log_weights, starts), strict=True):
+            if components is not None:
+                row.copy_(operators[backend].mixture_log_prob(z, *components, None))
+        ctx.save_for_backward(log_prob, z, mu, logvar, log_weights)
+        ctx.starts, ctx.dense, ctx.backend = starts, dense, backend
+        return log_prob
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        log_prob, z, mu, logvar, log_weights = ctx.saved_tensors
+        need = ctx.needs_input_grad[:4]
+        totals = [torch.zeros_like(t) if n else None for t, n in zip((z, mu, logvar, log_weights), need, strict=True)]
+        backward = operators[ctx.backend].mixture_log_prob_backward
+        groups = _groups(mu, logvar, log_weights, ctx.starts)
+        slices = (slice(*pair) for pair in pairwise(ctx.starts))
+        for g, log_p, components, k in zip(grad.contiguous(), log_prob, groups, slices, strict=True):
+            if components is None:
+                continue
+            places = slice(None), k, k if len(logvar) == len(mu) else slice(None), k
+            parts = backward(g, log_p, z, *components, None, ctx.dense, *need)
+            for total, place, part in zip(totals, places, parts, strict=True):
+                if total is not None:
+                    total[place] += part
+        return (*totals, None, None, None)
+
+
+def _groups(
+    mu: Tensor, logvar: Tensor, log_weights: Tensor | None, starts: tuple[int, ...]
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None] | None]:
+    """Each group's (mu, logvar, log_weights), None for one without components; logvar is [K, D] or shared [1, D]."""
+    for start, stop in pairwise(starts):
+        k = slice(start, stop)
+        own_logvar = logvar[k] if len(logvar) == len(mu) else logvar
+        yield (mu[k], own_logvar, None if log_weights is None else log_weights[k]) if stop > start else None
 
 
 class GaussianRsample(torch.autograd.Function):

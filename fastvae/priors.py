@@ -1,19 +1,22 @@
-"""Priors p(z) of a variational autoencoder: standard normal, free mixture, VampPrior.
+"""Priors p(z) of a variational autoencoder: what every prior has, standard normal, free mixture.
 
-Every prior has `log_prob(z) -> [...]`, `sample(n) -> [n, D]` and `kl(mu, logvar, num_samples) -> (z, kl)`.
+Every prior has `log_prob(z) -> [...]`, `sample(n) -> [n, D]` and `kl(mu, logvar, num_samples) -> (z, kl)`.  Those whose
+components an encoder makes are in `encoded_priors.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastvae import functional as F
 from fastvae.reference import LOG_2PI
+
+Density = Callable[[Tensor], Tensor]
 
 
 class Prior(nn.Module):
@@ -29,19 +32,40 @@ class Prior(nn.Module):
         """n independent draws, [n, D]; no gradient."""
         raise NotImplementedError
 
-    def kl(self, mu: Tensor, logvar: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+        """log p(z) for one step of training: what it takes to know p is computed once, here, and not for each z.
+
+        Args:
+            index: int64 [B], which of the training points the rows of a batch are, for a prior that is made of them
+                (see :class:`fastvae.ExemplarPrior`); others have no use for it.
+            near: [B, D], about where the density will be asked for, as the posterior's means; for a prior that saves
+                work elsewhere.
+
+        Returns:
+            A function: z [..., B, D] -> [..., B], nats, differentiable in z and in the prior's parameters.
+        """
+        return self.log_prob
+
+    def marginal_log_prob(self, z: Tensor) -> Tensor:
+        """log p(z_d) of each dimension by itself: [..., D] -> [..., D], nats."""
+        raise NotImplementedError(f"{type(self).__name__} does not know the densities of single dimensions")
+
+    def kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Samples of q = N(mu, exp(logvar)) and KL(q || p).
 
         Args:
             mu, logvar: [..., D].
             num_samples: S samples a row, or None for one without a dimension for it.
+            index: as in :meth:`density`.
 
         Returns:
             (z, kl): z [S, ..., D] or [..., D]; kl [S, ...] or [...], nats: in closed form where there is one (then
             the same for every sample), else log q(z | x) - log p(z) of each sample.
         """
         z, log_q = F.gaussian_rsample(mu, logvar, num_samples)
-        return z, log_q - self.log_prob(z)
+        return z, log_q - self.density(index, mu)(z)
 
     def snapshot(self) -> Prior:
         """This prior as it is now, for many evaluations without gradients."""
@@ -65,23 +89,32 @@ class StandardNormalPrior(Prior):
         self.register_buffer("origin", torch.zeros(latent_dim), persistent=False)  # knows dtype and device
 
     def log_prob(self, z: Tensor) -> Tensor:
+        return self.marginal_log_prob(z).sum(-1)
+
+    def marginal_log_prob(self, z: Tensor) -> Tensor:
         z = z if z.dtype == torch.float64 else z.float()
-        return -0.5 * (z.square() + LOG_2PI).sum(-1)
+        return -0.5 * (z.square() + LOG_2PI)
 
     def sample(self, n: int) -> Tensor:
         return torch.randn(n, len(self.origin), dtype=self.origin.dtype, device=self.origin.device)
 
-    def kl(self, mu: Tensor, logvar: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
+    def kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         z, log_q = F.gaussian_rsample(mu, logvar, num_samples)
         return z, F.gaussian_kl(mu, logvar).expand(log_q.shape)
 
 
-class _Mixture(Prior):
+class Mixture(Prior):
     """A prior that is a mixture: a subclass gives its components, this evaluates and draws from them."""
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(mu [K, D], logvar [K, D], log_weights [K]), differentiable; the weights sum to one."""
+        """(mu [K, D], logvar broadcastable to [K, D], log_weights [K]), differentiable; the weights sum to one."""
         raise NotImplementedError
+
+    def step_components(self, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The components for one step of training, where a subclass may save work; near as in :meth:`density`."""
+        return self.components()
 
     def component_log_weights(self) -> Tensor:
         """log w, [K]."""
@@ -94,8 +127,23 @@ class _Mixture(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         return F.mixture_log_prob(z, *self.components())
 
-    def kl(self, mu: Tensor, logvar: Tensor, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
-        return F.mixture_kl(mu, logvar, *self.components(), num_samples)
+    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+        mu, logvar, log_weights = self.step_components(near)
+        return lambda z: F.mixture_log_prob(z, mu, logvar, log_weights)
+
+    def marginal_log_prob(self, z: Tensor) -> Tensor:
+        mu, logvar, log_weights = self.components()
+        logvar = logvar.expand(mu.shape)
+        each = [
+            F.mixture_log_prob(z[..., d, None], mu[:, d, None], logvar[:, d, None], log_weights)
+            for d in range(z.shape[-1])
+        ]
+        return torch.stack(each, -1)
+
+    def kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return F.mixture_kl(mu, logvar, *self.step_components(mu), num_samples)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
@@ -115,7 +163,7 @@ class _Mixture(Prior):
         return frozen.requires_grad_(False)
 
 
-class MixturePrior(_Mixture):
+class MixturePrior(Mixture):
     """A mixture of K diagonal Gaussians whose means, variances and weights are parameters.
 
     Args:
@@ -133,7 +181,7 @@ class MixturePrior(_Mixture):
         start = torch.zeros_like(mu) if logvar is None else logvar.to(mu).expand(mu.shape)
         self.mu = nn.Parameter(mu.detach().clone())
         self.logvar = nn.Parameter(start.detach().clone())
-        self.logits = _logits(mu, learn_weights)
+        self.logits = equal_logits(mu, learn_weights)
 
     def component_log_weights(self) -> Tensor:
         return torch.log_softmax(self.logits, 0)
@@ -145,70 +193,7 @@ class MixturePrior(_Mixture):
         return self.mu, self.logvar, self.component_log_weights()
 
 
-class VampPrior(_Mixture):
-    """p(z) = sum_k w_k q(z | u_k): the posterior of K learned pseudo-inputs (Tomczak and Welling 2018).
-
-    Args:
-        encoder: x -> (mu, logvar), the very module that the VAE encodes with.  The prior shares it but doesn't own
-            it: `parameters()` and `state_dict()` of the prior hold the pseudo-inputs (and weights) alone, so that
-            the VAE's hold the encoder once.
-        pseudo_inputs: [K, *input_shape], the tensor to start from: data, or noise.
-        value_range: (low, high), what the pseudo-inputs are clamped to wherever they are used.
-        learn_weights: make the weights w_k parameters; otherwise they are 1 / K.
-        chunk_size: encode this many pseudo-inputs at a time and recompute their activations in backward, so that
-            memory does not grow with K; None encodes all at once.
-
-    Source: Tomczak and Welling, VAE with a VampPrior (AISTATS 2018).
-    """
-
-    encoder: nn.Module
-    logits: Tensor
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        pseudo_inputs: Tensor,
-        *,
-        value_range: tuple[float, float] = (0.0, 1.0),
-        learn_weights: bool = False,
-        chunk_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        if pseudo_inputs.ndim < 2 or 0 in pseudo_inputs.shape or not pseudo_inputs.is_floating_point():
-            raise ValueError(
-                "pseudo_inputs must be floating [K, *input_shape] with K >= 1, "
-                f"not {pseudo_inputs.dtype} {list(pseudo_inputs.shape)}"
-            )
-        if not value_range[0] < value_range[1]:
-            raise ValueError(f"value_range must be (low, high) with low < high, not {value_range}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
-        self.__dict__["encoder"] = encoder  # past nn.Module's registry: the VAE registers it
-        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
-        self.logits = _logits(pseudo_inputs, learn_weights)
-        self.value_range = value_range
-        self.chunk_size = chunk_size
-
-    def inputs(self) -> Tensor:
-        """The pseudo-inputs as the encoder sees them, in their range: [K, *input_shape]."""
-        return self.pseudo_inputs.clamp(*self.value_range)
-
-    def component_log_weights(self) -> Tensor:
-        return torch.log_softmax(self.logits, 0)
-
-    def component_parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder(self.pseudo_inputs[index].clamp(*self.value_range))
-
-    def components(self) -> tuple[Tensor, Tensor, Tensor]:
-        log_weights = self.component_log_weights()
-        if self.chunk_size is None:
-            return (*self.encoder(self.inputs()), log_weights)
-        encoded = [checkpoint(self.encoder, u, use_reentrant=False) for u in self.inputs().split(self.chunk_size)]
-        mu, logvar = (torch.cat(part) for part in zip(*encoded, strict=True))
-        return mu, logvar, log_weights
-
-
-def _logits(like: Tensor, learn: bool) -> Tensor:
+def equal_logits(like: Tensor, learn: bool) -> Tensor:
     """[K] equal logits: a parameter, or a buffer where the weights are fixed."""
     logits = torch.full((like.shape[0],), -math.log(like.shape[0]), dtype=like.dtype, device=like.device)
     return nn.Parameter(logits) if learn else nn.Buffer(logits)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae import bounds
 from fastvae import functional as F
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
 from fastvae.priors import Prior
@@ -21,24 +22,33 @@ class VAEOutput:
     """What one pass gives, nats; the means over the S samples of each x.
 
     Attributes:
-        loss: scalar, -mean(reconstruction - beta kl).
+        loss: scalar, for backward: the ELBO's is -mean(reconstruction - beta kl).
+        bound: [B], the bound that was asked for, whatever beta the loss has.
         reconstruction: [B], E_q[log p(x | z)].
         kl: [B], KL(q(z | x) || p(z)), or its estimate.
         z: [S, B, D].
         mu, logvar: [B, D], the posterior.
+        log_weights: [S, B], log p(x, z) / q(z | x), no gradient; None where the KL came in closed form.
     """
 
     loss: Tensor
+    bound: Tensor
     reconstruction: Tensor
     kl: Tensor
     z: Tensor
     mu: Tensor
     logvar: Tensor
+    log_weights: Tensor | None
 
     @property
     def elbo(self) -> Tensor:
         """[B], the evidence lower bound, whatever beta the loss has."""
         return self.reconstruction - self.kl
+
+    @property
+    def effective_sample_size(self) -> Tensor | None:
+        """[B], how many of the S samples their weights are worth; None where the KL came in closed form."""
+        return None if self.log_weights is None else bounds.effective_sample_size(self.log_weights)
 
 
 class VAE(nn.Module):
@@ -70,7 +80,18 @@ class VAE(nn.Module):
         self.prior = prior
         self.likelihood = likelihood
 
-    def forward(self, x: Tensor, *, beta: float = 1.0, num_samples: int = 1, kl: str = "auto") -> VAEOutput:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        beta: float = 1.0,
+        num_samples: int = 1,
+        kl: str = "auto",
+        bound: str = "elbo",
+        gradient: str = "plain",
+        chunk_size: int | None = None,
+        index: Tensor | None = None,
+    ) -> VAEOutput:
         """One pass.
 
         Args:
@@ -79,19 +100,72 @@ class VAE(nn.Module):
             num_samples: S draws of z for each x.
             kl: "analytic", E[log p(x|z)] - KL(q || p) in closed form; "sample", E[log p(x|z) + log p(z) - log q(z|x)];
                 "auto", the former where the prior has it, else the latter.
+            bound: "elbo", or "iwae", the importance weighted one, whose KL is always sampled.
+            gradient: how the encoder's gradient is estimated: "plain", "stl" (sticking the landing) or, for iwae,
+                "dreg" (doubly reparameterised); see :mod:`fastvae.bounds`.  All but "plain" sample the KL.
+            chunk_size: draw so many of the S samples at a time and recompute their activations in backward, so that
+                memory does not grow with S.
+            index: int64 [B], which of the training points the x are; for an :class:`fastvae.ExemplarPrior`.
 
         Raises:
-            ValueError: kl is none of these, or "analytic" for a prior that has no closed form.
+            ValueError: a name is none of these, or they do not go together, or kl is "analytic" for a prior that has
+                no closed form.
+        """
+        if bound not in bounds.BOUNDS:
+            raise ValueError(f"bound must be one of {', '.join(map(repr, bounds.BOUNDS))}, not {bound!r}")
+        if kl not in ("auto", "analytic", "sample"):
+            raise ValueError(f"kl must be 'auto', 'analytic' or 'sample', not {kl!r}")
+        if kl == "analytic" and not self.prior.has_closed_form_kl:
+            raise ValueError(f"kl='analytic': {type(self.prior).__name__} has no closed form, use 'sample' or 'auto'")
+        if kl == "analytic" and (bound, gradient, chunk_size) != ("elbo", "plain", None):
+            raise ValueError("kl='analytic' is for bound='elbo' with gradient='plain' and no chunk_size")
+        mu, logvar = self.encoder(x)
+        if bound == "elbo" and gradient == "plain" and chunk_size is None and kl != "sample":
+            z, divergence = self._kl(mu, logvar, num_samples, index)
+            log_likelihood = self._log_likelihood_of(x, z)
+            drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
+            log_weights = None if self.prior.has_closed_form_kl else drawn.log_weights
+        else:
+            drawn = self._drawn(bound, x, mu, logvar, num_samples, gradient, beta, chunk_size, index)
+            log_weights = drawn.log_weights
+        reconstruction, divergence = drawn.log_likelihood.mean(0), drawn.kl.mean(0)  # [B]
+        value = reconstruction - divergence if bound == "elbo" else bounds.log_mean_exp(drawn.log_weights)
+        return VAEOutput(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, log_weights)
+
+    def elbo(
+        self,
+        x: Tensor,
+        num_samples: int = 1,
+        kl: str = "auto",
+        *,
+        gradient: str = "plain",
+        chunk_size: int | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """The evidence lower bound of each x, [B], nats; arguments as in :meth:`forward`."""
+        output: VAEOutput = self(
+            x, num_samples=num_samples, kl=kl, gradient=gradient, chunk_size=chunk_size, index=index
+        )
+        return output.elbo
+
+    def iwae(
+        self,
+        x: Tensor,
+        num_samples: int,
+        *,
+        gradient: str = "dreg",
+        chunk_size: int | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """The importance weighted bound of each x, [B], nats; arguments as in :meth:`forward`.
+
+        Its value is the bound, its gradient the estimator named.  Where none is wanted, `log_likelihood` gives the
+        same bound in less memory.
+
+        Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
         mu, logvar = self.encoder(x)
-        z, divergence = self._kl(mu, logvar, num_samples, kl)
-        reconstruction, divergence = self._log_likelihood_of(x, z).mean(0), divergence.mean(0)  # [B]
-        loss = -(reconstruction - beta * divergence).mean()
-        return VAEOutput(loss, reconstruction, divergence, z, mu, logvar)
-
-    def elbo(self, x: Tensor, num_samples: int = 1, kl: str = "auto") -> Tensor:
-        """The evidence lower bound of each x, [B], nats; arguments as in :meth:`forward`."""
-        return self(x, num_samples=num_samples, kl=kl).elbo
+        return self._drawn("iwae", x, mu, logvar, num_samples, gradient, 1.0, chunk_size, index).objective
 
     @torch.no_grad()
     def log_likelihood(self, x: Tensor, num_samples: int = 5000) -> Tensor:
@@ -133,15 +207,35 @@ class VAE(nn.Module):
         mu, _ = self.encoder(x)
         return self.likelihood.mean(self.decoder(mu))
 
-    def _kl(self, mu: Tensor, logvar: Tensor, num_samples: int, kl: str) -> tuple[Tensor, Tensor]:
-        """(z [S, B, D], KL [S, B])."""
-        if kl not in ("auto", "analytic", "sample"):
-            raise ValueError(f"kl must be 'auto', 'analytic' or 'sample', not {kl!r}")
-        if kl == "analytic" and not self.prior.has_closed_form_kl:
-            raise ValueError(f"kl='analytic': {type(self.prior).__name__} has no closed form, use 'sample' or 'auto'")
-        if kl == "sample" and self.prior.has_closed_form_kl:
-            return Prior.kl(self.prior, mu, logvar, num_samples)
-        return self.prior.kl(mu, logvar, num_samples)
+    def _kl(self, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(z [S, B, D], KL [S, B]), in closed form where the prior has it."""
+        known = {} if index is None else {"index": index}  # a prior of one's own need not take it
+        return self.prior.kl(mu, logvar, num_samples, **known)
+
+    def _drawn(
+        self,
+        bound: str,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int,
+        gradient: str,
+        beta: float,
+        chunk_size: int | None,
+        index: Tensor | None,
+    ) -> bounds.Bound:
+        """The bound with its KL sampled."""
+        estimate = bounds.elbo if bound == "elbo" else bounds.iwae
+        return estimate(
+            lambda z: self._log_likelihood_of(x, z),
+            self.prior.density(index, mu),
+            mu,
+            logvar,
+            num_samples,
+            gradient=gradient,
+            beta=beta,
+            chunk_size=chunk_size,
+        )
 
     def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z), [S, B], of x [B, *x_shape] under z [S, B, D]."""

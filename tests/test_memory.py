@@ -51,3 +51,52 @@ def test_compiled_kernels() -> None:
 def test_composite() -> None:
     """The chunks stay what they are; here M x K x D numbers would be 0.5 GB."""
     assert added("composite", 1024, 8192, 16) < LIMIT / 2
+
+
+STEP = """
+    import sys, torch, fastvae
+    from torch import nn
+
+    def peak():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU())
+            self.head = nn.Linear(300, 80)
+
+        def forward(self, x):
+            return self.head(self.body(x)).chunk(2, -1)
+
+    K, chunk_size = map(int, sys.argv[1:])
+    encoder = Encoder()
+    prior = fastvae.VampPrior(encoder, torch.rand(K, 784), chunk_size=chunk_size)
+    decoder = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 784))
+    vae = fastvae.VAE(encoder, decoder, prior)
+    optimizer = torch.optim.Adam(vae.parameters(), fused=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        vae(torch.rand(100, 784).round()).loss.backward()
+        optimizer.step()
+    assert prior.pseudo_inputs.grad is not None
+    print(peak())
+"""
+
+
+def test_training_with_many_encoded_pseudo_inputs() -> None:
+    """Steps with K = 50,000 under 2 GB: the pseudo-inputs, their gradient and Adam's moments are 0.63 GB of it."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak from /proc")
+    assert int(run(STEP, "50000", "1000")) < 2e9
+
+
+def test_memory_beyond_the_pseudo_inputs_is_flat() -> None:
+    """From K = 4,000 to 12,000 the peak grows by six tensors of the pseudo-inputs' size at most: the parameter, its
+    gradient, Adam's two, and two in passing.  Kept activations would be nearly two more.
+    """
+    if sys.platform != "linux":
+        pytest.skip("reads the peak from /proc")
+    few, many = (int(run(STEP, str(K), "500")) for K in (4_000, 12_000))
+    assert many - few < 6.5 * 8_000 * 784 * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,14 +19,15 @@ from fastvae.app import options
 from fastvae.app.atomic import write_json
 from fastvae.app.bench import bench
 from fastvae.app.compare import Row, judge, mean_and_spread
-from fastvae.app.config import PRIORS, continued, make_config, read_config
+from fastvae.app.config import PRIORS, bound_name, continued, make_config, read_config
 from fastvae.app.data import load
 from fastvae.app.errors import ConfigError
 from fastvae.app.evaluate import EvaluationPlan
+from fastvae.app.gap import Gap
 from fastvae.app.models import build
 from fastvae.app.pictures import draw_comparison, draw_samples
 from fastvae.app.progress import interruptible
-from fastvae.app.run_folder import RunFolder, load_run, versions
+from fastvae.app.run_folder import GAP, RunFolder, load_run, versions
 from fastvae.app.workflow import compare_priors, evaluate_run, train_run
 
 app = typer.Typer(
@@ -46,13 +48,20 @@ def train_command(
     data: options.Data = None,
     prior: Annotated[
         str | None,
-        typer.Option(help="standard, mixture or vamp. (default vamp)", rich_help_panel=options.MODEL),
+        typer.Option(help="standard, mixture, vamp or exemplar. (default vamp)", rich_help_panel=options.MODEL),
     ] = None,
     components: options.Components = None,
     pseudo_init: options.PseudoInit = None,
     learn_weights: options.LearnWeights = None,
+    chunk_size: options.ChunkSize = None,
+    subset: options.Subset = None,
+    refresh: options.Refresh = None,
+    neighbours: options.Neighbours = None,
     latent: options.Latent = None,
     hidden: options.Hidden = None,
+    bound: options.Bound = None,
+    num_samples: options.BoundSamples = None,
+    gradient: options.Gradient = None,
     epochs: options.Epochs = None,
     warmup: options.Warmup = None,
     patience: options.Patience = None,
@@ -91,8 +100,8 @@ def train_command(
     best = run.checkpoint["best_epoch"]
     line = run.checkpoint["history"][best - 1]["validation"]
     _say(
-        f"Best of {run.checkpoint['epoch']} epochs: {best}, with a validation ELBO of {line['elbo']:.2f} nats"
-        f" (reconstruction {line['reconstruction']:.2f}, KL {line['kl']:.2f})."
+        f"Best of {run.checkpoint['epoch']} epochs: {best}, with a validation {bound_name(config)} of"
+        f" {line['bound']:.2f} nats (reconstruction {line['reconstruction']:.2f}, KL {line['kl']:.2f})."
     )
     _name_files(folder.files())
     _say(f"For its test log-likelihood: fastvae evaluate {shlex.quote(str(out))}")
@@ -110,7 +119,8 @@ def evaluate_command(
 ) -> None:
     """Measure the best model of a run: log-likelihood by importance sampling, ELBO, KL and active units.
 
-    Writes evaluation.json into the run's folder.
+    And how far its prior is from the aggregated posterior q(z), the mean of q(z|x) over all training images. Writes
+    evaluation.json, and a picture of the two, into the run's folder.
     """
     plan = EvaluationPlan(split, samples, limit)
     run = load_run(run_dir, data_dir, device=options.pick_device(device))
@@ -129,7 +139,8 @@ def evaluate_command(
     table.add_row("KL term", f"{result.kl:.2f}")
     table.add_row("active units", f"{result.active_units} of {result.latent}")
     console.print(table)
-    _name_files([run.folder.evaluation])
+    console.print(_gap_table(result.gap))
+    _name_files([run.folder.evaluation, run.folder.picture(GAP)])
 
 
 @app.command("sample")
@@ -229,6 +240,24 @@ app.command("bench")(bench)
 def info_command() -> None:
     """Tell what is built, what runs where, and the versions."""
     print(fastvae.info())
+
+
+def _gap_table(gap: Gap) -> Table:
+    table = Table(title=f"prior p(z) and aggregated posterior q(z) of {gap['images']} training images")
+    table.add_column(f"nats, mean of {gap['draws']} draws")
+    table.add_column(justify="right")
+    each = gap["dimension_wise_kl"]
+    largest = max(range(len(each)), key=lambda d: each[d]["value"])
+    rows = {
+        f"I(x; z), at most log {gap['images']} = {math.log(gap['images']):.2f}": gap["mutual_information"],
+        "KL(q(z) || p(z)), lost to the prior": gap["marginal_kl"],
+        "total correlation of q(z)": gap["total_correlation"],
+        f"largest KL of one dimension, z[{largest}]": each[largest],
+    }
+    for name, measured in rows.items():
+        table.add_row(name, f"{measured['value']:.3f} +- {measured['standard_error']:.3f}")
+    table.add_row("sum of the dimensions' KL", f"{sum(one['value'] for one in each):.3f}")
+    return table
 
 
 def _comparison_table(rows: list[Row], title: str) -> Table:

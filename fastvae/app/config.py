@@ -10,8 +10,9 @@ from typing import Any
 
 from fastvae.app.atomic import write_json
 from fastvae.app.errors import ConfigError, RunError
+from fastvae.bounds import BOUNDS, GRADIENTS
 
-PRIORS = ("standard", "mixture", "vamp")
+PRIORS = ("standard", "mixture", "vamp", "exemplar")
 PSEUDO_INITS = ("data", "noise")
 
 
@@ -20,7 +21,8 @@ class TrainConfig:
     """All that decides the result of a training run; kept as config.json in the run's folder.
 
     The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
-    `patience` are in epochs; `learning_rate` is Adam's.
+    `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
+    `num_samples` draws and the estimator `gradient`, is what training maximises.
     """
 
     data: str = "digits"
@@ -30,6 +32,13 @@ class TrainConfig:
     components: int = 500
     pseudo_init: str = "data"
     learn_weights: bool = False
+    chunk_size: int | None = None
+    subset: int | None = None
+    refresh: float = 1.0
+    neighbours: int = 0
+    bound: str = "elbo"
+    num_samples: int = 1
+    gradient: str = "plain"
     latent: int = 40
     hidden: int = 300
     epochs: int = 100
@@ -42,12 +51,30 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("prior", self.prior, PRIORS)
         _one_of("pseudo_init", self.pseudo_init, PSEUDO_INITS)
-        for name in ("components", "latent", "hidden", "epochs", "patience", "batch_size"):
-            if getattr(self, name) < 1:
+        _one_of("bound", self.bound, BOUNDS)
+        _one_of("gradient", self.gradient, GRADIENTS)
+        for name in (
+            "components",
+            "latent",
+            "hidden",
+            "epochs",
+            "patience",
+            "batch_size",
+            "num_samples",
+            "chunk_size",
+            "subset",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{option(name)} is {getattr(self, name)}; it should be 1 or more.")
-        for name in ("warmup", "seed"):
+        for name in ("warmup", "seed", "neighbours"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{option(name)} is {getattr(self, name)}; it should be 0 or more.")
+        if not 0 < self.refresh <= 1:
+            raise ConfigError(f"--refresh is {self.refresh}; it should be above 0 and at most 1.")
+        if self.subset is not None and self.refresh < 1:
+            raise ConfigError("--subset and --refresh are two ways to save work in a step; say one of them.")
+        if self.bound == "elbo" and self.gradient == "dreg":
+            raise ConfigError("--gradient dreg is for --bound iwae; for the ELBO it would be --gradient stl.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"--learning-rate is {self.learning_rate}; it should be above 0.")
         if self.warmup >= self.epochs:
@@ -57,9 +84,14 @@ class TrainConfig:
             )
 
 
+def bound_name(config: TrainConfig) -> str:
+    """The bound that training maximises, in words."""
+    return "ELBO" if config.bound == "elbo" else f"IWAE bound of {config.num_samples} samples"
+
+
 def option(field: str) -> str:
     """The command-line option that sets a field of TrainConfig."""
-    return "--" + field.replace("_", "-")
+    return "--samples" if field == "num_samples" else "--" + field.replace("_", "-")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -80,6 +112,8 @@ FOR_DATA: dict[str, dict[str, Any]] = {
     }
 }
 
+FOR_BOUND: dict[str, dict[str, Any]] = {"iwae": {"num_samples": 50, "gradient": "dreg"}}
+
 
 def make_config(given: dict[str, Any]) -> TrainConfig:
     """The settings of a new run: what was `given`, else what suits the data, else the general default.
@@ -88,7 +122,8 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
     fifth of the epochs.
     """
     named = {key: value for key, value in given.items() if value is not None}
-    chosen = FOR_DATA.get(named.get("data", TrainConfig.data), {}) | named
+    for_bound = FOR_BOUND.get(named.get("bound", TrainConfig.bound), {})
+    chosen = FOR_DATA.get(named.get("data", TrainConfig.data), {}) | for_bound | named
     if "warmup" not in named:
         epochs = chosen.get("epochs", TrainConfig.epochs)
         chosen["warmup"] = min(chosen.get("warmup", TrainConfig.warmup), max(epochs, 0) // 5)

@@ -1,4 +1,4 @@
-"""What a trained model is worth: its log-likelihood by importance sampling, its bound, its active units."""
+"""What a trained model is worth: its log-likelihood by importance sampling, its bound, its prior, its active units."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from fastvae import VAE
 from fastvae.app.dataset import Dataset
 from fastvae.app.errors import ConfigError
+from fastvae.app.gap import Gap, measure_gap
 from fastvae.app.randomness import Stream, reseed
 from fastvae.app.run_folder import TrainedRun
-from fastvae.app.train import VALIDATION_BATCH, bound
+from fastvae.app.train import VALIDATION_BATCH, measure, with_fixed_prior
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BOUND_SAMPLES = 10  # of z for each image, so that the bound's own noise does not show beside that over images
@@ -42,7 +43,10 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the images of a set, in nats. `standard_error` is that of the mean log-likelihood."""
+    """Means over the images of a set, in nats. `standard_error` is that of the mean log-likelihood.
+
+    `gap` is about the training images: how far the prior is from what the encoder makes of them all.
+    """
 
     split: str
     images: int
@@ -54,6 +58,7 @@ class Evaluation:
     kl: float
     active_units: int
     latent: int
+    gap: Gap
     seconds: float
 
 
@@ -70,13 +75,14 @@ def evaluate(
     started = time.perf_counter()
     x = plan.images(run.dataset).to(run.device)
     reseed(run.config.seed, Stream.EVALUATE)
+    vae = with_fixed_prior(run.vae)
     parts = []
     for batch in x.split(50):
-        parts.append(run.vae.log_likelihood(batch, num_samples=plan.samples))
+        parts.append(vae.log_likelihood(batch, num_samples=plan.samples))
         on_images(sum(map(len, parts)))
     log_likelihood = torch.cat(parts).double()
     error = float(log_likelihood.std()) / len(x) ** 0.5 if len(x) > 1 else 0.0
-    measures = bound(run.vae, x, num_samples=BOUND_SAMPLES)
+    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES)
     means = posterior_means(run.vae, x)
     return Evaluation(
         split=plan.split,
@@ -89,6 +95,7 @@ def evaluate(
         kl=measures["kl"],
         active_units=int((means.var(0, correction=0) > ACTIVE).sum()),
         latent=means.shape[1],
+        gap=measure_gap(run),
         seconds=time.perf_counter() - started,
     )
 

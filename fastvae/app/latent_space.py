@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +14,16 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from fastvae import MixturePrior, StandardNormalPrior, VampPrior
+from fastvae import AggregatedPosterior, MixturePrior, VampPrior
 from fastvae.app.evaluate import posterior_means
 from fastvae.app.plots import INK, PALETTE
 from fastvae.app.run_folder import TrainedRun
+from fastvae.priors import Mixture, Prior
 
 SHADES = ("#efefef", "#e2e2e2", "#d2d2d2", "#bdbdbd")
 LEVELS = (0.02, 0.1, 0.3, 0.6)  # of the prior's highest density on the plane, where the shades begin
 MOST_POINTS = 3000
+MOST_COMPONENTS = 3000
 GRID = 160  # points along each side for the density
 
 
@@ -64,7 +67,8 @@ def draw_latent_space(axes: Axes, run: TrainedRun) -> None:
     means = posterior_means(run.vae, test.x.to(run.device))
     plane = principal_plane(means)
     points = plane.project(means)
-    mu, logvar, log_weights = _components(run, means.shape[1])
+    prior = run.vae.prior
+    mu, logvar, weights = _components(prior, means.shape[1])
     centres = plane.project(mu)
 
     every = np.concatenate([points, centres])
@@ -76,12 +80,12 @@ def draw_latent_space(axes: Axes, run: TrainedRun) -> None:
 
     x = np.linspace(middle[0] - reach, middle[0] + reach, GRID)
     y = np.linspace(middle[1] - reach, middle[1] + top, GRID)
-    density = density_on_plane(x, y, centres, plane.covariances(logvar), log_weights.exp().cpu().numpy())
+    density = density_on_plane(x, y, centres, plane.covariances(logvar), weights)
     axes.contourf(x, y, density, levels=[v * density.max() for v in (*LEVELS, 1.0)], colors=SHADES, zorder=0)
     _draw_points(axes, points, test.labels)
     handles: list[Artist] = [Patch(color=SHADES[2], label="density of the prior")]
-    if not isinstance(run.vae.prior, StandardNormalPrior):
-        of_pseudo_inputs = isinstance(run.vae.prior, VampPrior)
+    if isinstance(prior, MixturePrior | VampPrior) and len(mu) < MOST_COMPONENTS:  # exemplars are points like these
+        of_pseudo_inputs = isinstance(prior, VampPrior)
         label = f"posteriors of {len(mu)} pseudo-inputs" if of_pseudo_inputs else f"{len(mu)} components"
         size = 26 if len(mu) <= 100 else 10
         axes.scatter(centres[:, 0], centres[:, 1], s=size, marker="x", color=INK, linewidths=0.9, zorder=3)
@@ -91,6 +95,29 @@ def draw_latent_space(axes: Axes, run: TrainedRun) -> None:
     axes.set_ylabel(f"second principal component ({plane.explained[1]:.0%})")
     axes.set_aspect("equal")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+@torch.no_grad()
+def draw_densities(panels: Sequence[Axes], prior: Prior, posterior: AggregatedPosterior) -> None:
+    """Draw prior and aggregated posterior, on one plane and with one scale of greys."""
+    plane = principal_plane(posterior.mu)
+    spread = np.sqrt(plane.covariances(posterior.logvar.exp().mean(0, keepdim=True).log())[0].diagonal())
+    low, high = np.quantile(plane.project(posterior.mu), [0.001, 0.999], axis=0)
+    middle, reach = (low + high) / 2, ((high - low) / 2 + 2 * spread).max()
+    x, y = (np.linspace(at - reach, at + reach, GRID) for at in middle)
+    densities = []
+    for mixture in (prior, posterior):
+        mu, logvar, weights = _components(mixture, len(plane.centre))
+        densities.append(density_on_plane(x, y, plane.project(mu), plane.covariances(logvar), weights))
+    levels = np.linspace(0, max(map(np.max, densities)), 13)
+    titles = "prior, p(z)", "aggregated posterior, q(z)"
+    for axes, density, title in zip(panels, densities, titles, strict=True):
+        axes.contourf(x, y, density, levels=levels, cmap="Greys")
+        axes.set_title(title, fontsize=11, color=INK)
+        axes.set_xlabel(f"first principal component of the means ({plane.explained[0]:.0%} of variance)")
+        axes.set_aspect("equal")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"second principal component ({plane.explained[1]:.0%})")
 
 
 def density_on_plane(
@@ -130,13 +157,22 @@ def spread_apart(places: np.ndarray, distance: float) -> np.ndarray:
     return places
 
 
-def _components(run: TrainedRun, latent: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(mu [K, D], logvar [K, D], log_weights [K]); the standard prior is a mixture of one."""
-    prior = run.vae.prior
-    if isinstance(prior, MixturePrior | VampPrior):
-        return prior.components()
-    origin = torch.zeros(1, latent, device=run.device)
-    return origin, origin, origin[:, 0]
+def _components(prior: Prior, latent: int) -> tuple[Tensor, Tensor, np.ndarray]:
+    """(mu [K, D], logvar [K, D], weights [K]) to draw a density from; the standard prior is a mixture of one.
+
+    Of many components so many as a picture can show, drawn by their weights.
+    """
+    if not isinstance(prior, Mixture):
+        origin = next(prior.buffers()).new_zeros(1, latent)
+        return origin, origin, np.ones(1)
+    mu, logvar, log_weights = prior.components()
+    logvar, weights = logvar.expand(mu.shape), log_weights.exp().cpu()
+    if len(mu) > MOST_COMPONENTS:
+        drawn = torch.multinomial(weights, MOST_COMPONENTS, True, generator=torch.Generator().manual_seed(0)).to(
+            mu.device
+        )
+        return mu[drawn], logvar[drawn], np.full(MOST_COMPONENTS, 1 / MOST_COMPONENTS)
+    return mu, logvar, weights.numpy()
 
 
 def _draw_points(axes: Axes, points: np.ndarray, labels: Tensor | None) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastvae import VAE, MixturePrior, StandardNormalPrior, VampPrior
+from fastvae import VAE, ExemplarPrior, MixturePrior, StandardNormalPrior, VampPrior
 from fastvae.app.config import TrainConfig
 from fastvae.app.dataset import Dataset
 from fastvae.app.errors import ConfigError
 from fastvae.app.randomness import Stream, reseed
+from fastvae.priors import Prior
+
+EXEMPLAR_CHUNK = 1000  # exemplars encoded at once: with all at once, activations would outgrow everything else
 
 
 class GatedDense(nn.Module):
@@ -75,7 +78,8 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
     """Make the model that a run starts from; the same config and data give the same weights.
 
     Raises:
-        ConfigError: more pseudo-inputs are to start from training images than there are.
+        ConfigError: more pseudo-inputs are to start from training images, or more exemplars to be taken in a step,
+            than there are.
     """
     reseed(config.seed, Stream.INITIALISE)
     sizes = (dataset.num_pixels, config.hidden, config.latent)
@@ -84,14 +88,34 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
     for network in (encoder, decoder):
         network.apply(_he_normal)
     # The prior comes last, so that no initialisation of weights can overwrite where it starts from.
-    prior: StandardNormalPrior | MixturePrior | VampPrior
+    prior: Prior
     if config.prior == "standard":
         prior = StandardNormalPrior(config.latent)
     elif config.prior == "mixture":
         start = torch.randn(config.components, config.latent)
         prior = MixturePrior(start, learn_weights=config.learn_weights)
+    elif config.prior == "exemplar":
+        if config.subset is not None and not 2 <= config.subset <= len(dataset.train):
+            raise ConfigError(
+                f"--subset is {config.subset}; it should be 2 ... {len(dataset.train)}, the training images there are."
+            )
+        prior = ExemplarPrior(
+            encoder,
+            dataset.train.x,
+            subset=config.subset,
+            chunk_size=config.chunk_size or EXEMPLAR_CHUNK,
+            refresh=config.refresh,
+            neighbours=config.neighbours,
+        )
     else:
-        prior = VampPrior(encoder, _pseudo_inputs(config, dataset), learn_weights=config.learn_weights)
+        prior = VampPrior(
+            encoder,
+            _pseudo_inputs(config, dataset),
+            learn_weights=config.learn_weights,
+            chunk_size=config.chunk_size,
+            refresh=config.refresh,
+            neighbours=config.neighbours,
+        )
     likelihood = "bernoulli" if dataset.kind == "binary" else "discretized_logistic"
     return VAE(encoder, decoder, prior, likelihood=likelihood)
 

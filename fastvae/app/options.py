@@ -68,6 +68,57 @@ LearnWeights = Annotated[
     bool | None,
     typer.Option("--learn-weights", help="Learn the components' weights; else all are 1/K.", rich_help_panel=MODEL),
 ]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Encode so many pseudo-inputs or exemplars at a time and compute their activations again in backward, "
+        "so that memory does not grow with their number. (default: all pseudo-inputs at once; 1000 exemplars)",
+        rich_help_panel=MODEL,
+    ),
+]
+Subset = Annotated[
+    int | None,
+    typer.Option(
+        help="Take so many exemplars at random in each step of training; evaluation takes all. (default: all)",
+        rich_help_panel=MODEL,
+    ),
+]
+Refresh = Annotated[
+    float | None,
+    typer.Option(
+        help="The share of the pseudo-inputs or exemplars that each step encodes anew; the others stay as they last "
+        "were, and give no gradient. (default 1, all)",
+        rich_help_panel=MODEL,
+    ),
+]
+Neighbours = Annotated[
+    int | None,
+    typer.Option(
+        help="With --refresh: each step encodes so many of those nearest to each image, too. (default 0)",
+        rich_help_panel=MODEL,
+    ),
+]
+Bound = Annotated[
+    str | None,
+    typer.Option(
+        help="What training maximises: elbo, or iwae, the importance weighted bound. (default elbo)",
+        rich_help_panel=TRAINING,
+    ),
+]
+BoundSamples = Annotated[
+    int | None,
+    typer.Option(
+        "--samples", help="Draws of z for each image in the bound. (default 1; iwae 50)", rich_help_panel=TRAINING
+    ),
+]
+Gradient = Annotated[
+    str | None,
+    typer.Option(
+        help="How the encoder's gradient is estimated: plain, stl (sticking the landing) or, for iwae, dreg (doubly "
+        "reparameterised). (default plain; iwae dreg)",
+        rich_help_panel=TRAINING,
+    ),
+]
 Latent = Annotated[
     int | None,
     typer.Option(help=f"Dimensions of the latent space. {_default('latent')}", rich_help_panel=MODEL),
@@ -94,7 +145,7 @@ Warmup = Annotated[
 Patience = Annotated[
     int | None,
     typer.Option(
-        help="Stop when the validation ELBO has not improved for so many epochs after the warm-up.  "
+        help="Stop when the validation bound has not improved for so many epochs after the warm-up.  "
         f" {_default('patience')}",
         rich_help_panel=TRAINING,
     ),

@@ -10,12 +10,19 @@ import torch
 from matplotlib.figure import Figure
 
 from fastvae import VampPrior
-from fastvae.app.latent_space import draw_latent_space
+from fastvae.app.config import bound_name
+from fastvae.app.gap import aggregated_posterior
+from fastvae.app.latent_space import draw_densities, draw_latent_space
 from fastvae.app.plots import draw_curves, draw_images, draw_pairs, save_figure
 from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import PICTURES, TrainedRun
+from fastvae.app.run_folder import GAP, PICTURES, TrainedRun
 
-PRIOR_NAMES = {"standard": "standard normal prior", "mixture": "mixture prior", "vamp": "VampPrior"}
+PRIOR_NAMES = {
+    "standard": "standard normal prior",
+    "mixture": "mixture prior",
+    "vamp": "VampPrior",
+    "exemplar": "exemplar prior",
+}
 
 
 def draw_run(run: TrainedRun) -> list[Path]:
@@ -40,6 +47,14 @@ def draw_run(run: TrainedRun) -> list[Path]:
 def draw_samples(run: TrainedRun, path: Path, count: int, *, drawn: bool = False, seed: int = 0) -> None:
     """Write a picture of `count` samples: the mean image of each z, or with `drawn` its pixels drawn too."""
     save_figure(_grid_figure(run, _sample(run, count, drawn, seed), f"{count} samples"), path)
+
+
+def draw_gap(run: TrainedRun) -> None:
+    """Write the densities of prior and aggregated posterior, side by side on one plane, into the run's folder."""
+    figure = Figure(figsize=(10.4, 6.2), layout="constrained")
+    draw_densities(figure.subplots(1, 2, sharex=True, sharey=True), run.vae.prior, aggregated_posterior(run))
+    figure.suptitle(_title(run, "prior and aggregated posterior of the training images"), fontsize=12)
+    save_figure(figure, run.folder.picture(GAP))
 
 
 def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
@@ -108,7 +123,8 @@ def _reconstructions(run: TrainedRun) -> Figure:
 
 def _curves(run: TrainedRun) -> Figure:
     figure = Figure(figsize=(11, 3.9), layout="constrained")
-    draw_curves(figure, run.checkpoint["history"], run.checkpoint["best_epoch"], run.config.warmup)
+    bound = bound_name(run.config)
+    draw_curves(figure, run.checkpoint["history"], bound, run.checkpoint["best_epoch"], run.config.warmup)
     figure.suptitle(_title(run, "training"), fontsize=12)
     return figure
 

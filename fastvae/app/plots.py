@@ -84,11 +84,11 @@ def draw_pairs(axes: Axes, originals: Tensor, reconstructions: Tensor, dataset: 
     axes.tick_params(axis="y", length=0, labelsize=9)
 
 
-def draw_curves(figure: Figure, history: Sequence[Epoch], best_epoch: int, warmup: int) -> None:
-    """Draw ELBO, reconstruction term and KL by epoch, of training and validation, on three new axes."""
+def draw_curves(figure: Figure, history: Sequence[Epoch], bound: str, best_epoch: int, warmup: int) -> None:
+    """Draw bound, reconstruction term and KL by epoch, of training and validation, on three new axes."""
     epochs = [line["epoch"] for line in history]
     panels = figure.subplots(1, 3)
-    titles = {"elbo": "ELBO", "reconstruction": "Reconstruction, E[log p(x|z)]", "kl": "KL(q(z|x) || p(z))"}
+    titles = {"bound": bound, "reconstruction": "Reconstruction, E[log p(x|z)]", "kl": "KL(q(z|x) || p(z))"}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         train = [line["train"][key] for line in history]  # type: ignore[literal-required]
         validation = [line["validation"][key] for line in history]  # type: ignore[literal-required]

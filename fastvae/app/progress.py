@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fastvae.app.config import TrainConfig
+from fastvae.app.config import TrainConfig, bound_name
 from fastvae.app.dataset import Dataset
 from fastvae.app.run_folder import Epoch
 from fastvae.app.train import Watchers
@@ -27,7 +27,7 @@ from fastvae.app.train import Watchers
 def training_progress(
     console: Console, config: TrainConfig, dataset: Dataset, first_epoch: int, label: str
 ) -> Iterator[Watchers]:
-    """Show a bar over all batches, with the last epoch's validation ELBO, its two terms, and the time left.
+    """Show a bar over all batches, with the last epoch's validation bound, the ELBO's two terms, and the time left.
 
     Where output does not go to a terminal there is no bar but a line after each fifth of the epochs.
     """
@@ -50,6 +50,8 @@ def training_progress(
         def on_epoch(line: Epoch) -> None:
             v = line["validation"]
             measures = f"ELBO {v['elbo']:.2f} = reconstruction {v['reconstruction']:.2f} - KL {v['kl']:.2f}"
+            if config.bound != "elbo":
+                measures = f"{bound_name(config)} {v['bound']:.2f}, {measures}"
             progress.update(task, measures=measures)
             if not console.is_terminal and line["epoch"] % max(1, config.epochs // 5) == 0:
                 console.print(f"{label} epoch {line['epoch']}/{config.epochs}: {measures}", soft_wrap=True)

@@ -21,6 +21,7 @@ from fastvae.app.errors import RunError
 from fastvae.app.models import build
 
 PICTURES = ("curves", "reconstructions", "samples", "pseudo_inputs", "latent_space")
+GAP = "prior_and_posterior"  # the picture that evaluation draws
 
 
 def versions() -> dict[str, str]:
@@ -29,8 +30,9 @@ def versions() -> dict[str, str]:
 
 
 class Measures(TypedDict):
-    """Means over images, in nats."""
+    """Means over images, in nats; `bound` is the one that training maximises, the ELBO or another."""
 
+    bound: float
     elbo: float
     reconstruction: float
     kl: float
@@ -56,7 +58,7 @@ class Checkpoint(TypedDict):
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     best_epoch: int
-    best_elbo: float
+    best_bound: float
     best_model: dict[str, Tensor]
     history: list[Epoch]
 
@@ -88,12 +90,12 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     def picture(self, name: str) -> Path:
-        """The PNG of one of PICTURES."""
+        """The PNG of one of PICTURES, or of GAP."""
         return self.path / f"{name}.png"
 
     def pictures(self) -> list[Path]:
         """The pictures that are there."""
-        return [path for path in map(self.picture, PICTURES) if path.exists()]
+        return [path for path in map(self.picture, (*PICTURES, GAP)) if path.exists()]
 
     def holds_run(self) -> bool:
         """Whether a run was begun here."""
@@ -113,6 +115,7 @@ class RunFolder:
         """Delete what was measured on a model that is about to be trained further."""
         self.results.unlink(missing_ok=True)
         self.evaluation.unlink(missing_ok=True)
+        self.picture(GAP).unlink(missing_ok=True)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint, whole or not at all."""

@@ -22,6 +22,7 @@ from fastvae.app.errors import RunError
 from fastvae.app.models import build
 from fastvae.app.randomness import Stream, reseed
 from fastvae.app.run_folder import Checkpoint, Epoch, Measures, RunFolder, versions
+from fastvae.vae import VAEOutput
 
 VALIDATION_BATCH = 1000  # images encoded at once
 
@@ -48,8 +49,8 @@ def train(
 ) -> Checkpoint:
     """Train a model, keeping in `out` a checkpoint of the last finished epoch and of the best model.
 
-    The best model is the one with the highest validation ELBO, the KL term counting in full. Training stops
-    after `config.epochs`, or when the ELBO has not improved for `config.patience` epochs after the warm-up.
+    The best model is the one with the highest validation bound, the KL term counting in full. Training stops
+    after `config.epochs`, or when the bound has not improved for `config.patience` epochs after the warm-up.
 
     Args:
         config: the settings.
@@ -86,11 +87,12 @@ def train(
         started = time.perf_counter()
         beta = min(1.0, epoch / config.warmup) if config.warmup else 1.0
         reseed(config.seed, Stream.TRAIN, epoch)
-        measured = _one_epoch(vae, optimizer, images, dataset.dynamic, config.batch_size, beta, epoch, watchers.batch)
+        measured = _one_epoch(vae, optimizer, images, dataset.dynamic, config, beta, epoch, watchers.batch)
         seconds = time.perf_counter() - started
         # The same noise for every epoch: the bounds of two epochs then differ by their models alone.
         reseed(config.seed, Stream.VALIDATE)
-        line = Epoch(epoch=epoch, beta=beta, train=measured, validation=bound(vae, validation), seconds=seconds)
+        validated = measure(vae, validation, config.num_samples, config.bound)
+        line = Epoch(epoch=epoch, beta=beta, train=measured, validation=validated, seconds=seconds)
         state = _next(state, line, vae, optimizer)
         folder.save(state)
         watchers.epoch(line)
@@ -100,23 +102,45 @@ def train(
 
 
 def finished(config: TrainConfig, state: Checkpoint) -> bool:
-    """Whether all epochs are done, or the ELBO has not improved for long enough to stop early."""
+    """Whether all epochs are done, or the bound has not improved for long enough to stop early."""
     waited = state["epoch"] - max(state["best_epoch"], config.warmup)
     return state["epoch"] >= config.epochs or waited >= config.patience
 
 
-def bound(vae: VAE, x: Tensor, num_samples: int = 1) -> Measures:
-    """The ELBO and its two terms, each the mean over the images x [N, pixels]."""
+def with_fixed_prior(vae: VAE) -> VAE:
+    """The same model for evaluation, whose prior's components are encoded once and not for every batch."""
+    return VAE(vae.encoder, vae.decoder, vae.prior.snapshot(), vae.likelihood).eval()
+
+
+@torch.no_grad()
+def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo") -> Measures:
+    """The bound, the ELBO and its two terms, each the mean over the images x [N, pixels]."""
     was_training = vae.training
     vae.eval()
-    reconstruction = kl = 0.0
-    with torch.no_grad():
-        for batch in x.split(VALIDATION_BATCH):
-            output = vae(batch, num_samples=num_samples)
-            reconstruction += float(output.reconstruction.sum(dtype=torch.float64))
-            kl += float(output.kl.sum(dtype=torch.float64))
+    frozen = with_fixed_prior(vae)
+    total = _Total()
+    for batch in x.split(max(1, VALIDATION_BATCH // num_samples)):
+        total.add(frozen(batch, num_samples=num_samples, bound=bound))
     vae.train(was_training)
-    return Measures(elbo=(reconstruction - kl) / len(x), reconstruction=reconstruction / len(x), kl=kl / len(x))
+    return total.mean()
+
+
+class _Total:
+    """Sums of what passes gave, over their images."""
+
+    def __init__(self) -> None:
+        self.count, self.bound, self.reconstruction, self.kl = 0, 0.0, 0.0, 0.0
+
+    def add(self, output: VAEOutput) -> None:
+        bound, reconstruction, kl = (v.detach() for v in (output.bound, output.reconstruction, output.kl))
+        self.count += len(bound)
+        self.bound += float(bound.sum(dtype=torch.float64))
+        self.reconstruction += float(reconstruction.sum(dtype=torch.float64))
+        self.kl += float(kl.sum(dtype=torch.float64))
+
+    def mean(self) -> Measures:
+        bound, reconstruction, kl = (v / self.count for v in (self.bound, self.reconstruction, self.kl))
+        return Measures(bound=bound, elbo=reconstruction - kl, reconstruction=reconstruction, kl=kl)
 
 
 def results(config: TrainConfig, dataset: Dataset, state: Checkpoint, device: str) -> dict[str, object]:
@@ -131,7 +155,7 @@ def results(config: TrainConfig, dataset: Dataset, state: Checkpoint, device: st
         },
         "epochs": state["epoch"],
         "best_epoch": state["best_epoch"],
-        "best_validation_elbo": state["best_elbo"],
+        "best_validation_bound": state["best_bound"],
         "stopped_early": state["epoch"] < config.epochs,
         "seconds_per_epoch": median(seconds),
         "seconds": sum(seconds),
@@ -149,23 +173,24 @@ def _first(vae: VAE, optimizer: Adam) -> Checkpoint:
         model=weights,
         optimizer=optimizer.state_dict(),
         best_epoch=0,
-        best_elbo=-math.inf,
+        best_bound=-math.inf,
         best_model=weights,
         history=[],
     )
 
 
 def _next(state: Checkpoint, line: Epoch, vae: VAE, optimizer: Adam) -> Checkpoint:
-    elbo, better = line["validation"]["elbo"], line["validation"]["elbo"] > state["best_elbo"]
-    if not math.isfinite(elbo):
-        raise _not_finite("validation ELBO", elbo, line["epoch"])
+    bound = line["validation"]["bound"]
+    better = bound > state["best_bound"]
+    if not math.isfinite(bound):
+        raise _not_finite("validation bound", bound, line["epoch"])
     weights = vae.state_dict()
     return Checkpoint(
         epoch=line["epoch"],
         model=weights,
         optimizer=optimizer.state_dict(),
         best_epoch=line["epoch"] if better else state["best_epoch"],
-        best_elbo=elbo if better else state["best_elbo"],
+        best_bound=bound if better else state["best_bound"],
         best_model=copy.deepcopy(weights) if better else state["best_model"],
         history=[*state["history"], line],
     )
@@ -176,30 +201,35 @@ def _one_epoch(
     optimizer: Adam,
     images: Tensor,
     dynamic: bool,
-    batch_size: int,
+    config: TrainConfig,
     beta: float,
     epoch: int,
     on_batch: OnBatch,
 ) -> Measures:
     vae.train()
-    reconstruction = kl = 0.0
+    total = _Total()
     order = torch.randperm(len(images), device=images.device)
-    for index, rows in enumerate(order.split(batch_size)):
+    for number, rows in enumerate(order.split(config.batch_size)):
         x = images[rows]
         if dynamic:
             x = torch.bernoulli(x)
-        output = vae(x, beta=beta)
+        output = vae(
+            x,
+            beta=beta,
+            num_samples=config.num_samples,
+            bound=config.bound,
+            gradient=config.gradient,
+            index=rows,
+        )
         loss = float(output.loss.detach())
         if not math.isfinite(loss):
             raise _not_finite("training loss", loss, epoch)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        reconstruction += float(output.reconstruction.detach().sum(dtype=torch.float64))
-        kl += float(output.kl.detach().sum(dtype=torch.float64))
-        on_batch(epoch, index)
-    count = len(images)
-    return Measures(elbo=(reconstruction - kl) / count, reconstruction=reconstruction / count, kl=kl / count)
+        total.add(output)
+        on_batch(epoch, number)
+    return total.mean()
 
 
 def _not_finite(what: str, value: float, epoch: int) -> RunError:

@@ -17,7 +17,7 @@ from fastvae.app.config import TrainConfig, continued, read_config
 from fastvae.app.dataset import Dataset
 from fastvae.app.errors import ConfigError
 from fastvae.app.evaluate import Evaluation, EvaluationPlan, evaluate
-from fastvae.app.pictures import draw_run
+from fastvae.app.pictures import draw_gap, draw_run
 from fastvae.app.progress import counting_progress, training_progress
 from fastvae.app.run_folder import RunFolder, TrainedRun, load_run
 from fastvae.app.train import train
@@ -44,10 +44,11 @@ def train_run(
 
 
 def evaluate_run(console: Console, run: TrainedRun, plan: EvaluationPlan, label: str = "evaluating") -> Evaluation:
-    """Evaluate with a progress bar, and keep the result in the run's folder."""
+    """Evaluate with a progress bar; keep the result, and the picture of prior and posterior, in the run's folder."""
     with counting_progress(console, label, len(plan.images(run.dataset))) as on_images:
         evaluation = evaluate(run, plan, on_images)
     write_json(run.folder.evaluation, asdict(evaluation))
+    draw_gap(run)
     return evaluation
 
 

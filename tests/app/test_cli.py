@@ -16,7 +16,7 @@ import torch
 from matplotlib.image import imread
 
 import fastvae
-from fastvae.app.run_folder import RunFolder
+from fastvae.app.run_folder import RunFolder, load_run
 
 from .conftest import TINY, Cli
 
@@ -57,6 +57,50 @@ def test_train_evaluate_sample(cli: Cli, tmp_path: Path) -> None:
     code, text, error = cli("sample", out, "-n", 7, "--draw", "--out", tmp_path / "seven.png")
     assert code == 0, error
     check_picture(tmp_path / "seven.png")
+
+
+def test_exemplars_with_the_iwae_bound(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    """A new prior and a new bound through train, evaluate and sample; what is told names the bound."""
+    out = tmp_path / "run"
+    model = ["--prior", "exemplar", "--refresh", 0.2, "--neighbours", 2, "--chunk-size", 16]
+    bound = ["--bound", "iwae", "--samples", 6, "--gradient", "dreg"]
+    code, text, error = cli("train", "--data", tiny_npz, "--out", out, *TINY, *model, *bound)
+    assert code == 0, error
+    assert "validation IWAE bound of 6 samples" in text
+    line = json.loads((out / "results.json").read_text())["history"][-1]
+    assert line["validation"]["bound"] > line["validation"]["elbo"]
+    config = json.loads((out / "config.json").read_text())
+    given = {"prior": "exemplar", "refresh": 0.2, "neighbours": 2, "chunk_size": 16, "num_samples": 6}
+    assert given.items() <= config.items() and config["gradient"] == "dreg"
+    code, _, error = cli("train", "--out", out, "--resume", "--samples", 7)
+    assert code == 1 and "--samples is 7, but the run to be resumed was begun with 6" in error
+
+    code, text, error = cli("evaluate", out, "--samples", 5)
+    assert code == 0, error
+    gap = json.loads((out / "evaluation.json").read_text())["gap"]
+    # the prior is q(z) itself, of the very images
+    assert gap["marginal_kl"] == pytest.approx({"value": 0, "standard_error": 0}, abs=1e-5)
+    assert 0 < gap["mutual_information"]["value"] < np.log(gap["images"])
+    assert len(gap["dimension_wise_kl"]) == 3 and "KL(q(z) || p(z))" in text
+    check_picture(out / "prior_and_posterior.png")
+    assert cli("sample", out, "-n", 4)[0] == 0
+
+
+def test_gap_of_a_standard_prior(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    """Information and marginal KL add up to the mean KL of the training images, all by one encoder."""
+    out = tmp_path / "run"
+    assert cli("train", "--data", tiny_npz, "--out", out, *TINY, "--prior", "standard", "--epochs", 8)[0] == 0
+    assert cli("evaluate", out, "--samples", 5)[0] == 0
+    gap = json.loads((out / "evaluation.json").read_text())["gap"]
+    run = load_run(out)
+    kl = fastvae.gaussian_kl(*run.vae.encoder(run.dataset.train.x)).mean().item()
+    parts = gap["mutual_information"], gap["marginal_kl"]
+    error = sum(part["standard_error"] for part in parts)
+    assert abs(kl - sum(part["value"] for part in parts)) < 5 * error < 0.5
+    # a run that goes on loses what was measured on it
+    assert (out / "prior_and_posterior.png").exists()
+    assert cli("train", "--out", out, "--resume", "--epochs", 9)[0] == 0
+    assert not (out / "prior_and_posterior.png").exists() and not (out / "evaluation.json").exists()
 
 
 def test_evaluation_repeats(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
@@ -120,6 +164,15 @@ def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Pat
         (["train", "--epochs", "many"], "--epochs"),
         (["train", "--prior", "flow"], "standard, mixture, vamp"),
         (["train", "--learning-rate", "nan"], "--learning-rate is nan"),
+        (["train", "--bound", "vr"], "--bound is 'vr'; it can be elbo, iwae"),
+        (["train", "--gradient", "score"], "it can be plain, stl, dreg"),
+        (["train", "--gradient", "dreg"], "--gradient dreg is for --bound iwae"),
+        (["train", "--samples", "0"], "--samples is 0"),
+        (["train", "--chunk-size", "-1"], "--chunk-size is -1"),
+        (["train", "--prior", "exemplar", "--subset", "1201"], "--subset is 1201; it should be 2 ... 1200"),
+        (["train", "--subset", "9", "--refresh", "0.5"], "--subset and --refresh are two ways"),
+        (["train", "--refresh", "0"], "--refresh is 0.0"),
+        (["train", "--neighbours", "-2"], "--neighbours is -2"),
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--binarize"], "--binarize is for .npz files"),
         (["train", "--resume", "--overwrite"], "contradict"),

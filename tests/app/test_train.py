@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvae import VAE, VampPrior
+from fastvae import VAE, ExemplarPrior, VampPrior
 from fastvae.app.atomic import whole_file
 from fastvae.app.config import TrainConfig, continued, make_config, option
 from fastvae.app.dataset import Dataset, Split
@@ -21,7 +21,7 @@ from fastvae.app.errors import ConfigError, RunError
 from fastvae.app.models import build
 from fastvae.app.randomness import Stream, reseed
 from fastvae.app.run_folder import Checkpoint, RunFolder, load_run
-from fastvae.app.train import Watchers, bound, finished, train
+from fastvae.app.train import Watchers, finished, measure, train
 
 TINY = TrainConfig(components=6, latent=3, hidden=12, epochs=4, warmup=2, batch_size=32)
 
@@ -159,13 +159,13 @@ def test_more_pseudo_inputs_than_images() -> None:
 def test_best_model_has_the_best_true_bound(tmp_path: Path) -> None:
     config, data = replace(TINY, epochs=8, warmup=5, learning_rate=0.02), tiny_data()
     state = train(config, data, tmp_path)
-    bounds = [line["validation"]["elbo"] for line in state["history"]]
-    assert state["best_elbo"] == max(bounds) == bounds[state["best_epoch"] - 1]
+    bounds = [line["validation"]["bound"] for line in state["history"]]
+    assert state["best_bound"] == max(bounds) == bounds[state["best_epoch"] - 1]
     assert [line["beta"] for line in state["history"]] == [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1]
     vae = load_run(tmp_path, dataset=data).vae
     reseed(config.seed, Stream.VALIDATE)
-    again = bound(vae, data.validation.x)
-    assert again["elbo"] == pytest.approx(state["best_elbo"], abs=1e-5)
+    again = measure(vae, data.validation.x)
+    assert again["elbo"] == pytest.approx(state["best_bound"], abs=1e-5)
     assert again["elbo"] == pytest.approx(again["reconstruction"] - again["kl"])
 
 
@@ -194,6 +194,49 @@ def test_training_pixels_are_drawn_afresh_in_each_epoch(tmp_path: Path) -> None:
     first, second = seen
     assert set(first.unique().tolist()) == {0.0, 1.0}
     assert not torch.equal(first.sum(0), second.sum(0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prior": "exemplar", "refresh": 0.1, "neighbours": 2, "chunk_size": 7},
+        {"prior": "exemplar", "bound": "iwae", "num_samples": 3, "gradient": "dreg", "subset": 20},
+        {"prior": "vamp", "refresh": 0.5, "gradient": "stl", "num_samples": 2},
+    ],
+)
+def test_priors_and_bounds_train_and_resume(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Bit for bit as without a stop, whatever a prior keeps between steps; and the bound rises."""
+    config, data = replace(TINY, epochs=6, learning_rate=3e-3, **settings), tiny_data()
+    straight = train(config, data, tmp_path / "straight")
+    train(replace(config, epochs=3), data, tmp_path / "parts")
+    assert_same(train(config, data, tmp_path / "parts", resume=True), straight)
+    first, last = straight["history"][0], straight["history"][-1]
+    assert last["validation"]["bound"] > first["validation"]["bound"]
+
+
+def test_training_leaves_each_images_own_exemplar_out(tmp_path: Path) -> None:
+    """The prior is asked for the very rows of each batch, in training and only there."""
+    asked: list[Tensor | None] = []
+
+    class Watched(ExemplarPrior):
+        def density(self, index: Tensor | None = None, near: Tensor | None = None):  # type: ignore[no-untyped-def]
+            asked.append(index)
+            return super().density(index, near)
+
+    data, seen = tiny_data(dynamic=False), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastvae.app.models.ExemplarPrior", Watched)
+        hook = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[0]) if isinstance(module, VAE) and module.training else None
+        )
+        try:
+            train(replace(TINY, prior="exemplar", epochs=1, warmup=0), data, tmp_path)
+        finally:
+            hook.remove()
+    assert len(asked) == len(seen) == 3 and all(index is not None for index in asked)
+    for index, x in zip(asked, seen, strict=True):
+        assert torch.equal(data.train.x[index], x)
+    assert sorted(torch.cat([i for i in asked if i is not None]).tolist()) == list(range(80))
 
 
 @pytest.mark.parametrize("prior", ["standard", "vamp"])
@@ -250,6 +293,11 @@ def test_resume_with_more_epochs_or_moved_data() -> None:
         {"warmup": 100},
         {"prior": "flow"},
         {"pseudo_init": "zeros"},
+        {"bound": "vr"},
+        {"gradient": "dreg"},
+        {"refresh": 0.0},
+        {"neighbours": -1},
+        {"chunk_size": 0},
     ],
 )
 def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:

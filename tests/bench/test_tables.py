@@ -41,6 +41,16 @@ def root(tmp_path: Path) -> Path:
     (results / "demo-digits.json").write_text(json.dumps({"priors": priors, "verdict": {"sentence": "vamp wins."}}))
     evaluation = {"log_likelihood": -80.126, "standard_error": 0.2, "elbo": -85.0, "kl": 25.0, "active_units": 20}
     (results / "static-mnist-vamp.json").write_text(json.dumps(evaluation | {"latent": 40}))
+    bounds = {
+        "estimators": {"samples": 5, "gradient": "dreg", "variance": 0.0123, "bias": 0.251, "bias_error": 0.2},
+        "refresh": {"way": "subset=60", "log_likelihood": -23.456, "encoded_in_a_step": 60.0},
+        "memory": {"K": 50_000, "chunk_size": None, "peak_bytes": 1_559_000_000},
+    }
+    for name, found in bounds.items():
+        (results / f"bounds-{name}.json").write_text(json.dumps({"rows": [found]}))
+    scored = {"cells": 20_000, "groups": 100, "latent": 30, "threads": 2, "largest_difference": 2e-5}
+    times = {"loop_seconds": 90.0, "call_seconds": 0.3, "loop_cpu_seconds": 160.0, "call_cpu_seconds": 0.5}
+    (results / "groups.json").write_text(json.dumps(scored | times))
     for name in TABLES:
         (tmp_path / "docs" / f"{name}.md").write_text(PAGE.format(name=name))
     return tmp_path
@@ -72,6 +82,10 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
     assert line(root, "demo", "vamp")[1:3] == ["-1.50 +- 0.71", "-3.00 +- 0.00"]
     assert "vamp wins." in (root / "docs" / "demo.md").read_text()
     assert line(root, "static-mnist", "vamp") == ["vamp", "-80.13 +- 0.20", "-85.00", "25.00", "20 of 40"]
+    assert line(root, "bounds-estimators", "dreg")[1:] == ["5", "0.012", "0.25 (0.20)"]
+    assert line(root, "bounds-refresh", "subset=60")[1:] == ["60", "-23.46"]
+    assert line(root, "bounds-memory", "50,000")[1:] == ["at once", "1.56 GB"]
+    assert line(root, "groups", "20,000 cells")[1:] == ["2", "90 s", "0.30 s", "300 x", "320 x", "2e-05"]
     text = (root / "docs" / "cpu-targets.md").read_text()
     assert "not measured" in text and text.startswith("# Page\n") and text.endswith("\n\nand more\n")
     assert main(["--check"], root) == 0

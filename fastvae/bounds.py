@@ -1,0 +1,200 @@
+"""Multi-sample bounds on log p(x), and the estimators of their gradients.
+
+With w_s = p(x | z_s) [p(z_s) / q(z_s | x)]^beta of S draws z_s ~ q(z | x) = N(mu, sigma^2), and beta = 1:
+
+    ELBO = 1/S sum_s log w_s        IWAE = log 1/S sum_s w_s        ELBO <= IWAE <= log p(x), in expectation
+
+Each bound comes as a tensor whose *value* is the bound and whose *gradient* is the estimator: there is no surrogate
+that could be taken for it.  With v_s = w_s / sum w (or 1/S, for the ELBO) its gradient in the parameters of p(x, z) is
+sum_s v_s d log w_s, and in those of q it is one of
+
+    plain   sum_s v_s (d log w_s / dz_s dz_s - beta d log q(z_s | x) at fixed z_s)
+    stl     sum_s v_s  d log w_s / dz_s dz_s                                 sticking the landing
+    dreg    sum_s v_s (1 - beta + beta v_s) d log w_s / dz_s dz_s            doubly reparameterised
+
+The second term of `plain` has mean zero for the ELBO, so `stl` leaves it out and has no variance where q is the
+posterior.  For IWAE its mean is not zero, so `stl` is biased; `dreg` puts in its place what it is in expectation:
+E[v_s d log q(z_s | x)] = E[dv_s / dz_s dz_s] with dv_s / dz_s = v_s (1 - v_s) d log w_s / dz_s.
+
+Sources: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016); Roeder, Wu and Duvenaud,
+Sticking the landing (NeurIPS 2017); Tucker, Lawson, Gu and Maddison, Doubly reparameterized gradient estimators for
+Monte Carlo objectives (ICLR 2019), whose beta is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastvae import functional as F
+from fastvae.priors import Density
+
+BOUNDS = ("elbo", "iwae")
+GRADIENTS = ("plain", "stl", "dreg")
+
+
+class Bound(NamedTuple):
+    """A bound on log p(x) of each x, and the draws that it was made from.
+
+    Attributes:
+        objective: [B], nats, differentiable: the bound with the KL term weighed by beta; with beta = 1, the bound.
+        z: [S, B, D], the draws.
+        log_likelihood: [S, B], log p(x | z); the IWAE bound's has no gradient.
+        kl: [S, B], log q(z | x) - log p(z); likewise.
+    """
+
+    objective: Tensor
+    z: Tensor
+    log_likelihood: Tensor
+    kl: Tensor
+
+    @property
+    def log_weights(self) -> Tensor:
+        """[S, B], log p(x, z) / q(z | x); no gradient."""
+        return (self.log_likelihood - self.kl).detach()
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """[B], 1 / sum_s v_s^2 of the normalised weights v: between 1 and S."""
+        return effective_sample_size(self.log_weights)
+
+
+def elbo(
+    log_likelihood: Density,
+    log_prior: Density,
+    mu: Tensor,
+    logvar: Tensor,
+    num_samples: int = 1,
+    *,
+    gradient: str = "plain",
+    beta: float = 1.0,
+    chunk_size: int | None = None,
+) -> Bound:
+    """The evidence lower bound by S draws: E[log p(x | z) - beta (log q(z | x) - log p(z))].
+
+    Args:
+        log_likelihood: z [s, B, D] -> log p(x | z) [s, B], each from its own z alone.
+        log_prior: z [s, B, D] -> log p(z) [s, B], likewise.
+        mu, logvar: [B, D], q(z | x).
+        num_samples: S.
+        gradient: "plain" or "stl" (which "dreg" would be here too).
+        beta: weight of the KL term.
+        chunk_size: draw so many samples at a time and compute their activations again in backward, so that memory
+            does not grow with S; None keeps those of all S.
+
+    Raises:
+        ValueError: num_samples or chunk_size < 1, or there is no such estimator.
+    """
+    if gradient == "dreg":
+        raise ValueError("gradient='dreg' is for the IWAE bound; for the ELBO it is gradient='stl'")
+    z, log_x, kl, _ = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
+    return Bound((log_x - beta * kl).mean(0), z, log_x, kl)
+
+
+def iwae(
+    log_likelihood: Density,
+    log_prior: Density,
+    mu: Tensor,
+    logvar: Tensor,
+    num_samples: int,
+    *,
+    gradient: str = "dreg",
+    beta: float = 1.0,
+    chunk_size: int | None = None,
+) -> Bound:
+    """The importance weighted bound: log 1/S sum_s p(x | z_s) [p(z_s) / q(z_s | x)]^beta.
+
+    Args:
+        gradient: "dreg", "plain" or "stl"; the last is biased for S > 1.
+        beta: 0 ... 1, for warm-up; every estimator is that of the objective with this beta.
+
+        The others, Raises: as :func:`elbo`.
+    """
+    z, log_x, kl, carrier = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
+    log_w = log_x - beta * kl  # [S, B]
+    objective = log_mean_exp(log_w)  # its gradient in log w_s is v_s
+    if gradient == "dreg":
+        v = torch.softmax(log_w.detach(), 0)
+        objective = _SendBack.apply(objective, carrier, 1 - beta + beta * v)
+    return Bound(objective, z, log_x.detach(), kl.detach())
+
+
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """log 1/S sum_s w_s, the IWAE bound of these weights: [S, ...] -> [...]."""
+    return torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """How many equally weighted samples these are worth: [S, ...] -> [...], (sum w)^2 / sum w^2, in 1 ... S.
+
+    Source: Kong, A note on importance sampling using standardized weights (1992).
+    """
+    return 1 / torch.softmax(log_weights, 0).square().sum(0)
+
+
+def _draws(
+    log_likelihood: Density,
+    log_prior: Density,
+    mu: Tensor,
+    logvar: Tensor,
+    num_samples: int,
+    gradient: str,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(z [S, B, D], log p(x | z), log q(z | x) - log p(z), carrier), the last three [S, B]; see :class:`_Scale`."""
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
+
+    def some(mu: Tensor, logvar: Tensor, count: int) -> tuple[Tensor, ...]:
+        z, log_q = F.gaussian_rsample(mu, logvar, count, path_derivative=gradient != "plain")
+        carrier = log_q.new_empty(0)
+        if gradient == "dreg":
+            z, log_q, carrier = _Scale.apply(z, log_q)
+        return z, log_likelihood(z), log_q - log_prior(z), carrier
+
+    step = chunk_size or num_samples
+    if step >= num_samples:
+        z, log_x, kl, carrier = some(mu, logvar, num_samples)
+        return z, log_x, kl, carrier
+    parts = []
+    for start in range(0, num_samples, step):  # the checkpoint restores the generator, so the draws are the same
+        parts.append(checkpoint(some, mu, logvar, min(step, num_samples - start), use_reentrant=False))
+    z, log_x, kl, carrier = (torch.cat(part) for part in zip(*parts, strict=True))
+    return z, log_x, kl, carrier
+
+
+class _Scale(torch.autograd.Function):
+    """Passes z [s, B, D] and log q [s, B] on; backward scales their gradients by what arrives at a third output.
+
+    That is how v_s, known only once all w are, reaches the gradient in z_s: :class:`_SendBack` sends it along the
+    graph, through whatever cuts the samples into chunks or computes them again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return z.view_as(z), log_q.view_as(log_q), torch.zeros_like(log_q)
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor, grad_log_q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_z * scale[..., None], grad_log_q * scale
+
+
+class _SendBack(torch.autograd.Function):
+    """Passes the objective [B] on; backward gives `scale` [S, B] to the carrier, whatever arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, objective: Tensor, carrier: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return objective.view_as(objective)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, *ctx.saved_tensors, None

@@ -1,0 +1,266 @@
+"""Priors whose components are the encoder's posteriors of K inputs: the VampPrior's are learned, exemplars are data."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastvae import functional as F
+from fastvae.priors import Density, Mixture, equal_logits
+
+
+class EncodedMixture(Mixture):
+    """A mixture whose component k is q(z | u_k), which the encoder makes of an input u_k.
+
+    The encoder is shared but not owned: `parameters()` and `state_dict()` of the prior do not hold it, so that the
+    VAE's hold it once.
+
+    With `refresh` below 1, a step of training (`kl` and `density` in training mode) encodes that share of the inputs,
+    each in its turn of a random order, and takes the others as they were when last encoded, without a gradient.  No
+    encoding is then older than 1 / refresh steps; but of the gradient by way of the components only a share arrives,
+    and training shows it.  `neighbours` brings more of it back: each row's nearest components, which hold most of its
+    responsibilities, are encoded too.  `log_prob`, `components`, `sample` and evaluation mode encode all, as ever, and
+    so does the first step after `train()` or `eval()`.
+    """
+
+    encoder: nn.Module
+
+    def __init__(self, encoder: nn.Module, chunk_size: int | None, refresh: float, neighbours: int) -> None:
+        super().__init__()
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
+        if not 0 < refresh <= 1:
+            raise ValueError(f"refresh must be above 0 and at most 1, the share of a step, not {refresh}")
+        if neighbours < 0:
+            raise ValueError(f"neighbours must be at least 0, not {neighbours}")
+        self.__dict__["encoder"] = encoder  # past nn.Module's registry: the VAE registers it
+        self.chunk_size = chunk_size
+        self.refresh = refresh
+        self.neighbours = neighbours
+        self._forget()
+
+    def train(self, mode: bool = True) -> EncodedMixture:
+        """As of any module; and `refresh` begins anew, with all components encoded in the next step."""
+        self._forget()
+        return super().train(mode)
+
+    def _forget(self) -> None:
+        self._kept: tuple[Tensor, Tensor] | None = None  # (mu [K, D], logvar [K, D]) as last encoded
+        self._turns: list[Tensor] = []  # the components whose turn is still to come, a step's worth in each
+
+    def _inputs(self, index: Tensor | None) -> Tensor:
+        """u [n, *input_shape] of these components, None for all."""
+        raise NotImplementedError
+
+    def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu [n, D], logvar [n, D]) of inputs [n, *input_shape]."""
+        mu, logvar = self.encoder(u)
+        return mu, logvar
+
+    def _encoded(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mu [n, D], logvar [n, D]), in chunks whose activations are not kept but computed again in backward."""
+        u = self._inputs(index)
+        if self.chunk_size is None:
+            return self._encode(u)
+        encoded = [checkpoint(self._encode, part, use_reentrant=False) for part in u.split(self.chunk_size)]
+        mu, logvar = (torch.cat(part) for part in zip(*encoded, strict=True))
+        return mu, logvar
+
+    def _refreshed(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(mu [K, D], logvar [K, D]) for a step of training; index and near as in :meth:`Prior.density`."""
+        if self.refresh == 1 or not self.training:
+            return self._encoded()
+        if self._kept is None:
+            with torch.no_grad():
+                self._kept = self._encoded()
+        kept_mu, kept_logvar = self._kept
+        K = len(kept_mu)
+        if not self._turns:
+            self._turns = list(torch.randperm(K, device=kept_mu.device).split(math.ceil(self.refresh * K)))
+        turn = self._turns.pop()
+        if self.neighbours and near is not None:
+            points = near.detach().reshape(-1, near.shape[-1])
+            nearest = _nearest(points, kept_mu, min(self.neighbours, K), index)
+            turn = torch.cat([turn, nearest.flatten()]).unique()
+        mu, logvar = self._encoded(turn)
+        mu, logvar = kept_mu.index_copy(0, turn, mu), kept_logvar.index_copy(0, turn, logvar)
+        self._kept = mu.detach(), logvar.detach()
+        return mu, logvar
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        return (*self._encoded(), self.component_log_weights())
+
+    def step_components(self, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return (*self._refreshed(None, near), self.component_log_weights())
+
+    def component_parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encoded(index)
+
+
+def _nearest(points: Tensor, mu: Tensor, count: int, index: Tensor | None) -> Tensor:
+    """Which of the means mu [K, D] are nearest to each of the points [B, D], but for its own: int64 [B, count].
+
+    By the expansion of the squared distance: what it cancels matters to a density, but not to a choice.
+    """
+    best, which = points.new_empty(len(points), 0), mu.new_empty((len(points), 0), dtype=torch.int64)
+    size = max(count, 2**22 // max(1, len(points)))  # so that the table stays small whatever K is
+    for start, part in zip(range(0, len(mu), size), mu.split(size), strict=True):
+        distance = torch.addmm(part.square().sum(1), points, part.T, alpha=-2)  # [B, size], less |point|^2
+        if index is not None:
+            own = torch.arange(start, start + len(part), device=mu.device) == index[:, None]
+            distance = distance.masked_fill(own, math.inf)
+        found = distance.topk(min(count, len(part)), 1, largest=False)
+        best, which = torch.cat([best, found.values], 1), torch.cat([which, found.indices + start], 1)
+    return which.gather(1, best.topk(count, 1, largest=False).indices)
+
+
+class VampPrior(EncodedMixture):
+    """p(z) = sum_k w_k q(z | u_k): the posterior of K learned pseudo-inputs (Tomczak and Welling 2018).
+
+    Args:
+        encoder: x -> (mu, logvar), the very module that the VAE encodes with.  The prior shares it but doesn't own
+            it: `parameters()` and `state_dict()` of the prior hold the pseudo-inputs (and weights) alone, so that
+            the VAE's hold the encoder once.
+        pseudo_inputs: [K, *input_shape], the tensor to start from: data, or noise.
+        value_range: (low, high), what the pseudo-inputs are clamped to wherever they are used.
+        learn_weights: make the weights w_k parameters; otherwise they are 1 / K.
+        chunk_size: encode this many pseudo-inputs at a time and recompute their activations in backward, so that
+            memory does not grow with K; None encodes all at once.
+        refresh, neighbours: the share of the components that a step of training encodes anew, and how many of those
+            nearest to each row, see :class:`EncodedMixture`.
+
+    Source: Tomczak and Welling, VAE with a VampPrior (AISTATS 2018).
+    """
+
+    logits: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        pseudo_inputs: Tensor,
+        *,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        learn_weights: bool = False,
+        chunk_size: int | None = None,
+        refresh: float = 1.0,
+        neighbours: int = 0,
+    ) -> None:
+        super().__init__(encoder, chunk_size, refresh, neighbours)
+        if pseudo_inputs.ndim < 2 or 0 in pseudo_inputs.shape or not pseudo_inputs.is_floating_point():
+            raise ValueError(
+                "pseudo_inputs must be floating [K, *input_shape] with K >= 1, "
+                f"not {pseudo_inputs.dtype} {list(pseudo_inputs.shape)}"
+            )
+        if not value_range[0] < value_range[1]:
+            raise ValueError(f"value_range must be (low, high) with low < high, not {value_range}")
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
+        self.logits = equal_logits(pseudo_inputs, learn_weights)
+        self.value_range = value_range
+
+    def inputs(self) -> Tensor:
+        """The pseudo-inputs as the encoder sees them, in their range: [K, *input_shape]."""
+        return self.pseudo_inputs.clamp(*self.value_range)
+
+    def component_log_weights(self) -> Tensor:
+        return torch.log_softmax(self.logits, 0)
+
+    def _inputs(self, index: Tensor | None) -> Tensor:
+        return self.pseudo_inputs if index is None else self.pseudo_inputs[index]
+
+    def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return super()._encode(u.clamp(*self.value_range))
+
+
+class ExemplarPrior(EncodedMixture):
+    """p(z) = 1/N sum_n q(z | x_n) over a whole data set, or with one learned variance for all: N(z; mu(x_n), s^2 I).
+
+    In training a point must not be its own exemplar, or the encoder may shrink q(z | x_n) to nothing at no cost.  So
+    say which points a batch holds, `vae(x, index=index)`: each is left out for its own rows, and the others weigh
+    1 / (N - 1).  Without `index`, as in evaluation, all N count.
+
+    Args:
+        encoder: x -> (mu, logvar), the very module that the VAE encodes with; shared, see :class:`EncodedMixture`.
+        data: [N, *input_shape], N >= 2.  Not copied, and not part of `state_dict()`.
+        shared_variance: one learned variance s^2 for all components and dimensions, in place of the encoder's.
+        subset: in each step of training take so many of the points at random, in place of all N.  The log of a
+            subset's mixture is lower in expectation than that of the whole, so that the bound stays a bound.
+        refresh, neighbours: the share of the exemplars that a step of training encodes anew, and how many of those
+            nearest to each row, see :class:`EncodedMixture`.  Not together with `subset`.
+        chunk_size: encode this many at a time, as in :class:`VampPrior`.
+
+    Source: Norouzi, Fleet and Norouzi, Exemplar VAE: linking generative models, nearest neighbor retrieval, and data
+    augmentation (NeurIPS 2020).
+    """
+
+    data: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        data: Tensor,
+        *,
+        shared_variance: bool = False,
+        subset: int | None = None,
+        refresh: float = 1.0,
+        neighbours: int = 0,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(encoder, chunk_size, refresh, neighbours)
+        if data.ndim < 2 or 0 in data.shape[1:] or len(data) < 2 or not data.is_floating_point():
+            raise ValueError(
+                f"data must be floating [N, *input_shape] with N >= 2, not {data.dtype} {list(data.shape)}"
+            )
+        if subset is not None and not 2 <= subset <= len(data):
+            raise ValueError(f"subset must be 2 ... {len(data)}, the points in data, or None, not {subset}")
+        if subset is not None and refresh < 1:
+            raise ValueError("subset and refresh are two ways to save work in a step; give one of them")
+        self.register_buffer("data", data.detach(), persistent=False)
+        self.logvar = nn.Parameter(data.new_zeros(())) if shared_variance else None
+        self.subset = subset
+
+    def component_log_weights(self) -> Tensor:
+        return self.data.new_full((len(self.data),), -math.log(len(self.data)))
+
+    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+        mu, logvar, own = self._step(index, near)
+        if self.logvar is not None:
+            logvar = self.logvar  # one for all, which the kernels need not read K times, and never an old one
+        if own is None:
+            return lambda z: F.mixture_log_prob(z, mu, logvar)
+        # The others' weights become 1 / (K - 1), but for the rows whose own point is not among the components.
+        K = len(mu)
+        more = (own >= 0).to(mu.dtype) * math.log(K / (K - 1))  # [B]
+        return lambda z: F.mixture_log_prob(z, mu, logvar, exclude=own.expand(z.shape[:-1])) + more
+
+    def kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        z, log_q = F.gaussian_rsample(mu, logvar, num_samples)
+        return z, log_q - self.density(index, mu)(z)
+
+    def _step(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(mu [K, D], logvar, own int64 [B]): the components of a step, and which of them each row is, or -1."""
+        N = len(self.data)
+        if index is not None and (index.dtype != torch.int64 or index.ndim != 1):
+            raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
+        if index is not None and index.numel() and (int(index.min()) < -1 or int(index.max()) >= N):
+            raise ValueError(f"index must be in -1 ... {N - 1} for N = {N}, -1 for what is not in the data")
+        if self.subset is None or not self.training:
+            return (*self._refreshed(index, near), index)
+        chosen = torch.randperm(N, device=self.data.device)[: self.subset]
+        mu, logvar = self._encoded(chosen)
+        if index is None:
+            return mu, logvar, None
+        place = chosen.new_full((N + 1,), -1)  # the last is for an index of -1
+        place[chosen] = torch.arange(self.subset, device=chosen.device)
+        return mu, logvar, place[index]
+
+    def _inputs(self, index: Tensor | None) -> Tensor:
+        return self.data if index is None else self.data[index]
+
+    def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = super()._encode(u)
+        return mu, logvar if self.logvar is None else self.logvar.expand(mu.shape)

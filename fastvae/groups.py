@@ -1,0 +1,88 @@
+"""Many mixtures in one call: the components of each group are a mixture of their own."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastvae import backends, reference
+from fastvae import functional as F
+from fastvae.autograd import GroupedMixtureLogProb
+
+
+def grouped_mixture_log_prob(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    groups: Tensor,
+    log_weights: Tensor | None = None,
+    *,
+    num_groups: int | None = None,
+    dense_backward: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Log density of each of G mixtures at each point: log p(z | g) = logsumexp_{k in g} [log w_k + log N(z; k)].
+
+    What one would get by looping over the groups with :func:`mixture_log_prob`.  Differentiable once in z, mu, logvar
+    and log_weights; memory is O(M G + K D), forward and backward.
+
+    Args:
+        z: [..., D], the points, M in all.
+        mu: [K, D], the means of all groups' components.
+        logvar: broadcastable to [K, D].
+        groups: int64 [K], the group of each component, 0 ... G - 1, in any order; best sorted, as then nothing has to
+            be moved.
+        log_weights: [K], used as given and never renormalised: for log p(z | g) the weights of each group's components
+            must sum to one.  None means -log K_g each, with the K_g components of the group.
+        num_groups: G; None means max(groups) + 1.  A group without components has density zero, -inf.
+        dense_backward, impl: as for :func:`mixture_log_prob`.
+
+    Returns:
+        [..., G], nats; float64 if any argument is, else float32.
+
+    Raises:
+        TypeError: an argument is not a floating tensor (`groups`: not int64).
+        ValueError: shapes that do not fit, mixed devices, a group that is negative or not below num_groups.
+
+    Equals, holding [M, K_g, D] numbers in each turn::
+
+        torch.stack([mixture_log_prob(z, mu[groups == g], logvar[groups == g]) for g in range(num_groups)], -1)
+    """
+    z, mu, logvar, log_weights, _ = F._check_mixture(z, mu, logvar, log_weights, None)
+    K = len(mu)
+    if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
+        raise TypeError(f"groups must be an int64 tensor, not {getattr(groups, 'dtype', type(groups).__name__)}")
+    if groups.shape != (K,) or groups.device != mu.device:
+        raise ValueError(
+            f"groups must be [{K}] on {mu.device} to match mu {list(mu.shape)}, not {list(groups.shape)} on "
+            f"{groups.device}"
+        )
+    low, high = (int(v) for v in groups.aminmax())
+    G = high + 1 if num_groups is None else num_groups
+    if low < 0 or high >= G:
+        raise ValueError(f"groups must be in 0 ... {G - 1}, the groups there are; they span {low} ... {high}")
+    if bool((groups[1:] < groups[:-1]).any()):
+        order = torch.argsort(groups, stable=True)
+        mu, logvar = mu[order], logvar if len(logvar) != K else logvar[order]
+        log_weights = None if log_weights is None else log_weights[order]
+    starts = (0, *groups.bincount(minlength=G).cumsum(0).tolist())
+    backend = backends.choose(impl, z.device)
+    if backend == "reference":
+        return _by_reference(z, mu, logvar, log_weights, starts)
+    rows, mu, logvar, log_weights, _ = F._flat(z, mu, logvar, log_weights, None)
+    log_prob = GroupedMixtureLogProb.apply(rows, mu, logvar, log_weights, starts, dense_backward, backend)
+    return log_prob.reshape(G, *z.shape[:-1]).movedim(0, -1)
+
+
+def _by_reference(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None, starts: tuple[int, ...]) -> Tensor:
+    logvar = logvar.expand(mu.shape)
+    columns = []
+    for start, stop in pairwise(starts):
+        weights = None if log_weights is None else log_weights[start:stop]
+        if stop == start:
+            columns.append(z.new_full(z.shape[:-1], -torch.inf))
+        else:
+            columns.append(reference.mixture_log_prob(z, mu[start:stop], logvar[start:stop], weights))
+    return torch.stack(columns, -1)

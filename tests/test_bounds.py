@@ -1,0 +1,245 @@
+"""Multi-sample bounds: against a model whose log p(x) is known, and their gradients against each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import LinearGaussian, vae
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from fastvae import VAE, StandardNormalPrior, bounds
+from fastvae.bounds import GRADIENTS, Bound, effective_sample_size
+
+Z0, ONE = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+
+
+class Known:
+    """A linear Gaussian model with an encoder that is off, some of its data, and their log p(x)."""
+
+    def __init__(self, off: float = 0.3, n: int = 1) -> None:
+        self.linear = LinearGaussian(off=off)
+        self.model: VAE = self.linear.vae(StandardNormalPrior(latent_dim=3))
+        torch.manual_seed(5)
+        marginal = self.linear.marginal(Z0, ONE)
+        self.x = marginal.sample((n,)).detach()
+        self.log_p = marginal.log_prob(self.x).detach()
+
+    def repeated(self, bound: str, R: int, S: int, **more: Any) -> tuple[Bound, Tensor, Tensor]:
+        """R independent bounds on the first x, as the rows of one batch, and the leaves mu, logvar [R, 3]."""
+        mu, logvar = (v[:1].detach().expand(R, 3).clone().requires_grad_() for v in self.linear.encode(self.x))
+        rows = self.x[:1].expand(R, -1)
+        estimate = bounds.elbo if bound == "elbo" else bounds.iwae
+        log_prior = self.model.prior.density()
+        return estimate(lambda z: self.log_likelihood(rows, z), log_prior, mu, logvar, S, **more), mu, logvar
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        mean, logvar = self.linear(z)
+        return Independent(Normal(mean, torch.exp(0.5 * logvar)), 1).log_prob(x)
+
+    def gradients(self, bound: str, R: int, S: int, **more: Any) -> Tensor:
+        """R estimates of the gradient in (mu, logvar): [R, 6]."""
+        drawn, mu, logvar = self.repeated(bound, R, S, **more)
+        return torch.cat(torch.autograd.grad(drawn.objective.sum(), (mu, logvar)), 1)
+
+
+def test_exact_posterior_gives_log_p() -> None:
+    """Every weight is p(x) then, so every bound is log p(x), whatever S, estimator and chunks are."""
+    known = Known(off=0.0, n=6)
+    for S in (1, 4):
+        for gradient in GRADIENTS:
+            for chunk_size in (None, 3):
+                bound = known.model.iwae(known.x, S, gradient=gradient, chunk_size=chunk_size)
+                assert torch.allclose(bound, known.log_p, rtol=1e-11, atol=0)
+        assert torch.allclose(known.model.elbo(known.x, S, gradient="stl"), known.log_p, rtol=1e-11, atol=0)
+        output = known.model(known.x, bound="iwae", num_samples=S)
+        assert torch.allclose(output.effective_sample_size, torch.full((6,), float(S), dtype=torch.float64))
+
+
+def test_iwae_rises_with_the_samples_towards_log_p() -> None:
+    """E[IWAE_1] = ELBO < E[IWAE_4] < E[IWAE_16] < ... <= log p(x), told apart by more than five standard errors."""
+    known, R = Known(), 4000
+    means, errors = [], []
+    elbo = known.repeated("elbo", R, 1)[0].objective.detach()
+    means.append(elbo.mean())
+    errors.append(elbo.std() / math.sqrt(R))
+    for S in (1, 4, 16, 256):
+        iwae = known.repeated("iwae", R, S)[0].objective.detach()
+        means.append(iwae.mean())
+        errors.append(iwae.std() / math.sqrt(R))
+    assert abs(means[0] - means[1]) < 5 * math.hypot(errors[0], errors[1])
+    for low, high, a, b in zip(means[1:], means[2:], errors[1:], errors[2:], strict=False):
+        assert high - low > 5 * math.hypot(a, b)
+    assert means[-1] < known.log_p[0] + 5 * errors[-1]
+    assert known.log_p[0] - means[-1] < 0.02 * (known.log_p[0] - means[0])
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+def test_dreg_has_the_plain_gradients_mean_and_less_variance(beta: float) -> None:
+    """In the encoder's outputs; within five standard errors in each of six dimensions, at less than a tenth of it."""
+    known, R = Known(), 40_000
+    plain, dreg = (known.gradients("iwae", R, 5, gradient=name, beta=beta) for name in ("plain", "dreg"))
+    error = ((plain.var(0) + dreg.var(0)) / R).sqrt()
+    assert bool(((plain.mean(0) - dreg.mean(0)).abs() < 5 * error).all())
+    assert bool((plain.mean(0).abs() > 5 * error).any())  # there is a gradient to agree on
+    assert float(dreg.var(0).sum() / plain.var(0).sum()) < (0.1 if beta == 1 else 0.3)
+    # sticking the landing is not that gradient
+    stl = known.gradients("iwae", R, 5, gradient="stl", beta=beta)
+    assert bool(((stl.mean(0) - dreg.mean(0)).abs() > 10 * error).any())
+
+
+def test_stl_for_the_elbo() -> None:
+    """The plain gradient's mean; and no variance at all where q is the posterior, where the plain one has some."""
+    known, R = Known(), 40_000
+    plain, stl = (known.gradients("elbo", R, 2, gradient=name) for name in ("plain", "stl"))
+    error = ((plain.var(0) + stl.var(0)) / R).sqrt()
+    assert bool(((plain.mean(0) - stl.mean(0)).abs() < 5 * error).all())
+    exact = Known(off=0.0)
+    assert float(exact.gradients("elbo", 100, 2, gradient="stl").abs().max()) < 1e-12
+    assert float(exact.gradients("elbo", 100, 2, gradient="plain").std(0).min()) > 0.1
+
+
+def test_the_models_own_gradient_is_the_same_for_every_estimator() -> None:
+    """d log p(x, z): sum_s v_s d log w_s, by autograd through logsumexp at the very z that were drawn."""
+    known = Known(n=4)
+    W = known.linear.W
+    results = []
+    for gradient in GRADIENTS:
+        torch.manual_seed(1)
+        mu, logvar = (v.detach() for v in known.linear.encode(known.x))
+        drawn = bounds.iwae(
+            lambda z: known.log_likelihood(known.x, z), known.model.prior.density(), mu, logvar, 7, gradient=gradient
+        )
+        results.append(torch.autograd.grad(drawn.objective.sum(), W)[0])
+    log_x = known.log_likelihood(known.x, drawn.z.detach())
+    log_w = (
+        log_x + known.model.prior.log_prob(drawn.z) - Independent(Normal(mu, (0.5 * logvar).exp()), 1).log_prob(drawn.z)
+    )
+    want = torch.autograd.grad((torch.logsumexp(log_w, 0) - math.log(7)).sum(), W)[0]
+    for got in results:
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_what_is_reported_is_the_bound(gradient: str) -> None:
+    """Value, loss and weights recomputed from z by torch.distributions; beta changes the loss alone."""
+    known, S = Known(n=4), 9
+    for beta in (1.0, 0.3):
+        torch.manual_seed(2)
+        output = known.model(known.x, bound="iwae", num_samples=S, gradient=gradient, beta=beta)
+        q = Independent(Normal(output.mu, torch.exp(0.5 * output.logvar)), 1)
+        log_x = known.log_likelihood(known.x, output.z)
+        kl = q.log_prob(output.z) - known.model.prior.log_prob(output.z)
+        assert torch.allclose(output.bound, torch.logsumexp(log_x - kl, 0) - math.log(S), rtol=1e-10, atol=0)
+        objective = torch.logsumexp(log_x - beta * kl, 0) - math.log(S)
+        assert torch.allclose(output.loss, -objective.mean(), rtol=1e-10, atol=0)
+        assert torch.allclose(output.elbo, (log_x - kl).mean(0), rtol=1e-10, atol=0)
+        v = torch.softmax(log_x - kl, 0)
+        assert torch.allclose(output.effective_sample_size, 1 / v.square().sum(0), rtol=1e-10, atol=0)
+        assert not output.bound.requires_grad
+    torch.manual_seed(2)
+    assert torch.equal(known.model.iwae(known.x, S, gradient=gradient), output.bound)
+
+
+@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+@pytest.mark.parametrize("chunk_size", [1, 4, 10, 30])
+def test_chunks_recompute_the_same_draws(bound: str, chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the chunks' activations kept and with them computed again: the same bound and gradients, bit for bit."""
+    x, gradient = torch.rand(3, 6).round(), "dreg" if bound == "iwae" else "stl"
+    results = []
+    for keep in (False, True):
+        if keep:
+            monkeypatch.setattr("fastvae.bounds.checkpoint", lambda f, *args, use_reentrant: f(*args))
+        torch.manual_seed(0)
+        model = vae("vamp")
+        output = model(x, bound=bound, num_samples=10, gradient=gradient, chunk_size=chunk_size)
+        output.loss.backward()
+        results.append((output.loss, output.z, *(p.grad for p in model.parameters())))
+        chunks = -(-10 // chunk_size)
+        assert max(model.decoder.rows) == 3 * min(chunk_size, 10)
+        assert len(model.decoder.rows) == chunks * (1 if keep or chunks == 1 else 2)
+        assert model.encoder.rows == [3, 5]  # the prior is encoded once, not for every chunk
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_chunks_keep_no_activations() -> None:
+    """What autograd keeps of 400 draws in chunks of 4 is less than what 40 draws at once keep."""
+    kept = {}
+    for S, chunk_size in ((40, None), (400, 4)):
+        model, x, sizes = vae("vamp"), torch.rand(3, 6).round(), []
+
+        def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(x, bound="iwae", num_samples=S, gradient="dreg", chunk_size=chunk_size)
+        kept[S] = max(sizes)
+    assert kept[400] <= 400 * 3 < kept[40] * 10  # the weights [S, B] alone; no [S, B, 3] or [S, B, 6]
+    assert kept[40] >= 40 * 3 * 6
+
+
+def test_effective_sample_size() -> None:
+    log_w = torch.tensor([[0.0, 0.0, -2000.0], [0.0, -math.inf, -2001.0], [0.0, -math.inf, -9000.0]])
+    v = math.exp(-1.0)
+    want = [3.0, 1.0, (1 + v) ** 2 / (1 + v * v)]
+    assert torch.allclose(effective_sample_size(log_w), torch.tensor(want))
+
+
+@pytest.mark.parametrize(("bound", "gradient"), [("elbo", "stl"), ("iwae", "plain"), ("iwae", "dreg")])
+def test_estimators_train_an_encoder(bound: str, gradient: str) -> None:
+    """From an encoder that is off: KL(q || posterior), the ELBO's distance from log p(x), all but vanishes."""
+    known = Known(n=64)
+    mu, logvar = (v.detach().clone().requires_grad_() for v in known.linear.encode(known.x))
+
+    def drawn(bound: str, S: int, gradient: str) -> Bound:
+        estimate = bounds.elbo if bound == "elbo" else bounds.iwae
+        log_prior = known.model.prior.density()
+        return estimate(lambda z: known.log_likelihood(known.x, z), log_prior, mu, logvar, S, gradient=gradient)
+
+    def distance() -> float:
+        return float((known.log_p - drawn("elbo", 1000, "plain").objective.detach()).mean())
+
+    before, optimizer = distance(), torch.optim.Adam((mu, logvar), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (-drawn(bound, 5, gradient).objective.mean()).backward()
+        optimizer.step()
+    # the plain one never comes to rest, even at the posterior
+    assert before > 0.3 and distance() < (0.5 if gradient == "plain" else 0.1) * before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bound": "vr"}, "bound must be one of 'elbo', 'iwae', not 'vr'"),
+        ({"bound": "iwae", "gradient": "score"}, "gradient must be one of 'plain', 'stl', 'dreg', not 'score'"),
+        ({"gradient": "dreg"}, "gradient='stl'"),
+        ({"bound": "iwae", "num_samples": 0}, "num_samples must be at least 1, not 0"),
+        ({"bound": "iwae", "chunk_size": 0}, "chunk_size must be at least 1 or None, not 0"),
+        ({"bound": "iwae", "kl": "analytic"}, "kl='analytic' is for bound='elbo'"),
+        ({"gradient": "stl", "kl": "analytic"}, "kl='analytic' is for bound='elbo' with gradient='plain'"),
+    ],
+)
+def test_mistakes(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vae()(torch.rand(2, 6), **arguments)
+
+
+def test_dreg_under_compile() -> None:
+    """The carrier survives tracing: the same gradients as in eager mode, with no break in the graph."""
+    known = Known(n=4)
+    mu, logvar = (v.detach().clone().requires_grad_() for v in known.linear.encode(known.x))
+
+    def objective(mu: Tensor, logvar: Tensor) -> Tensor:
+        log_likelihood = lambda z: -(z - 1).square().sum(-1)  # noqa: E731
+        return bounds.iwae(log_likelihood, lambda z: -z.abs().sum(-1), mu, logvar, 6).objective.sum()
+
+    results = []
+    for run in (objective, torch.compile(objective, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        results.append(torch.autograd.grad(run(mu, logvar), (mu, logvar)))
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*results, strict=True))
