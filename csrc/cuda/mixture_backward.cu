@@ -31,14 +31,14 @@ struct Task {
   Packed<T> packed;
   const T *log_prob, *grad;
   bool dense;
-  T negligible;      // log_2 of what is too small in a responsibility, negative
+  T negligible;      // log of what is too small a responsibility
   int64_t splits;    // of the other side
   T* dz;             // [splits, M, D]
   T *dmu, *dlogvar;  // [splits, K, D]
   T* dweights;       // [splits, K]
 };
 
-// What a_mk, in units of log 2, may be and its weight still be left out.  A sum of l does not see K terms that are
+// What a_mk may be and its weight still be left out.  A sum of l does not see K terms that are
 // `negligible`.  The gradient in z is a sum of r t s: there a term counts t s / s' times as much, s' the least s of any
 // component in that dimension.  The panel's steepness is the largest log(s / s'); t = sqrt(2 (c - a)) at most, and r t
 // falls with a, so that t at the limit is taken for all below: with A the room from there to c but for log t,
@@ -48,8 +48,8 @@ __device__ T limit_of(const Task<T>& task, T log_prob, T largest_c, T steep) {
   if (task.dense) return T(-INFINITY);
   const T limit = log_prob + task.negligible;
   if (kSide == Side::components) return limit;
-  const T t_squared = T(3 * kLn2) * (largest_c - limit + steep) + T(1);
-  return limit - (t_squared > T(1) ? T(0.5) * T(log2(t_squared)) : T(0)) - steep;
+  const T t_squared = T(3) * (largest_c - limit + steep) + T(1);
+  return limit - (t_squared > T(1) ? T(0.5) * T(log(t_squared)) : T(0)) - steep;
 }
 
 // q becomes w.  l is +inf for a row that is padding or has density zero: all its weights are 0.
@@ -64,11 +64,11 @@ __device__ __forceinline__ void weigh(const Task<T>& task, int64_t row_tile, int
     const int64_t m = row_tile * Shape::kSide + owned<T>(at.row, r);
     const T l = m < task.mix.M ? task.log_prob[m] : T(-INFINITY);
     const bool there = l != T(-INFINITY);
-    const T log_prob = there ? T(double(l) * kLog2E) : T(INFINITY);
+    const T log_prob = there ? l : T(INFINITY);
     const T grad = !there ? T(0) : task.grad ? task.grad[m] : T(1);
     const T limit = limit_of<kSide>(task, log_prob, largest_c, steep);
 #pragma unroll
-    for (int c = 0; c < Shape::kOwn; ++c) q[r][c] = q[r][c] < limit ? T(0) : grad * exp2_term(q[r][c] - log_prob);
+    for (int c = 0; c < Shape::kOwn; ++c) q[r][c] = q[r][c] < limit ? T(0) : grad * exp_term(q[r][c] - log_prob);
   }
 }
 
@@ -316,7 +316,7 @@ void mixture_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* scra
   pack<T>(mix, wanted.log_prob, plan.steepness ? plan.widest : nullptr, packed, stream);
 
   // K responsibilities of less than 2^-24 / K (2^-53 / K in double precision) are less than a rounding together
-  const T negligible = T(-std::log2(double(mix.K)) - Limits<T>::kDigits);
+  const T negligible = T(-std::log(double(mix.K)) - Limits<T>::kDigits * kLn2);
   Task<T> task{mix, packed, wanted.log_prob, wanted.grad, wanted.dense, negligible, 0, nullptr, nullptr, nullptr, nullptr};
   if (wanted.dz) {
     task.splits = plan.splits_z;

@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                              T top = before;
 #pragma unroll
                              for (int c = 0; c < Shape::kOwn; ++c) top = T(fmax(top, a[r][c]));
-                             T total = shared.total[r][threadIdx.x] * exp2_term(before - top);
+                             T total = shared.total[r][threadIdx.x] * exp_term(before - top);
 #pragma unroll
-                             for (int c = 0; c < Shape::kOwn; ++c) total += exp2_term(a[r][c] - top);
+                             for (int c = 0; c < Shape::kOwn; ++c) total += exp_term(a[r][c] - top);
                              shared.top[r][threadIdx.x] = top;
                              shared.total[r][threadIdx.x] = total;
                            }

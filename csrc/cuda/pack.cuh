@@ -60,13 +60,13 @@ __global__ void __launch_bounds__(Tile<T>::kSide) pack_components(Mixture<T> mix
     if (widest) narrow = T(fmax(narrow, widest[d] - lv));
   }
   const double log_w = !there ? 0.0 : mix.log_weights ? double(mix.log_weights[k]) : uniform;
-  const T c = there ? T(kLog2E * (log_w - 0.5 * (logvar_sum + double(mix.D) * kLog2Pi))) : T(-INFINITY);
+  const T c = there ? T(log_w - 0.5 * (logvar_sum + double(mix.D) * kLog2Pi)) : T(-INFINITY);
   packed.c[k] = c;
   const bool far = !(squared <= T(mix.D) * T(mix.D));  // also where it is NaN
   const bool difference = block_max(T(far), shared) != T(0);
   if (threadIdx.x == 0) packed.difference[panel] = T(difference);
   if (packed.extremes) {
-    const T largest = block_max(c, shared), steep = block_max(narrow * T(0.5 * kLog2E), shared);
+    const T largest = block_max(c, shared), steep = block_max(narrow * T(0.5), shared);
     if (threadIdx.x == 0) {
       packed.extremes[2 * panel] = largest;
       packed.extremes[2 * panel + 1] = steep;

@@ -63,10 +63,10 @@ struct Packed {
   int depth, width;           // D, rounded up to 4 and to 8
   T* rows;                    // [row_tiles, depth, kSide]: z
   T* pairs;                   // [panels, depth, 2, kSide]: s and -mu s, or s and mu where `difference` is set
-  T* c;                       // [panels, kSide]: log_2 of the component's greatest density, weight included
+  T* c;                       // [panels, kSide]: log of the component's greatest density, weight included; -inf where absent
   T* difference;              // [panels]: not 0 where t has to be computed as (z - mu) s
   // for backward
-  T* extremes;    // [panels, 2]: the largest c, and the largest steepness in log_2
+  T* extremes;    // [panels, 2]: the largest c, and the largest steepness
   T *z, *mu, *v;  // [row_tiles kSide, width], [panels kSide, width] twice; v = 1 / sigma^2
 
   Packed(const Mixture<T>& mix, Carve<T>& carve, bool backward) {

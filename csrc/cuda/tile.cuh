@@ -147,7 +147,7 @@ __device__ __forceinline__ void for_each_tile(Stage<T, kDepth> (&stages)[kStages
   }
 }
 
-// q becomes a in units of log 2, by the folded constant; -inf where a row leaves a component out.
+// q becomes a; -inf where a row leaves a component out.
 template <class T>
 __device__ __forceinline__ void exponents(const Packed<T>& packed, const Mixture<T>& mix, int64_t row_tile,
                                           int64_t panel, Squares<T>& q) {
@@ -158,7 +158,7 @@ __device__ __forceinline__ void exponents(const Packed<T>& packed, const Mixture
 #pragma unroll
   for (int r = 0; r < Shape::kOwn; ++r) {
 #pragma unroll
-    for (int j = 0; j < Shape::kOwn; ++j) q[r][j] = T(fma(q[r][j], T(-0.5 * kLog2E), c[j]));
+    for (int j = 0; j < Shape::kOwn; ++j) q[r][j] = T(fma(q[r][j], T(-0.5), c[j]));
   }
   if (!mix.exclude) return;
 #pragma unroll
