@@ -13,15 +13,14 @@
 namespace fastvae::cuda {
 namespace {
 
-// 92 KiB of shared memory in all, which every device since sm_80 has for a block
-constexpr int kStages = 2, kDepth = 8;
+constexpr int kDepth = 8;  // dimensions of a stage: 92 KiB of shared memory for a block, which all devices can give
 
 enum class Side { rows, components };
 
 template <class T>
 struct Shared {
   static constexpr int kLine = Tile<T>::kSide + Tile<T>::kVector;  // no two lines begin in the same bank
-  Stage<T, kDepth> stages[kStages];
+  Stage<T, kDepth> stages[2];
   T weights[Tile<T>::kSide][kLine];  // of the other side's rows or components, by the block's own
 };
 
@@ -32,7 +31,7 @@ struct Task {
   const T *log_prob, *grad;
   bool dense;
   T negligible;      // log of what is too small a responsibility
-  int64_t splits;    // of the other side
+  int splits;        // of the other side
   T* dz;             // [splits, M, D]
   T *dmu, *dlogvar;  // [splits, K, D]
   T* dweights;       // [splits, K]
@@ -54,14 +53,14 @@ __device__ T limit_of(const Task<T>& task, T log_prob, T largest_c, T steep) {
 
 // q becomes w.  l is +inf for a row that is padding or has density zero: all its weights are 0.
 template <Side kSide, class T>
-__device__ __forceinline__ void weigh(const Task<T>& task, int64_t row_tile, int64_t panel, Squares<T>& q) {
+__device__ __forceinline__ void weigh(const Task<T>& task, int row_tile, int panel, Squares<T>& q) {
   using Shape = Tile<T>;
   const Place at;
   exponents(task.packed, task.mix, row_tile, panel, q);
-  const T largest_c = task.packed.extremes[2 * panel], steep = task.packed.extremes[2 * panel + 1];
+  const T largest_c = task.packed.extremes[2 * int64_t(panel)], steep = task.packed.extremes[2 * int64_t(panel) + 1];
 #pragma unroll
   for (int r = 0; r < Shape::kOwn; ++r) {
-    const int64_t m = row_tile * Shape::kSide + owned<T>(at.row, r);
+    const int64_t m = int64_t(row_tile) * Shape::kSide + owned<T>(at.row, r);
     const T l = m < task.mix.M ? task.log_prob[m] : T(-INFINITY);
     const bool there = l != T(-INFINITY);
     const T log_prob = there ? l : T(INFINITY);
@@ -182,9 +181,10 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Task<T> task) {
   constexpr bool kRows = kSide == Side::rows;
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(shared_memory);
   const Packed<T>& packed = task.packed;
-  const int chunks = int(gridDim.y / task.splits), chunk = int(blockIdx.y) % chunks;
-  const int64_t own = blockIdx.x, split = blockIdx.y / chunks, others = kRows ? packed.panels : packed.row_tiles;
-  const int64_t begin = others * split / task.splits, end = others * (split + 1) / task.splits;
+  const int chunks = int(gridDim.y) / task.splits, chunk = int(blockIdx.y) % chunks;
+  const int own = int(blockIdx.x), split = int(blockIdx.y) / chunks;
+  const int others = kRows ? packed.panels : packed.row_tiles;
+  const int begin = cut(others, task.splits, split), end = cut(others, task.splits, split + 1);
 
   const int lane = int(threadIdx.x) % 32, d = chunk * kChunk + lane % 8 * 8;
   const int few = int(threadIdx.x) / 8 * kFew<T>, of_warp = int(threadIdx.x) / 32 * 4 * kFew<T>;  // its first own
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Task<T> task) {
 
   const Cursor first = kRows ? Cursor{own, begin, 0} : Cursor{begin, own, 0};
   for_each_tile(shared.stages, packed, first, kRows ? 0 : 1, kRows ? 1 : 0, end - begin,
-                [&](int64_t row_tile, int64_t panel, Squares<T>& q) {
+                [&](int row_tile, int panel, Squares<T>& q) {
                   weigh<kSide>(task, row_tile, panel, q);
                   // The last tile's weights were read before the barrier that this tile's first stage began with.
                   store_weights<kSide>(q, shared);
@@ -201,10 +201,10 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Task<T> task) {
                   T mine[kFew<T>][8];  // z, or mu
 #pragma unroll
                   for (int o = 0; o < kFew<T>; ++o) {
-                    const T* line = (kRows ? packed.z : packed.mu) + (own * Shape::kSide + few + o) * packed.width;
+                    const T* line = (kRows ? packed.z : packed.mu) + (int64_t(own) * Shape::kSide + few + o) * packed.width;
                     if (working) load_dimensions(line + d, mine[o]);
                   }
-                  const int64_t other = (kRows ? panel : row_tile) * Shape::kSide;
+                  const int64_t other = int64_t(kRows ? panel : row_tile) * Shape::kSide;
                   for (int base = 0; base < Shape::kSide; base += 32) {
                     bool any = false;
 #pragma unroll
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Task<T> task) {
   if (!working) return;
 #pragma unroll
   for (int o = 0; o < kFew<T>; ++o)
-    write(task, sums, own * Shape::kSide + few + o, o, d, split, chunk == 0 && lane % 8 == 0);
+    write(task, sums, int64_t(own) * Shape::kSide + few + o, o, d, split, chunk == 0 && lane % 8 == 0);
 }
 
 // out[i] = parts[0][i] + parts[1][i] + ..., in that order; the parts lie one after the other.
@@ -270,12 +270,13 @@ struct BackwardPlan {
   Carve<T> carve;
   Packed<T> packed;
   bool parameters, steepness;
-  int64_t chunks_z, splits_z, chunks_parameters, splits_parameters, columns;
+  int chunks_z, splits_z, chunks_parameters, splits_parameters;
+  int64_t columns;
   T *dz, *dmu, *dlogvar, *dweights, *widest, *reduced;  // null where the gradient itself is written
 
   BackwardPlan(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory)
       : carve(memory), packed(mix, carve, true) {
-    const int64_t chunks = blocks_for(mix.D, kChunk);
+    const int chunks = int(blocks_for(mix.D, kChunk));
     parameters = wanted.dmu || wanted.dlogvar || wanted.dweights;
     steepness = wanted.dz && !mix.shared && !wanted.dense;
     chunks_z = chunks;

@@ -6,13 +6,13 @@
 namespace fastvae::cuda {
 namespace {
 
-constexpr int kStages = 2, kDepth = 16;
+constexpr int kDepth = 16;  // dimensions of a stage: 66 KiB of shared memory for a block, so that two run at a time
 
 template <class T>
 struct Shared {
-  Stage<T, kDepth> stages[kStages];
+  Stage<T, kDepth> stages[2];
   T top[Tile<T>::kOwn][kThreads], total[Tile<T>::kOwn][kThreads];
-  LogSum<T> others[Tile<T>::kSide];
+  LogSum<T> halves[2][Tile<T>::kSide];  // of each row, once at the end
 };
 
 template <class T>
@@ -25,18 +25,17 @@ __device__ LogSum<T> merge_across(LogSum<T> sum, int lanes) {
 // partial [splits, M], or null where there is one split: log_prob is then written at once.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    forward(Mixture<T> mix, Packed<T> packed, int64_t splits, LogSum<T>* partial, T* log_prob) {
+    forward(Mixture<T> mix, Packed<T> packed, int splits, LogSum<T>* partial, T* log_prob) {
   using Shape = Tile<T>;
-  const Place at;
-  const int64_t row_tile = blockIdx.x, split = blockIdx.y;
-  const int64_t begin = packed.panels * split / splits, end = packed.panels * (split + 1) / splits;
+  const int row_tile = int(blockIdx.x), split = int(blockIdx.y);
+  const int begin = cut(packed.panels, splits, split), end = cut(packed.panels, splits, split + 1);
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(shared_memory);
   for (int r = 0; r < Shape::kOwn; ++r) {
     shared.top[r][threadIdx.x] = Limits<T>::kLowest;
     shared.total[r][threadIdx.x] = T(0);
   }
   for_each_tile(shared.stages, packed, {row_tile, begin, 0}, 0, 1, end - begin,
-                         [&](int64_t, int64_t panel, Squares<T>& a) {
+                         [&](int, int panel, Squares<T>& a) {
                            exponents(packed, mix, row_tile, panel, a);
 #pragma unroll
                            for (int r = 0; r < Shape::kOwn; ++r) {
@@ -53,25 +52,21 @@ __global__ void __launch_bounds__(kThreads, 2)
                          });
 
   // The 16 threads of a row are 8 lanes in each of two neighbouring warps.
-  LogSum<T> sums[Shape::kOwn];
-#pragma unroll
+#pragma unroll 1
   for (int r = 0; r < Shape::kOwn; ++r) {
-    sums[r] = merge_across(LogSum<T>{shared.top[r][threadIdx.x], shared.total[r][threadIdx.x]}, 8);
-    if (at.column == 8) shared.others[owned<T>(at.row, r)] = sums[r];
+    const LogSum<T> sum = merge_across(LogSum<T>{shared.top[r][threadIdx.x], shared.total[r][threadIdx.x]}, 8);
+    const Place at;
+    if (at.column % 8 == 0) shared.halves[at.column / 8][owned<T>(at.row, r)] = sum;
   }
   __syncthreads();
-  if (at.column != 0) return;
-#pragma unroll
-  for (int r = 0; r < Shape::kOwn; ++r) {
-    const int row = owned<T>(at.row, r);
-    const int64_t m = row_tile * Shape::kSide + row;
-    sums[r].merge(shared.others[row]);
-    if (m >= mix.M) continue;
-    if (partial)
-      partial[split * mix.M + m] = sums[r];
-    else
-      log_prob[m] = sums[r].log();
-  }
+  const int64_t m = int64_t(row_tile) * Shape::kSide + threadIdx.x;
+  if (int(threadIdx.x) >= Shape::kSide || m >= mix.M) return;
+  LogSum<T> sum = shared.halves[0][threadIdx.x];
+  sum.merge(shared.halves[1][threadIdx.x]);
+  if (partial)
+    partial[int64_t(split) * mix.M + m] = sum;
+  else
+    log_prob[m] = sum.log();
 }
 
 // A warp for each row.

@@ -27,10 +27,11 @@ constexpr int64_t kMultiprocessors = 132;
 
 // In how many parts `tiles` are cut where `others` blocks, times the parts, run `at_a_time`: the fewest steps, then the
 // fewest parts.  The parts of all blocks are kept until they are merged, hence the limit.
-inline int64_t plan_splits(int64_t tiles, int64_t others, int64_t at_a_time) {
-  int64_t best = 1, least = INT64_MAX;
+inline int plan_splits(int64_t tiles, int64_t others, int64_t at_a_time) {
+  int best = 1;
+  int64_t least = INT64_MAX;
   const int64_t most = std::min(tiles, std::max<int64_t>(1, 4 * at_a_time / std::max<int64_t>(1, others)));
-  for (int64_t splits = 1; splits <= most; ++splits) {
+  for (int splits = 1; splits <= most; ++splits) {
     const int64_t steps = (others * splits + at_a_time - 1) / at_a_time * ((tiles + splits - 1) / splits);
     if (steps < least) least = steps, best = splits;
   }
@@ -59,8 +60,8 @@ class Carve {
 // padding, or absent by a weight of -inf, is such that it reaches nothing.
 template <class T>
 struct Packed {
-  int64_t row_tiles, panels;  // a panel is the components of one tile
-  int depth, width;           // D, rounded up to 4 and to 8
+  int row_tiles, panels;  // a panel is the components of one tile
+  int depth, width;       // D, rounded up to 2 and to 8
   T* rows;                    // [row_tiles, depth, kSide]: z
   T* pairs;                   // [panels, depth, 2, kSide]: s and -mu s, or s and mu where `difference` is set
   T* c;                       // [panels, kSide]: log of the component's greatest density, weight included; -inf where absent
@@ -71,18 +72,18 @@ struct Packed {
 
   Packed(const Mixture<T>& mix, Carve<T>& carve, bool backward) {
     constexpr int64_t side = Tile<T>::kSide;
-    row_tiles = (mix.M + side - 1) / side;
-    panels = (mix.K + side - 1) / side;
-    depth = int(round_up(mix.D, 4));
+    row_tiles = int((mix.M + side - 1) / side);
+    panels = int((mix.K + side - 1) / side);
+    depth = int(round_up(mix.D, 2));
     width = int(round_up(mix.D, 8));
-    rows = carve.take(row_tiles * side * depth);
-    pairs = carve.take(panels * side * depth * 2);
-    c = carve.take(panels * side);
+    rows = carve.take(side * row_tiles * depth);
+    pairs = carve.take(side * panels * depth * 2);
+    c = carve.take(side * panels);
     difference = carve.take(panels);
     extremes = carve.take(backward ? panels * 2 : 0);
-    z = carve.take(backward ? row_tiles * side * width : 0);
-    mu = carve.take(backward ? panels * side * width : 0);
-    v = carve.take(backward ? panels * side * width : 0);
+    z = carve.take(backward ? side * row_tiles * width : 0);
+    mu = carve.take(backward ? side * panels * width : 0);
+    v = carve.take(backward ? side * panels * width : 0);
   }
 };
 

@@ -47,6 +47,14 @@ __device__ __forceinline__ int owned(int at, int i) {
   return i / n * (Tile<T>::kSide / 2) + at * n + i % n;
 }
 
+// The i for which that is `index`, or -1.
+template <class T>
+__device__ __forceinline__ int which_owned(int at, int index) {
+  constexpr int n = Tile<T>::kVector, half = Tile<T>::kSide / 2;
+  const int i = index % half - at * n;
+  return i < 0 || i >= n ? -1 : index / half * n + i;
+}
+
 template <class T>
 __device__ __forceinline__ void load_owned(const T* line, int at, T (&out)[Tile<T>::kOwn]) {
   constexpr int n = Tile<T>::kVector;
@@ -64,9 +72,10 @@ using Squares = T[Tile<T>::kOwn][Tile<T>::kOwn];  // of a thread's rows x compon
 // q += t^2 over the dimensions of a stage: the innermost loop.
 template <bool kDifference, class T, int kDepth>
 __device__ __forceinline__ void add_squares(const Stage<T, kDepth>& stage, int depth, const Place& at, Squares<T>& q) {
-  for (int begin = 0; begin < depth; begin += 4) {
+  for (int begin = 0; begin < depth; begin += 2) {
 #pragma unroll
-    for (int d = begin; d < begin + 4; ++d) {
+    for (int j = 0; j < 2; ++j) {
+      const int d = begin + j;
       T z[Tile<T>::kOwn], s[Tile<T>::kOwn], b[Tile<T>::kOwn];
       load_owned(stage.rows[d], at.row, z);
       load_owned(stage.pairs[d][0], at.column, s);
@@ -83,58 +92,64 @@ __device__ __forceinline__ void add_squares(const Stage<T, kDepth>& stage, int d
   }
 }
 
+// Where the i-th of `parts` parts of n begins; they differ in length by one at most.
+__device__ __forceinline__ int cut(int n, int parts, int i) {
+  const int more = n % parts;
+  return n / parts * i + (i < more ? i : more);
+}
+
 // Where in the stream of stages a block is: which tile, and how many dimensions of it are done.
 struct Cursor {
-  int64_t row_tile, panel;
-  int begin;
+  int row_tile, panel, begin;
 };
 
-// Calls finish(row_tile, panel, q) for each of `count` tiles, from the first on by the given steps.
-template <int kStages, class T, int kDepth, class Finish>
-__device__ __forceinline__ void for_each_tile(Stage<T, kDepth> (&stages)[kStages], const Packed<T>& packed,
-                                              Cursor first, int64_t row_step, int64_t panel_step, int64_t count,
-                                              const Finish& finish) {
+// Begins to copy `lines` lines of kSide numbers, kMost at most.
+template <int kMost, class T>
+__device__ __forceinline__ void copy_async(T* to, const T* from, int lines) {
+  constexpr int n = Tile<T>::kVector, steps = kMost * Tile<T>::kSide / (kThreads * n);
+  static_assert(steps * kThreads * n == kMost * Tile<T>::kSide, "every thread copies as much");
+#pragma unroll
+  for (int step = 0; step < steps; ++step) {
+    const int i = (step * kThreads + int(threadIdx.x)) * n;
+    if (i < lines * Tile<T>::kSide) __pipeline_memcpy_async(to + i, from + i, 16);
+  }
+}
+
+// Calls finish(row_tile, panel, q) for each of `count` tiles, from the first on by the given steps.  While one of the two
+// stages is worked on, the next few dimensions are copied to the other.
+template <class T, int kDepth, class Finish>
+__device__ __forceinline__ void for_each_tile(Stage<T, kDepth> (&stages)[2], const Packed<T>& packed, Cursor now,
+                                              int row_step, int panel_step, int count, const Finish& finish) {
   using Shape = Tile<T>;
   const Place at;
-  const auto copy_lines = [](T* to, const T* from, int n) {
-    for (int i = int(threadIdx.x) * Shape::kVector; i < n; i += kThreads * Shape::kVector)
-      __pipeline_memcpy_async(to + i, from + i, 16);
-  };
   const auto depth_of = [&](const Cursor& c) {
     return packed.depth - c.begin < kDepth ? packed.depth - c.begin : kDepth;
   };
   const auto copy = [&](const Cursor& c, Stage<T, kDepth>& stage) {
     const int depth = depth_of(c);
-    copy_lines(stage.rows[0], packed.rows + (c.row_tile * packed.depth + c.begin) * Shape::kSide, depth * Shape::kSide);
-    copy_lines(stage.pairs[0][0], packed.pairs + (c.panel * packed.depth + c.begin) * 2 * Shape::kSide,
-               depth * 2 * Shape::kSide);
+    const int64_t row_line = int64_t(c.row_tile) * packed.depth + c.begin;
+    const int64_t pair_line = int64_t(c.panel) * packed.depth + c.begin;
+    copy_async<kDepth>(stage.rows[0], packed.rows + row_line * Shape::kSide, depth);
+    copy_async<2 * kDepth>(stage.pairs[0][0], packed.pairs + pair_line * 2 * Shape::kSide, 2 * depth);
+    __pipeline_commit();
   };
-  const auto advance = [&](Cursor& c) {
-    c.begin += kDepth;
-    if (c.begin < packed.depth) return;
-    c = {c.row_tile + row_step, c.panel + panel_step, 0};
+  const auto after = [&](const Cursor& c) {
+    return c.begin + kDepth < packed.depth ? Cursor{c.row_tile, c.panel, c.begin + kDepth}
+                                           : Cursor{c.row_tile + row_step, c.panel + panel_step, 0};
   };
 
-  const int64_t total = count * ((packed.depth + kDepth - 1) / kDepth);
-  Cursor ahead = first, now = first;
-  for (int64_t i = 0; i < kStages - 1; ++i) {
-    if (i < total) copy(ahead, stages[i]);
-    __pipeline_commit();
-    advance(ahead);
-  }
+  if (count > 0) copy(now, stages[0]);
   Squares<T> q = {};
   int reading = 0;
-  for (int64_t i = 0; i < total; ++i) {
-    __pipeline_wait_prior(kStages - 2);
-    __syncthreads();  // the stage is there for all, and nobody reads the one that is overwritten next any more
-    if (i + kStages - 1 < total) copy(ahead, stages[reading == 0 ? kStages - 1 : reading - 1]);
-    __pipeline_commit();
-    advance(ahead);
+  for (int left = count * ((packed.depth + kDepth - 1) / kDepth); left > 0; --left) {
+    __pipeline_wait_prior(0);
+    __syncthreads();  // the stage is there for all, and nobody reads the other one any more
+    if (left > 1) copy(after(now), stages[1 - reading]);
     if (packed.difference[now.panel] != T(0))
       add_squares<true>(stages[reading], depth_of(now), at, q);
     else
       add_squares<false>(stages[reading], depth_of(now), at, q);
-    reading = reading + 1 == kStages ? 0 : reading + 1;
+    reading = 1 - reading;
     if (now.begin + kDepth >= packed.depth) {
       finish(now.row_tile, now.panel, q);
 #pragma unroll
@@ -143,18 +158,18 @@ __device__ __forceinline__ void for_each_tile(Stage<T, kDepth> (&stages)[kStages
         for (int c = 0; c < Shape::kOwn; ++c) q[r][c] = T(0);
       }
     }
-    advance(now);
+    now = after(now);
   }
 }
 
 // q becomes a; -inf where a row leaves a component out.
 template <class T>
-__device__ __forceinline__ void exponents(const Packed<T>& packed, const Mixture<T>& mix, int64_t row_tile,
-                                          int64_t panel, Squares<T>& q) {
+__device__ __forceinline__ void exponents(const Packed<T>& packed, const Mixture<T>& mix, int row_tile, int panel,
+                                          Squares<T>& q) {
   using Shape = Tile<T>;
   const Place at;
   T c[Shape::kOwn];
-  load_owned(packed.c + panel * Shape::kSide, at.column, c);
+  load_owned(packed.c + int64_t(panel) * Shape::kSide, at.column, c);
 #pragma unroll
   for (int r = 0; r < Shape::kOwn; ++r) {
 #pragma unroll
@@ -163,12 +178,14 @@ __device__ __forceinline__ void exponents(const Packed<T>& packed, const Mixture
   if (!mix.exclude) return;
 #pragma unroll
   for (int r = 0; r < Shape::kOwn; ++r) {
-    const int64_t m = row_tile * Shape::kSide + owned<T>(at.row, r);
-    const int64_t left_out = (m < mix.M ? mix.exclude[m] : -1) - panel * Shape::kSide;
-    if (left_out < 0 || left_out >= Shape::kSide) continue;
+    const int64_t m = int64_t(row_tile) * Shape::kSide + owned<T>(at.row, r);
+    if (m >= mix.M) continue;
+    const int64_t component = mix.exclude[m];
+    if (component < 0 || component / Shape::kSide != panel) continue;
+    const int left_out = which_owned<T>(at.column, int(component % Shape::kSide));
 #pragma unroll
     for (int j = 0; j < Shape::kOwn; ++j)
-      if (owned<T>(at.column, j) == int(left_out)) q[r][j] = T(-INFINITY);
+      if (j == left_out) q[r][j] = T(-INFINITY);
   }
 }
 
