@@ -8,7 +8,7 @@
 // warp takes those rows (components) of the other side for which any of its own 16 has a weight, and no others.
 //
 // What is too small to matter is set to zero before: see docs/cuda-kernels.md.
-#include "pack.cuh"
+#include "tile.cuh"
 
 namespace fastvae::cuda {
 namespace {
@@ -107,22 +107,33 @@ __device__ __forceinline__ void load_dimensions(const T* line, T (&out)[8]) {
   }
 }
 
+// What the second pass needs of a component, or a row, of the other side.
 template <Side kSide, class T>
-struct Sums;
-
-template <class T>
-struct Sums<Side::rows, T> {
-  T dz[kFew<T>][8];  // sum_k w u v
-
-  __device__ __forceinline__ void add(const T (&w)[kFew<T>], const T (&z)[kFew<T>][8], const Packed<T>& packed,
-                                      int64_t k, int d) {
-    T mu[8], v[8];
+struct Line {
+  T mu[8], v[8];
+  __device__ __forceinline__ Line(const Packed<T>& packed, int64_t k, int d) {
     load_dimensions(packed.mu + k * packed.width + d, mu);
     load_dimensions(packed.v + k * packed.width + d, v);
+  }
+};
+
+template <class T>
+struct Line<Side::components, T> {
+  T z[8];
+  __device__ __forceinline__ Line(const Packed<T>& packed, int64_t m, int d) {
+    load_dimensions(packed.z + m * packed.width + d, z);
+  }
+};
+
+template <Side kSide, class T>
+struct Sums {
+  T dz[kFew<T>][8];  // sum_k w u v
+
+  __device__ __forceinline__ void add(const T (&w)[kFew<T>], const T (&z)[kFew<T>][8], const Line<kSide, T>& line) {
 #pragma unroll
     for (int o = 0; o < kFew<T>; ++o) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) dz[o][i] = T(fma(w[o], (z[o][i] - mu[i]) * v[i], dz[o][i]));
+      for (int i = 0; i < 8; ++i) dz[o][i] = T(fma(w[o], (z[o][i] - line.mu[i]) * line.v[i], dz[o][i]));
     }
   }
 };
@@ -131,16 +142,14 @@ template <class T>
 struct Sums<Side::components, T> {
   T wu[kFew<T>][8], wuu[kFew<T>][8], w_sum[kFew<T>];  // over the rows
 
-  __device__ __forceinline__ void add(const T (&w)[kFew<T>], const T (&mu)[kFew<T>][8], const Packed<T>& packed,
-                                      int64_t m, int d) {
-    T z[8];
-    load_dimensions(packed.z + m * packed.width + d, z);
+  __device__ __forceinline__ void add(const T (&w)[kFew<T>], const T (&mu)[kFew<T>][8],
+                                      const Line<Side::components, T>& line) {
 #pragma unroll
     for (int o = 0; o < kFew<T>; ++o) {
       w_sum[o] += w[o];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const T u = z[i] - mu[o][i], product = w[o] * u;
+        const T u = line.z[i] - mu[o][i], product = w[o] * u;
         wu[o][i] += product;
         wuu[o][i] = T(fma(product, u, wuu[o][i]));
       }
@@ -210,13 +219,19 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Task<T> task) {
 #pragma unroll
                     for (int o = 0; o < 4 * kFew<T>; ++o) any |= shared.weights[base + lane][of_warp + o] != T(0);
                     unsigned left = __ballot_sync(0xFFFFFFFFu, any);
-                    while (left && working) {
-                      const int i = base + __ffs(left) - 1;
+                    if (!left || !working) continue;
+                    int i = base + __ffs(left) - 1;
+                    for (Line<kSide, T> line(packed, other + i, d);;) {
                       left &= left - 1;
+                      const int next = left ? base + __ffs(left) - 1 : i;
+                      const Line<kSide, T> ahead(packed, other + next, d);  // on its way while this one is worked on
                       T w[kFew<T>];
 #pragma unroll
                       for (int o = 0; o < kFew<T>; ++o) w[o] = shared.weights[i][few + o];
-                      sums.add(w, mine, packed, other + i, d);
+                      sums.add(w, mine, line);
+                      if (!left) break;
+                      line = ahead;
+                      i = next;
                     }
                   }
                 });

@@ -1,7 +1,7 @@
 // log p(z) = logsumexp_k a_mk, online: a thread keeps the largest a and the sum for each of its rows, over all tiles,
 // and threads meet once at the end.  They are needed once a tile, so they lie in shared memory and leave the registers
 // to the squares.  Splits of the components are merged by a second kernel, in order.
-#include "pack.cuh"
+#include "tile.cuh"
 
 namespace fastvae::cuda {
 namespace {

@@ -87,4 +87,8 @@ struct Packed {
   }
 };
 
+// Fills it.  log_prob [M] in backward, else null; widest [D], the largest logvar of any component, or null.
+template <class T>
+void pack(const Mixture<T>&, const T* log_prob, const T* widest, const Packed<T>&, Stream);
+
 }  // namespace fastvae::cuda

@@ -18,7 +18,7 @@ from fastvae.ops import Operators
 HERE = Path(__file__).parent
 CUDA = HERE.parent.parent / "csrc" / "cuda"
 FLAGS = (
-    *("-std=c++17", "-O2", "-mfma", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
+    *("-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
     *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFASTVAE_CUDA_LIBRARY=fastvae_emulated", "-DFASTVAE_CUDA_KEY=CPU"),
 )
 

@@ -52,7 +52,7 @@ struct cudaLaunchConfig_t {
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fastvae::cuda {
-constexpr size_t kSharedLimit = 227 * 1024;  // of a block, on the largest device
+constexpr size_t kSharedLimit = 99 * 1024;  // of a block, on the smallest device
 alignas(128) inline unsigned char shared_memory[kSharedLimit];
 }  // namespace fastvae::cuda
 
@@ -165,7 +165,7 @@ auto warp_exchange(unsigned mask, unsigned operation, uint64_t bits, const See& 
 }
 
 inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (shared_bytes > fastvae::cuda::kSharedLimit) fail("more shared memory than any device has");
+  if (shared_bytes > fastvae::cuda::kSharedLimit) fail("more shared memory than every device has");
   if (threads.x % 32 || threads.x > 1024 || threads.y * threads.z != 1) fail("an odd block size");
   if (!grid.x || !grid.y || grid.y > 65535 || grid.z != 1) fail("an impossible grid");
   gridDim = grid;

@@ -1,9 +1,8 @@
 // Rows and components brought into the order of plan.h.  These kernels do O((M + K) D) work.
-#pragma once
-
 #include "tile.cuh"
 
 namespace fastvae::cuda {
+namespace {
 
 // A tile of rows.  One whose density is zero (log_prob, in backward, is -inf) has no gradient: it becomes a row of
 // zeros, since an infinite coordinate times a weight of zero would be NaN.
@@ -94,11 +93,16 @@ __global__ void __launch_bounds__(Tile<T>::kSide) pack_components(Mixture<T> mix
   }
 }
 
+}  // namespace
+
 template <class T>
 void pack(const Mixture<T>& mix, const T* log_prob, const T* widest, const Packed<T>& packed, Stream stream) {
   launch(stream, packed.row_tiles, 1, kThreads, 0, pack_rows<T>, mix, log_prob, packed);
   launch(stream, packed.panels, 1, Tile<T>::kSide, 4 * sizeof(T), pack_components<T>, mix,
          -std::log(double(mix.K)), widest, packed);
 }
+
+template void pack<float>(const Mixture<float>&, const float*, const float*, const Packed<float>&, Stream);
+template void pack<double>(const Mixture<double>&, const double*, const double*, const Packed<double>&, Stream);
 
 }  // namespace fastvae::cuda
