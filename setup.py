@@ -58,8 +58,12 @@ if os.environ.get("FASTVAE_NO_EXTENSION") != "1":
         def compile_kernels(self, source: str) -> str:
             target = Path(self.build_temp, source).with_suffix(".o")
             target.parent.mkdir(parents=True, exist_ok=True)
+            nvcc = str(cuda / "bin/nvcc")
+            known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
             flags = Path("csrc/cuda/nvcc.txt").read_text().split()
-            subprocess.run([str(cuda / "bin/nvcc"), *flags, "-c", source, "-o", str(target)], check=True)
+            # an older nvcc leaves out the devices that came after it; sm_90a is listed as sm_90
+            flags = [f for f in flags if ",code=sm_" not in f or f.split(",code=")[1].rstrip("a") in known]
+            subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)], check=True)
             return str(target)
 
     options = {

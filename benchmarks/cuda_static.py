@@ -23,7 +23,11 @@ from typing import Any
 from fastvae.app.atomic import write_json
 from fastvae.app.errors import ConfigError
 
+from .words import duration, markdown, percent
+
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+KERNELS = tuple(sorted(SOURCES.glob("*.cu")))
+EXPANSION = Path(__file__).parent / "double_expansion.cu"
 STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,--warning-as-error")
 
 # An NVIDIA H200 by its data sheet: fp32 multiply-adds and bytes a second.
@@ -51,7 +55,7 @@ class Kernel:
         local: instructions that touch local memory.
         shared: bytes of static shared memory.
         loops: those that multiply and add, by their count of these, most first.
-        kinds: all its instructions, by kind and, for loads and stores, width in bits.
+        kinds: its loads and stores, by kind and width in bits.
     """
 
     name: str
@@ -87,15 +91,15 @@ def flags_and_targets() -> tuple[list[str], list[str]]:
     return [word for word in words if not word.startswith("-gencode")], targets
 
 
-def compile_kernels(target: str, folder: Path) -> Iterator[Kernel]:
-    """Every kernel, for one target.
+def compile_kernels(target: str, folder: Path, sources: Sequence[Path] = KERNELS) -> Iterator[Kernel]:
+    """Every kernel of the sources, for one target.
 
     Raises:
         ConfigError: a tool is missing, or a source does not compile without a warning.
     """
     nvcc, nvdisasm = tools()
     flags, _ = flags_and_targets()
-    for source in sorted(SOURCES.glob("*.cu")):
+    for source in sources:
         binary = folder / f"{source.stem}.{target}.cubin"
         code = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
         command = [nvcc, *flags, *STRICT, code, "-cubin", str(source), "-o", str(binary)]
@@ -121,7 +125,7 @@ def _kernel(symbol: str, target: str, report: str, code: str) -> Kernel:
 
     instructions, labels = _instructions(code)
     loops = sorted(_inner_loops(instructions, labels), key=lambda loop: -_multiply_adds(loop))
-    kinds = Counter(map(_kind, instructions))
+    kinds = Counter(kind for kind in map(_kind, instructions) if kind.startswith(("LD", "ST")))
     return Kernel(
         name=_readable(symbol),
         target=target,
@@ -136,7 +140,7 @@ def _kernel(symbol: str, target: str, report: str, code: str) -> Kernel:
 
 
 def _multiply_adds(loop: Loop) -> int:
-    return loop.kinds.get("FFMA", 0) + loop.kinds.get("DFMA", 0)
+    return sum(loop.kinds.get(kind, 0) for kind in ("FFMA", "DFMA", "DMMA"))
 
 
 def _readable(symbol: str) -> str:
@@ -187,7 +191,7 @@ def _kind(instruction: str) -> str:
 
 
 def floors(M: int, K: int, D: int) -> dict[str, float]:
-    """The least time on an H200 by its data sheet, seconds: two multiply-adds an element, and each number moved once."""
+    """The least time on an H200 by its data sheet, seconds: by issue slots, and for moving each number once."""
     return {
         "forward_arithmetic": 2 * M * K * D / MULTIPLY_ADDS,
         "forward_memory": 4 * (M * D + 2 * K * D + K + M) / BANDWIDTH,
@@ -203,12 +207,48 @@ def record() -> dict[str, Any]:
     found = re.search(r"release [\d.]+, V([\d.]+)", version)
     with TemporaryDirectory() as folder:
         kernels = [k for target in flags_and_targets()[1] for k in compile_kernels(target, Path(folder))]
+        (expansion,) = compile_kernels("sm_90a", Path(folder), [EXPANSION])
     shapes = ((4096, 50000, 64), (1024, 25000, 40))
     return {
         "nvcc": found[1] if found else version,
         "floors": [{"M": M, "K": K, "D": D, **floors(M, K, D)} for M, K, D in shapes],
         "kernels": [asdict(kernel) for kernel in kernels],
+        "double_expansion": asdict(expansion),
     }
+
+
+def kernel_table(content: dict[str, Any]) -> str:
+    """The kernels that matter, as Markdown: one row for each target."""
+    rows = []
+    for kernel in content["kernels"]:
+        if kernel["name"] in _SHOWN:
+            fma = [loop["kinds"].get("FFMA", 0) / loop["instructions"] for loop in kernel["loops"]]
+            kinds = kernel["kinds"]
+            rows.append(
+                [
+                    f"`{kernel['name']}`",
+                    kernel["target"],
+                    str(kernel["registers"]),
+                    str(kernel["spills"]),
+                    percent(max(fma, default=None)),
+                    *(str(kinds.get(kind, 0)) for kind in ("LDGSTS.128", "LDS.128", "LDG.128", "LDG.64", "LDG.32")),
+                ]
+            )
+    headings = ["kernel", "target", "registers", "bytes spilled", "FFMA in the innermost loop"]
+    return markdown([*headings, "LDGSTS.128", "LDS.128", "LDG.128", "LDG.64", "LDG.32"], rows, left=2)
+
+
+_SHOWN = ("forward<float>", "backward<rows, float>", "backward<components, float>", "rsample<float, true>")
+
+
+def floor_table(content: dict[str, Any]) -> str:
+    """The floors, as Markdown."""
+    rows = [
+        [f"({f['M']}, {f['K']}, {f['D']})"]
+        + [duration(f[name]) for name in ("forward_arithmetic", "forward_memory", "backward_arithmetic")]
+        for f in content["floors"]
+    ]
+    return markdown(["(M, K, D)", "forward, multiply-adds", "forward, memory", "all gradients, issue slots"], rows)
 
 
 def main() -> None:

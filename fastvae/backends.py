@@ -29,9 +29,7 @@ def _load_extension() -> str | None:
 
 
 _missing = _load_extension()
-_BUILD_CUDA = (
-    "build fastvae again with nvcc on the PATH or CUDA_HOME set; FASTVAE_CUDA=1 makes the build fail where there is none"
-)
+_BUILD_CUDA = "build fastvae again with nvcc on the PATH or CUDA_HOME set; FASTVAE_CUDA=1 fails where there is none"
 
 
 def _missing_cuda() -> str | None:
@@ -69,7 +67,9 @@ def choose(impl: str | None, device: torch.device) -> str:
         if (why := _missing_cuda()) is not None:
             raise RuntimeError(f"impl='cuda' cannot run: {why}; {_BUILD_CUDA}; impl='composite' runs on {device}")
         if device.type != "cuda":
-            raise ValueError(f"impl='cuda' takes tensors on a CUDA device, these are on {device}; move them, or use impl=None")
+            raise ValueError(
+                f"impl='cuda' takes tensors on a CUDA device, these are on {device}; move them, or use impl=None"
+            )
     if impl == "cpu":
         if device.type != "cpu":
             raise ValueError(f"impl='cpu' takes tensors on the CPU, these are on {device}; move them, or use impl=None")

@@ -18,6 +18,7 @@ import pytest
 import torch
 from budget import Result, allowance, assert_within, hard_case, run
 from conftest import emulated_cuda, use_backend
+from test_operators import inputs
 from torch import Tensor
 
 import fastvae
@@ -54,8 +55,9 @@ def compiled_for(target: str) -> list[Kernel]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_without_spills(target: str) -> None:
     kernels = compiled_for(target)
+    wanted = ("forward<", "backward<rows", "backward<components", "pack_rows", "rsample<", "rsample_backward", "kl<")
     for dtype in ("float", "double"):
-        for name in ("forward", "backward<rows", "backward<components", "pack_rows", "rsample", "rsample_backward", "kl"):
+        for name in wanted:
             assert any(k.name.startswith(name) and dtype in k.name for k in kernels), f"{name} for {dtype} is not there"
     for kernel in kernels:
         assert kernel.registers <= 255
@@ -158,6 +160,13 @@ def test_operators_check_what_they_are_given(emulated: Operators) -> None:
         emulated.gaussian_rsample(z, z, torch.zeros(1), 1)
     with pytest.raises(RuntimeError, match="want grad_z"):
         emulated.gaussian_rsample_backward(torch.zeros(2, 4, 3), torch.zeros(2, 5), z, seed, False)
+
+
+@pytest.mark.parametrize("name", Operators._fields)
+def test_opcheck(emulated: Operators, name: str) -> None:
+    """Schema, aliasing and fakes agree with what the host side returns."""
+    for args in inputs(name):
+        torch.library.opcheck(getattr(emulated, name), args)
 
 
 # The kernels, beyond what all backends are tested for.
