@@ -86,10 +86,12 @@ if os.environ.get("FASTVAE_NO_EXTENSION") != "1":
                 # The CUDA runtime comes along, so that the file loads where there is none; hidden, so that it is not
                 # taken for PyTorch's.  The driver is looked for at the first launch.
                 extra_link_args=(
-                    [f"-L{cuda / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+                    [f"-L{cuda / 'lib64'}", f"-L{cuda / 'lib'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+                    + ["-Wl,--exclude-libs,ALL"]
                     if cuda
                     else []
                 ),
+                depends=glob("csrc/*/*"),
                 py_limited_api=True,
             )
         ],

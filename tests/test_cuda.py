@@ -16,9 +16,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from budget import Result, allowance, assert_within, hard_case, run
+from budget import Result, allowance, assert_within, diffuse_case, hard_case, run
 from conftest import emulated_cuda, use_backend
 from test_operators import inputs
+from test_skipping import concentrated, responsibilities
 from torch import Tensor
 
 import fastvae
@@ -212,6 +213,19 @@ def test_many_dimensions_and_splits(dtype: torch.dtype, shared: bool) -> None:
         if shared:
             case = replace(case, logvar=case.logvar[0].clone())
         assert_within(run(case, "cuda", True), *allowance(case, dense_backward=True), f"M={M} K={K} D={D}")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_backward_leaves_out_what_it_may_and_nothing_else() -> None:
+    """Exact zeros where no row uses a component, unless dense_backward; the same bits where all is used."""
+    case = concentrated()
+    used = responsibilities(case.to(torch.float64)).sum(0)
+    faint = (used > 1e-30) & (used < 1e-14)
+    skipped, dense = run(case, "cuda"), run(case, "cuda", True)
+    assert int(faint.sum()) >= 10 and bool((dense.dlog_weights[faint] != 0).all())
+    assert bool((skipped.dlog_weights[faint] == 0).all())
+    case = diffuse_case(64, 1000, 20)
+    assert all(torch.equal(a, b) for a, b in zip(run(case, "cuda"), run(case, "cuda", True), strict=True))
 
 
 def error_at(offset: float) -> Tensor:

@@ -16,7 +16,7 @@
 
 namespace fastvae::cuda {
 
-extern __shared__ unsigned char shared_memory[];
+alignas(16) extern __shared__ unsigned char shared_memory[];
 
 template <class T>
 struct alignas(16) Vector {

@@ -8,6 +8,7 @@
 // Asynchronous copies are done as late as they may be, when their group is waited for; shared memory starts as NaN.
 #pragma once
 
+#include <math.h>  // and not cmath: fma(float, float, float) has to be found without std::
 #include <ucontext.h>
 
 #include <algorithm>
@@ -53,7 +54,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fastvae::cuda {
 constexpr size_t kSharedLimit = 99 * 1024;  // of a block, on the smallest device
-alignas(128) inline unsigned char shared_memory[kSharedLimit];
+alignas(16) inline unsigned char shared_memory[kSharedLimit];
 }  // namespace fastvae::cuda
 
 namespace emulation {
