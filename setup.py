@@ -85,12 +85,9 @@ if os.environ.get("FASTVAE_NO_EXTENSION") != "1":
                 ],
                 # The CUDA runtime comes along, so that the file loads where there is none; hidden, so that it is not
                 # taken for PyTorch's.  The driver is looked for at the first launch.
-                extra_link_args=(
-                    [f"-L{cuda / 'lib64'}", f"-L{cuda / 'lib'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-                    + ["-Wl,--exclude-libs,ALL"]
-                    if cuda
-                    else []
-                ),
+                library_dirs=[str(cuda / "lib64"), str(cuda / "lib")] if cuda else [],
+                libraries=["cudart_static", "dl", "rt", "pthread"] if cuda else [],
+                extra_link_args=["-Wl,--exclude-libs,ALL"] if cuda else [],
                 depends=glob("csrc/*/*"),
                 py_limited_api=True,
             )

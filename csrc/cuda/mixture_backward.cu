@@ -23,6 +23,7 @@ struct Shared {
   Stage<T, kDepth> stages[2];
   T weights[Tile<T>::kSide][kLine];  // of the other side's rows or components, by the block's own
 };
+static_assert(sizeof(Shared<float>) <= 99 * 1024 && sizeof(Shared<double>) <= 99 * 1024);
 
 template <class T>
 struct Task {
@@ -200,41 +201,41 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Task<T> task) {
   const bool working = d < packed.width;
   Sums<kSide, T> sums = {};
 
+  const auto add = [&](int row_tile, int panel, Squares<T>& q) {
+    weigh<kSide>(task, row_tile, panel, q);
+    // The last tile's weights were read before the barrier that this tile's first stage began with.
+    store_weights<kSide>(q, shared);
+    __syncthreads();
+    T mine[kFew<T>][8];  // z, or mu
+#pragma unroll
+    for (int o = 0; o < kFew<T>; ++o) {
+      const T* line = (kRows ? packed.z : packed.mu) + (int64_t(own) * Shape::kSide + few + o) * packed.width;
+      if (working) load_dimensions(line + d, mine[o]);
+    }
+    const int64_t other = int64_t(kRows ? panel : row_tile) * Shape::kSide;
+    for (int base = 0; base < Shape::kSide; base += 32) {
+      bool any = false;
+#pragma unroll
+      for (int o = 0; o < 4 * kFew<T>; ++o) any |= shared.weights[base + lane][of_warp + o] != T(0);
+      unsigned left = __ballot_sync(0xFFFFFFFFu, any);
+      if (!left || !working) continue;
+      int i = base + __ffs(left) - 1;
+      for (Line<kSide, T> line(packed, other + i, d);;) {
+        left &= left - 1;
+        const int next = left ? base + __ffs(left) - 1 : i;
+        const Line<kSide, T> ahead(packed, other + next, d);  // on its way while this one is worked on
+        T w[kFew<T>];
+#pragma unroll
+        for (int o = 0; o < kFew<T>; ++o) w[o] = shared.weights[i][few + o];
+        sums.add(w, mine, line);
+        if (!left) break;
+        line = ahead;
+        i = next;
+      }
+    }
+  };
   const Cursor first = kRows ? Cursor{own, begin, 0} : Cursor{begin, own, 0};
-  for_each_tile(shared.stages, packed, first, kRows ? 0 : 1, kRows ? 1 : 0, end - begin,
-                [&](int row_tile, int panel, Squares<T>& q) {
-                  weigh<kSide>(task, row_tile, panel, q);
-                  // The last tile's weights were read before the barrier that this tile's first stage began with.
-                  store_weights<kSide>(q, shared);
-                  __syncthreads();
-                  T mine[kFew<T>][8];  // z, or mu
-#pragma unroll
-                  for (int o = 0; o < kFew<T>; ++o) {
-                    const T* line = (kRows ? packed.z : packed.mu) + (int64_t(own) * Shape::kSide + few + o) * packed.width;
-                    if (working) load_dimensions(line + d, mine[o]);
-                  }
-                  const int64_t other = int64_t(kRows ? panel : row_tile) * Shape::kSide;
-                  for (int base = 0; base < Shape::kSide; base += 32) {
-                    bool any = false;
-#pragma unroll
-                    for (int o = 0; o < 4 * kFew<T>; ++o) any |= shared.weights[base + lane][of_warp + o] != T(0);
-                    unsigned left = __ballot_sync(0xFFFFFFFFu, any);
-                    if (!left || !working) continue;
-                    int i = base + __ffs(left) - 1;
-                    for (Line<kSide, T> line(packed, other + i, d);;) {
-                      left &= left - 1;
-                      const int next = left ? base + __ffs(left) - 1 : i;
-                      const Line<kSide, T> ahead(packed, other + next, d);  // on its way while this one is worked on
-                      T w[kFew<T>];
-#pragma unroll
-                      for (int o = 0; o < kFew<T>; ++o) w[o] = shared.weights[i][few + o];
-                      sums.add(w, mine, line);
-                      if (!left) break;
-                      line = ahead;
-                      i = next;
-                    }
-                  }
-                });
+  for_each_tile(shared.stages, packed, first, kRows ? 0 : 1, kRows ? 1 : 0, end - begin, add);
 
   if (!working) return;
 #pragma unroll

@@ -14,6 +14,7 @@ struct Shared {
   T top[Tile<T>::kOwn][kThreads], total[Tile<T>::kOwn][kThreads];
   LogSum<T> halves[2][Tile<T>::kSide];  // of each row, once at the end
 };
+static_assert(sizeof(Shared<float>) <= 99 * 1024 && sizeof(Shared<double>) <= 99 * 1024);
 
 template <class T>
 __device__ LogSum<T> merge_across(LogSum<T> sum, int lanes) {
@@ -34,22 +35,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     shared.top[r][threadIdx.x] = Limits<T>::kLowest;
     shared.total[r][threadIdx.x] = T(0);
   }
-  for_each_tile(shared.stages, packed, {row_tile, begin, 0}, 0, 1, end - begin,
-                         [&](int, int panel, Squares<T>& a) {
-                           exponents(packed, mix, row_tile, panel, a);
+  const auto add = [&](int, int panel, Squares<T>& a) {
+    exponents(packed, mix, row_tile, panel, a);
 #pragma unroll
-                           for (int r = 0; r < Shape::kOwn; ++r) {
-                             const T before = shared.top[r][threadIdx.x];
-                             T top = before;
+    for (int r = 0; r < Shape::kOwn; ++r) {
+      const T before = shared.top[r][threadIdx.x];
+      T top = before;
 #pragma unroll
-                             for (int c = 0; c < Shape::kOwn; ++c) top = T(fmax(top, a[r][c]));
-                             T total = shared.total[r][threadIdx.x] * exp_term(before - top);
+      for (int c = 0; c < Shape::kOwn; ++c) top = T(fmax(top, a[r][c]));
+      T total = shared.total[r][threadIdx.x] * exp_term(before - top);
 #pragma unroll
-                             for (int c = 0; c < Shape::kOwn; ++c) total += exp_term(a[r][c] - top);
-                             shared.top[r][threadIdx.x] = top;
-                             shared.total[r][threadIdx.x] = total;
-                           }
-                         });
+      for (int c = 0; c < Shape::kOwn; ++c) total += exp_term(a[r][c] - top);
+      shared.top[r][threadIdx.x] = top;
+      shared.total[r][threadIdx.x] = total;
+    }
+  };
+  for_each_tile(shared.stages, packed, {row_tile, begin, 0}, 0, 1, end - begin, add);
 
   // The 16 threads of a row are 8 lanes in each of two neighbouring warps.
 #pragma unroll 1
