@@ -1,23 +1,77 @@
 """Builds the compiled kernels; everything else is in pyproject.toml.
 
-FASTVAE_NO_EXTENSION=1 installs without them: the composite backend then does the work.
+FASTVAE_NO_EXTENSION=1 installs without them: the composite backend then does the work.  The CUDA kernels are part of
+the extension where nvcc is found, whether or not there is a GPU; FASTVAE_CUDA=0|1 decides instead.
 """
 
 import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
 sources = sorted(glob("csrc/cpu/*.cpp"))
 options: dict = {}
+
+
+def cuda_home() -> Path | None:
+    """The folder of the CUDA toolkit; None where the extension is to be built without CUDA.
+
+    Raises:
+        RuntimeError: FASTVAE_CUDA=1 asks for CUDA and there is no nvcc.
+    """
+    wanted = os.environ.get("FASTVAE_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise RuntimeError(f"FASTVAE_CUDA must be 0 or 1, not {wanted!r}")
+    if wanted == "0" or os.name != "posix":
+        return None
+    folder = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    for nvcc in (os.path.join(folder, "bin", "nvcc"), shutil.which("nvcc")):
+        if nvcc and os.path.exists(nvcc):
+            # nvcc on the PATH may be a script that calls the real one: it knows where that is
+            told = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+            top = [line.split("=", 1)[1] for line in told.stderr.splitlines() if line.startswith("#$ TOP=")]
+            if top:
+                return Path(top[0].strip()).resolve()
+    if wanted == "1":
+        raise RuntimeError("FASTVAE_CUDA=1, but no nvcc: put it on the PATH or set CUDA_HOME to the toolkit's folder")
+    return None
+
+
 if os.environ.get("FASTVAE_NO_EXTENSION") != "1":
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    cuda = cuda_home()
+
+    class Build(BuildExtension):
+        """Compiles csrc/cuda/*.cu first: PyTorch's own way needs a PyTorch that was built with CUDA."""
+
+        def build_extension(self, extension) -> None:
+            if cuda:
+                with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                    extension.extra_objects += pool.map(self.compile_kernels, sorted(glob("csrc/cuda/*.cu")))
+            super().build_extension(extension)
+
+        def compile_kernels(self, source: str) -> str:
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            nvcc = str(cuda / "bin/nvcc")
+            known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+            flags = Path("csrc/cuda/nvcc.txt").read_text().split()
+            # an older nvcc leaves out the devices that came after it; sm_90a is listed as sm_90
+            flags = [f for f in flags if ",code=sm_" not in f or f.split(",code=")[1].rstrip("a") in known]
+            subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)], check=True)
+            return str(target)
 
     options = {
         "ext_modules": [
             CppExtension(
                 "fastvae._C",
-                sources,
+                sources + (sorted(glob("csrc/cuda/*.cpp")) if cuda else []),
+                include_dirs=[str(cuda / "include")] if cuda else [],
                 # 2.10, the first torch that has all of the stable ABI that is used: one file serves it and later ones
                 define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
                 extra_compile_args=[
@@ -29,10 +83,16 @@ if os.environ.get("FASTVAE_NO_EXTENSION") != "1":
                     "-Wno-psabi",
                     "-Wno-unknown-pragmas",
                 ],
+                # The CUDA runtime comes along, so that the file loads where there is none; hidden, so that it is not
+                # taken for PyTorch's.  The driver is looked for at the first launch.
+                library_dirs=[str(cuda / "lib64"), str(cuda / "lib")] if cuda else [],
+                libraries=["cudart_static", "dl", "rt", "pthread"] if cuda else [],
+                extra_link_args=["-Wl,--exclude-libs,ALL"] if cuda else [],
+                depends=glob("csrc/*/*"),
                 py_limited_api=True,
             )
         ],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

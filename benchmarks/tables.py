@@ -20,7 +20,7 @@ from typing import Any
 from fastvae.app.atomic import whole_file
 from fastvae.app.errors import AppError, ConfigError
 
-from . import words
+from . import cuda_static, words
 from .ratios import (
     OURS,
     Result,
@@ -195,6 +195,18 @@ _PARTS = (
     "decoder and likelihood",
     "optimiser",
 )
+
+
+@table("cuda-static", "cuda-static.json")
+def cuda_static_kernels(results: Results) -> str:
+    """What the compiler makes of the CUDA kernels."""
+    return cuda_static.kernel_table(results.read("cuda-static.json"))
+
+
+@table("cuda-floors", "cuda-static.json")
+def cuda_floors(results: Results) -> str:
+    """The least time that the CUDA kernels can take on an H200, by its data sheet."""
+    return cuda_static.floor_table(results.read("cuda-static.json"))
 
 
 @table("demo", "demo-digits.json")

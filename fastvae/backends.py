@@ -29,6 +29,16 @@ def _load_extension() -> str | None:
 
 
 _missing = _load_extension()
+_BUILD_CUDA = "build fastvae again with nvcc on the PATH or CUDA_HOME set; FASTVAE_CUDA=1 fails where there is none"
+
+
+def _missing_cuda() -> str | None:
+    """Why there are no CUDA kernels, or None."""
+    if _missing is not None:
+        return _missing
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastvae::mixture_log_prob", "CUDA"):
+        return "the extension was built without CUDA"
+    return None
 
 
 def choose(impl: str | None, device: torch.device) -> str:
@@ -41,6 +51,8 @@ def choose(impl: str | None, device: torch.device) -> str:
     any other  "composite"
     =========  ==========================================
 
+    "cuda" has never run on a GPU, and what has not is never the default on one.
+
     Raises:
         ValueError: no backend has that name, or it does not run on that device.
         RuntimeError: the backend is not built here.
@@ -49,8 +61,15 @@ def choose(impl: str | None, device: torch.device) -> str:
         return "cpu" if device.type == "cpu" and _missing is None else "composite"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))} or None, not {impl!r}")
-    if impl in ("triton", "cuda"):
+    if impl == "triton":
         raise RuntimeError(f"impl={impl!r} is not part of this version of fastvae; impl='composite' runs on {device}")
+    if impl == "cuda":
+        if (why := _missing_cuda()) is not None:
+            raise RuntimeError(f"impl='cuda' cannot run: {why}; {_BUILD_CUDA}; impl='composite' runs on {device}")
+        if device.type != "cuda":
+            raise ValueError(
+                f"impl='cuda' takes tensors on a CUDA device, these are on {device}; move them, or use impl=None"
+            )
     if impl == "cpu":
         if device.type != "cpu":
             raise ValueError(f"impl='cpu' takes tensors on the CPU, these are on {device}; move them, or use impl=None")
@@ -65,6 +84,12 @@ class Info(dict[str, str]):
     def __str__(self) -> str:
         width = max(map(len, self))
         return "\n".join(f"{key:<{width}}  {value}" for key, value in self.items())
+
+
+def _cuda() -> str:
+    if (why := _missing_cuda()) is not None:
+        return f"missing: {why}; {_BUILD_CUDA}"
+    return "impl='cuda' on request; it has only been emulated on a CPU, never run on a GPU"
 
 
 def info() -> Info:
@@ -86,7 +111,8 @@ def info() -> Info:
             "extension": "built" if _missing is None else "missing",
             "on cpu": cpu,
             "on other devices": f"{composite}; never run on a GPU",
-            "triton, cuda": "not part of this version",
+            "triton": "not part of this version",
+            "cuda": _cuda(),
             "FASTVAE_CPU_ISA": os.environ.get("FASTVAE_CPU_ISA", "not set"),
         }
     )

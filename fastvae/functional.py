@@ -48,7 +48,7 @@ def mixture_log_prob(
         precision: "highest", "high" or "medium": how inexact tensor cores may be; None follows
             `torch.get_float32_matmul_precision()`.  The backends of this version always compute the difference form,
             which is "highest".
-        impl: "cpu", "composite", "reference", or None to choose by device, see :func:`fastvae.backends.choose`.
+        impl: "cpu", "cuda", "composite", "reference", or None to choose by device, see :func:`fastvae.backends.choose`.
 
     Returns:
         [...], nats; float64 if any argument is, else float32.  -inf where no component is left.
@@ -128,7 +128,7 @@ def gaussian_rsample(
         generator: where the seed comes from; None means the device's default generator.
         path_derivative: let the gradient of log_q flow through z alone, not through the parameters of q ("sticking
             the landing": Roeder et al. 2017).  The values are the same.
-        impl: "cpu", "composite", "reference", or None to choose by device.
+        impl: "cpu", "cuda", "composite", "reference", or None to choose by device.
 
     Returns:
         (z, log_q): z [S, ..., D] or [..., D] in the dtype of the input; log_q = log q(z | x), [S, ...] or [...],
@@ -168,7 +168,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tenso
     Args:
         mu: [..., D], the means.
         logvar: broadcastable to [..., D], the log variances.
-        impl: "cpu", "composite", "reference", or None to choose by device.
+        impl: "cpu", "cuda", "composite", "reference", or None to choose by device.
 
     Returns:
         [...], nats; float64 if an argument is, else float32.

@@ -97,4 +97,4 @@ plain = _define("composite_")
 for _name in _SCHEMAS:
     _library.impl(f"composite_{_name}", getattr(composite, _name), "CompositeExplicitAutograd")
 
-operators = {"cpu": native, "composite": plain}
+operators = {"cpu": native, "cuda": native, "composite": plain}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import emulation
 import pytest
 import torch
 
 import fastvae
+from fastvae import backends, ops
 
 ISAS = ("baseline", "avx2", "avx512")
-BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS))
+BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS), "cuda-emulated")
 LEVEL = {"avx2": 1, "avx512": 2}
 
 
@@ -29,9 +35,24 @@ def machine_level() -> int:
     return 2 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 0
 
 
+@cache
+def emulated_cuda() -> ops.Operators:
+    """The CUDA kernels on the CPU; built once a run, which takes a C++ compiler and some seconds."""
+    with TemporaryDirectory() as folder:
+        return emulation.load(emulation.build(Path(folder)))
+
+
+def cuda_on_the_cpu(choose: Callable[..., str]) -> Callable[..., str]:
+    return lambda impl, device: "cuda" if impl == "cuda" else choose(impl, device)
+
+
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Make `name` (composite, cpu-avx2, ...) the one that runs; its `impl`."""
+    """Make `name` (composite, cpu-avx2, cuda-emulated, ...) the one that runs; its `impl`."""
     impl, _, isa = name.partition("-")
+    if name == "cuda-emulated":
+        require_cpu()  # who has no C++ compiler has no emulation either
+        monkeypatch.setitem(ops.operators, "cuda", emulated_cuda())
+        monkeypatch.setattr(backends, "choose", cuda_on_the_cpu(backends.choose))
     if impl == "cpu":
         require_cpu()
         if machine_level() < LEVEL.get(isa, 0):

@@ -53,8 +53,8 @@ def install(source: Path, folder: Path, **variables: str) -> str:
 
 
 def test_the_archive_has_the_kernels(source: Path) -> None:
-    for name in ("csrc/cpu", "kernels", "fastvae"):
-        files = {path.name for path in (ROOT / name).glob("*.*") if path.suffix in (".cpp", ".h", ".py")}
+    for name in ("csrc/cpu", "csrc/cuda", "kernels", "fastvae"):
+        files = {path.name for path in (ROOT / name).glob("*.*") if path.suffix not in (".so", ".pyc")}
         assert files and files <= {path.name for path in (source / name).iterdir()}
 
 

@@ -122,7 +122,7 @@ def test_mixture_kl_names_its_own_arguments() -> None:
     raises(ValueError, ["exclude must", "[4]"], fastvae.mixture_kl, Z, Z, MU, LOGVAR, None, 2, exclude=INDEX[:4])
 
 
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("impl", ["triton"])
 def test_a_named_backend_that_cannot_run_raises(impl: str) -> None:
     """And says what would run."""
     for operation, args in (

@@ -1,0 +1,35 @@
+// The current device and stream, through LibTorch's stable ABI.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "host.h"
+
+namespace fastvae::cuda {
+namespace {
+
+// PyTorch's current stream.  The function is part of libtorch_cuda, which a CPU build of PyTorch has not got: bound at
+// load time it would keep the CPU kernels from loading there.  Where a tensor is on a GPU the library is loaded.
+Stream current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(function, "fastvae: this PyTorch has no libtorch_cuda; the CUDA kernels need one built with CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return static_cast<Stream>(stream);
+}
+
+}  // namespace
+
+OnDeviceOf::OnDeviceOf(const Tensor& tensor)
+    : guard_(std::make_shared<torch::stable::accelerator::DeviceGuard>(tensor.get_device_index())) {
+  // The runtime that is linked into this extension keeps a current device of its own.
+  const cudaError_t status = cudaSetDevice(tensor.get_device_index());
+  STD_TORCH_CHECK(status == cudaSuccess, "fastvae: CUDA: ", cudaGetErrorString(status));
+  stream_ = current_stream(tensor.get_device_index());
+}
+
+}  // namespace fastvae::cuda

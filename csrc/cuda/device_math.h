@@ -1,0 +1,135 @@
+// The mathematics of the CUDA kernels, for device and host alike: random numbers, and the sum behind logsumexp.
+//
+// The tests run what stands here on the host, against fastvae/reference.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTVAE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FASTVAE_HOST_DEVICE inline
+#endif
+
+namespace fastvae::cuda {
+
+constexpr double kLog2E = 1.44269504088896340736;
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr double kLog2Pi = 1.83787706640934548356;
+constexpr double kPi = 3.14159265358979323846;
+
+template <class T>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float kLowest = -3.402823466e38f;
+  static constexpr float kExpLimit = 87.0f;  // |x| beyond which exp(x) leaves the normal numbers
+  static constexpr int kDigits = 24;
+  static constexpr int kTrigTerms = 4;
+};
+template <>
+struct Limits<double> {
+  static constexpr double kLowest = -1.7976931348623157e308;
+  static constexpr double kExpLimit = 708.0;
+  static constexpr int kDigits = 53;
+  static constexpr int kTrigTerms = 8;
+};
+
+// Philox4x32-10 of the counter (block, 0) under the key `seed` (Salmon et al., SC 2011).
+FASTVAE_HOST_DEVICE void philox(uint64_t seed, uint64_t block, uint32_t (&x)[4]) {
+  x[0] = uint32_t(block);
+  x[1] = uint32_t(block >> 32);
+  x[2] = x[3] = 0;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(x[0]) * 0xD2511F53u, p1 = uint64_t(x[2]) * 0xCD9E8D57u;
+    x[0] = uint32_t(p1 >> 32) ^ x[1] ^ k0;
+    x[1] = uint32_t(p1);
+    x[2] = uint32_t(p0 >> 32) ^ x[3] ^ k1;
+    x[3] = uint32_t(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// Box-Muller: two standard normal numbers, sqrt(-2 log u) times cosine and sine, u = (w + 1/2) 2^-32, of the angle
+// 2 pi w' 2^-32.  log u is taken from whichever end of (0, 1) is nearer; the angle's quadrant comes from its bits, so
+// that its reduction is exact.
+template <class T>
+FASTVAE_HOST_DEVICE void box_muller(uint32_t w, uint32_t angle, T& first, T& second) {
+  constexpr T two_to_minus_32 = T(1.0 / 4294967296.0);
+  const T log_u = w < 0x80000000u ? T(log((T(w) + T(0.5)) * two_to_minus_32))
+                                  : T(log1p((T(~w) + T(0.5)) * -two_to_minus_32));
+  const T radius = T(sqrt(T(-2) * log_u));
+  const uint32_t quadrant = (angle + (1u << 29)) >> 30;
+  const T x = T(int32_t(angle << 2) >> 2) * T(2 * kPi) * two_to_minus_32;  // |x| <= pi / 4
+  const T y = x * x;
+  T cosine = T(1), sine = T(1);
+  for (int i = Limits<T>::kTrigTerms; i >= 1; --i) {  // Taylor, by Horner
+    cosine = T(fma(cosine, y * T(-1.0 / (2 * i * (2 * i - 1))), T(1)));
+    sine = T(fma(sine, y * T(-1.0 / (2 * i * (2 * i + 1))), T(1)));
+  }
+  sine *= x;
+  const T c = quadrant & 1 ? sine : cosine, s = quadrant & 1 ? cosine : sine;
+  first = radius * ((quadrant + 1) & 2 ? -c : c);
+  second = radius * (quadrant & 2 ? -s : s);
+}
+
+// Normal numbers 4 block ... 4 block + 3 of the stream of `seed`: philox_normal in fastvae/reference.py.
+template <class T>
+FASTVAE_HOST_DEVICE void philox_normals(uint64_t seed, uint64_t block, T (&out)[4]) {
+  uint32_t word[4];
+  philox(seed, block, word);
+  box_muller(word[0], word[1], out[0], out[1]);
+  box_muller(word[2], word[3], out[2], out[3]);
+}
+
+// Numbers start ... start + 3, from one block or two.  Indices are constants, so that all stays in registers.
+template <class T>
+FASTVAE_HOST_DEVICE void normals_from(uint64_t seed, int64_t start, T (&out)[4]) {
+  T n[4];
+  philox_normals(seed, uint64_t(start) / 4, n);
+  const int shift = int(start & 3);
+  if (shift) {
+    T next[4];
+    philox_normals(seed, uint64_t(start) / 4 + 1, next);
+    if (shift & 1) n[0] = n[1], n[1] = n[2], n[2] = n[3], n[3] = next[0], next[0] = next[1], next[1] = next[2];
+    if (shift & 2) n[0] = n[2], n[1] = n[3], n[2] = next[0], n[3] = next[1];
+  }
+  for (int j = 0; j < 4; ++j) out[j] = n[j];
+}
+
+// exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  Below the normal numbers 0; an
+// error of 2^-22 and |x| 2^-24 of it.  On a device, in float, a product and the unit that computes 2^x.
+FASTVAE_HOST_DEVICE float exp_term(float x) {
+  x *= float(kLog2E);
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x < -126.0f ? 0.0f : std::exp2(x);
+#endif
+}
+FASTVAE_HOST_DEVICE double exp_term(double x) { return exp(x); }
+
+// sum exp(x) over what was added, as total * exp(top); top is the largest x so far.  It starts at the lowest number and
+// not at -inf, because -inf minus -inf is NaN.
+template <class T>
+struct LogSum {
+  T top = Limits<T>::kLowest, total = 0;
+
+  // As if all of `other` had been added, too.
+  FASTVAE_HOST_DEVICE void merge(const LogSum& other) {
+    const T higher = T(fmax(top, other.top));
+    total = total * exp_term(top - higher) + other.total * exp_term(other.top - higher);
+    top = higher;
+  }
+
+  // Its logarithm, -inf where nothing was added.  Where one term is all there is, it is that term, to the last bit: a
+  // responsibility exp(a - l) would else be off by the last bit of a large l.
+  FASTVAE_HOST_DEVICE T log() const { return T(double(top) + ::log(double(total))); }
+};
+
+}  // namespace fastvae::cuda

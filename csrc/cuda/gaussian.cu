@@ -1,0 +1,194 @@
+// Sampling of diagonal Gaussians and their KL to N(0, I).  The formulas:
+//
+//   z = mu + sigma eps      log q = -1/2 sum_d (eps^2 + logvar + log 2 pi)
+//   dmu = sum_s g_z         dlogvar = 1/2 sum_s (g_z sigma eps - g_log_q)
+//
+// or, where log q is differentiated along the path of z alone:
+//
+//   dmu = sum_s (g_z - g_log_q eps / sigma)      dlogvar = 1/2 sum_s (g_z sigma eps - g_log_q eps^2)
+//
+// A row belongs to a group of 8, 16 or 32 lanes, a lane works on four neighbouring numbers at a time: one block of
+// Philox where D is a multiple of four.  These kernels move bytes, so full quads go as vectors where they are aligned.
+#include "device_math.h"
+#include "launch.cuh"
+
+namespace fastvae::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// The lanes that share a row of D numbers.
+inline int group_width(int64_t D) { return D <= 32 ? 8 : D <= 64 ? 16 : 32; }
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+struct Place {
+  int64_t row;
+  int lane, width;
+
+  __device__ explicit Place(int group) : width(group) {
+    row = int64_t(blockIdx.x) * (kThreads / group) + int(threadIdx.x) / group;
+    lane = int(threadIdx.x) % group;
+  }
+};
+
+template <class T>
+__device__ T group_sum(T x, int width) {
+  for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+  return x;
+}
+
+template <class T>
+struct alignas(16) Vector {
+  T x[16 / sizeof(T)];
+};
+
+// Up to four numbers from p on; `count` of them are there.  The others are 0.
+template <bool kVectors, class T>
+__device__ void load(const T* p, int64_t count, T (&out)[4]) {
+  if constexpr (kVectors) {
+    constexpr int n = 16 / sizeof(T);
+    for (int v = 0; v < 4 / n; ++v) {
+      const Vector<T> piece = reinterpret_cast<const Vector<T>*>(p)[v];
+      for (int j = 0; j < n; ++j) out[v * n + j] = piece.x[j];
+    }
+  } else {
+    for (int j = 0; j < 4; ++j) out[j] = j < count ? p[j] : T(0);
+  }
+}
+
+template <bool kVectors, class T>
+__device__ void store(T* p, int64_t count, const T (&value)[4]) {
+  if constexpr (kVectors) {
+    constexpr int n = 16 / sizeof(T);
+    for (int v = 0; v < 4 / n; ++v) {
+      Vector<T> piece;
+      for (int j = 0; j < n; ++j) piece.x[j] = value[v * n + j];
+      reinterpret_cast<Vector<T>*>(p)[v] = piece;
+    }
+  } else {
+    for (int j = 0; j < 4; ++j)
+      if (j < count) p[j] = value[j];
+  }
+}
+
+template <class T, bool kVectors>
+__global__ void __launch_bounds__(kThreads, 2) rsample(Sample<T> task, int group) {
+  const Place at(group);
+  const bool inside = at.row < task.S * task.M;
+  const uint64_t seed = uint64_t(*task.seed);
+  T total = 0;
+  if (inside) {
+    const int64_t from = at.row % task.M * task.D, to = at.row * task.D;
+    for (int64_t d = 4 * at.lane; d < task.D; d += 4 * at.width) {
+      T mu[4], logvar[4], eps[4], z[4];
+      load<kVectors>(task.mu + from + d, task.D - d, mu);
+      load<kVectors>(task.logvar + from + d, task.D - d, logvar);
+      normals_from(seed, to + d, eps);
+      for (int j = 0; j < 4; ++j) {
+        z[j] = T(fma(T(exp(T(0.5) * logvar[j])), eps[j], mu[j]));
+        if (d + j < task.D) total += T(fma(eps[j], eps[j], logvar[j]));
+      }
+      store<kVectors>(task.z + to + d, task.D - d, z);
+    }
+  }
+  total = group_sum(total, at.width);
+  if (inside && at.lane == 0) task.log_q[at.row] = T(-0.5) * (total + T(task.D) * T(kLog2Pi));
+}
+
+template <class T, bool kVectors>
+__global__ void __launch_bounds__(kThreads, 2) rsample_backward(SampleBackward<T> task, int group) {
+  const Place at(group);
+  if (at.row >= task.M) return;
+  const uint64_t seed = uint64_t(*task.seed);
+  for (int64_t d = 4 * at.lane; d < task.D; d += 4 * at.width) {
+    const int64_t i = at.row * task.D + d, n = task.D - d;
+    T sigma[4], dmu[4] = {}, dlogvar[4] = {};
+    load<kVectors>(task.logvar + i, n, sigma);
+    for (int j = 0; j < 4; ++j) sigma[j] = T(exp(T(0.5) * sigma[j]));
+    for (int64_t s = 0; s < task.S; ++s) {
+      T eps[4], g_z[4];
+      normals_from(seed, s * task.M * task.D + i, eps);
+      load<kVectors>(task.grad_z + s * task.M * task.D + i, n, g_z);
+      const T g_log_q = task.grad_log_q[s * task.M + at.row];
+      for (int j = 0; j < 4; ++j) {
+        T d = g_z[j], less = g_log_q;
+        if (task.path_derivative) {
+          d -= g_log_q * eps[j] / sigma[j];
+          less *= eps[j] * eps[j];
+        }
+        dmu[j] += d;
+        dlogvar[j] += T(0.5) * T(fma(g_z[j] * sigma[j], eps[j], -less));
+      }
+    }
+    store<kVectors>(task.dmu + i, n, dmu);
+    store<kVectors>(task.dlogvar + i, n, dlogvar);
+  }
+}
+
+template <class T, bool kVectors>
+__global__ void __launch_bounds__(kThreads, 2) kl(Divergence<T> task, int group) {
+  const Place at(group);
+  const bool inside = at.row < task.M;
+  T total = 0;
+  if (inside) {
+    const T grad = task.kl ? T(0) : task.grad[at.row];
+    for (int64_t d = 4 * at.lane; d < task.D; d += 4 * at.width) {
+      const int64_t i = at.row * task.D + d, n = task.D - d;
+      T mu[4], logvar[4], e[4];
+      load<kVectors>(task.mu + i, n, mu);
+      load<kVectors>(task.logvar + i, n, logvar);
+      for (int j = 0; j < 4; ++j) {
+        e[j] = T(expm1(logvar[j]));
+        total += T(fma(mu[j], mu[j], e[j] - logvar[j]));  // 0 past the end
+        mu[j] *= grad;
+        e[j] *= T(0.5) * grad;
+      }
+      if (!task.kl) {
+        store<kVectors>(task.dmu + i, n, mu);
+        store<kVectors>(task.dlogvar + i, n, e);
+      }
+    }
+  }
+  if (!task.kl) return;
+  total = group_sum(total, at.width);
+  if (inside && at.lane == 0) task.kl[at.row] = T(0.5) * total;
+}
+
+// Launches kernel<T, true> where rows are whole quads and every pointer is aligned, else kernel<T, false>.
+template <class Task, class Kernel>
+void launch_rows(const Task& task, int64_t rows, bool vectors, Kernel vector, Kernel scalar, Stream stream) {
+  const int group = group_width(task.D);
+  launch(stream, blocks_for(rows, kThreads / group), 1, kThreads, 0, vectors ? vector : scalar, task, group);
+}
+
+}  // namespace
+
+template <class T>
+void gaussian_rsample(const Sample<T>& task, Stream stream) {
+  const bool vectors = task.D % 4 == 0 && aligned(task.mu) && aligned(task.logvar) && aligned(task.z);
+  launch_rows(task, task.S * task.M, vectors, rsample<T, true>, rsample<T, false>, stream);
+}
+
+template <class T>
+void gaussian_rsample_backward(const SampleBackward<T>& task, Stream stream) {
+  const bool vectors = task.D % 4 == 0 && aligned(task.grad_z) && aligned(task.logvar) && aligned(task.dmu) &&
+                       aligned(task.dlogvar);
+  launch_rows(task, task.M, vectors, rsample_backward<T, true>, rsample_backward<T, false>, stream);
+}
+
+template <class T>
+void gaussian_kl(const Divergence<T>& task, Stream stream) {
+  const bool vectors = task.D % 4 == 0 && aligned(task.mu) && aligned(task.logvar) && aligned(task.dmu) &&
+                       aligned(task.dlogvar);
+  launch_rows(task, task.M, vectors, kl<T, true>, kl<T, false>, stream);
+}
+
+template void gaussian_rsample<float>(const Sample<float>&, Stream);
+template void gaussian_rsample<double>(const Sample<double>&, Stream);
+template void gaussian_rsample_backward<float>(const SampleBackward<float>&, Stream);
+template void gaussian_rsample_backward<double>(const SampleBackward<double>&, Stream);
+template void gaussian_kl<float>(const Divergence<float>&, Stream);
+template void gaussian_kl<double>(const Divergence<double>&, Stream);
+
+}  // namespace fastvae::cuda

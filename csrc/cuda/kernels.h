@@ -1,0 +1,82 @@
+// The kernels, as the host code sees them: plain sizes, device pointers, a stream.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace fastvae::cuda {
+
+using Stream = CUstream_st*;
+
+// z = mu + sigma eps for S samples of each of M rows; z [S, M, D], log_q [S, M].
+template <class T>
+struct Sample {
+  const T *mu, *logvar;  // [M, D]
+  const int64_t* seed;   // [1]
+  int64_t S, M, D;
+  T *z, *log_q;
+};
+
+template <class T>
+struct SampleBackward {
+  const T* grad_z;      // [S, M, D]
+  const T* grad_log_q;  // [S, M]
+  const T* logvar;      // [M, D]
+  const int64_t* seed;
+  bool path_derivative;
+  int64_t S, M, D;
+  T *dmu, *dlogvar;  // [M, D]
+};
+
+// KL to N(0, I), and its gradients.
+template <class T>
+struct Divergence {
+  const T *mu, *logvar;  // [M, D]
+  int64_t M, D;
+  T* kl;             // [M], or null: gradients are wanted
+  const T* grad;     // [M]
+  T *dmu, *dlogvar;  // [M, D]
+};
+
+// M rows and K diagonal Gaussians in D dimensions, row-major.
+template <class T>
+struct Mixture {
+  const T *z, *mu;         // [M, D], [K, D]
+  const T* logvar;         // [K, D], or [D] if shared
+  const T* log_weights;    // [K], or null: -log K each
+  const int64_t* exclude;  // [M], or null
+  int64_t M, K, D;
+  bool shared;
+};
+
+// For mixture_backward: a null gradient is not wanted.
+template <class T>
+struct Gradients {
+  const T* log_prob;  // [M]
+  const T* grad;      // [M], or null: all ones
+  bool dense;         // leave nothing out
+  T *dz, *dmu;        // [M, D], [K, D]
+  T* dlogvar;         // [K, D], or [D] if shared
+  T* dweights;        // [K]
+};
+
+template <class T>
+void gaussian_rsample(const Sample<T>&, Stream);
+template <class T>
+void gaussian_rsample_backward(const SampleBackward<T>&, Stream);
+template <class T>
+void gaussian_kl(const Divergence<T>&, Stream);
+
+// Device memory that the two below need, in numbers of type T; it is theirs until the stream has passed them.
+template <class T>
+int64_t forward_scratch(const Mixture<T>&);
+template <class T>
+int64_t backward_scratch(const Mixture<T>&, const Gradients<T>&);
+
+template <class T>
+void mixture_forward(const Mixture<T>&, T* scratch, T* log_prob, Stream);
+template <class T>
+void mixture_backward(const Mixture<T>&, const Gradients<T>&, T* scratch, Stream);
+
+}  // namespace fastvae::cuda

@@ -1,0 +1,123 @@
+// log p(z) = logsumexp_k a_mk, online: a thread keeps the largest a and the sum for each of its rows, over all tiles,
+// and threads meet once at the end.  They are needed once a tile, so they lie in shared memory and leave the registers
+// to the squares.  Splits of the components are merged by a second kernel, in order.
+#include "tile.cuh"
+
+namespace fastvae::cuda {
+namespace {
+
+constexpr int kDepth = 16;  // dimensions of a stage: 66 KiB of shared memory for a block, so that two run at a time
+
+template <class T>
+struct Shared {
+  Stage<T, kDepth> stages[2];
+  T top[Tile<T>::kOwn][kThreads], total[Tile<T>::kOwn][kThreads];
+  LogSum<T> halves[2][Tile<T>::kSide];  // of each row, once at the end
+};
+static_assert(sizeof(Shared<float>) <= 99 * 1024 && sizeof(Shared<double>) <= 99 * 1024);
+
+template <class T>
+__device__ LogSum<T> merge_across(LogSum<T> sum, int lanes) {
+  for (int step = 1; step < lanes; step *= 2)
+    sum.merge({__shfl_xor_sync(0xFFFFFFFFu, sum.top, step), __shfl_xor_sync(0xFFFFFFFFu, sum.total, step)});
+  return sum;
+}
+
+// partial [splits, M], or null where there is one split: log_prob is then written at once.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    forward(Mixture<T> mix, Packed<T> packed, int splits, LogSum<T>* partial, T* log_prob) {
+  using Shape = Tile<T>;
+  const int row_tile = int(blockIdx.x), split = int(blockIdx.y);
+  const int begin = cut(packed.panels, splits, split), end = cut(packed.panels, splits, split + 1);
+  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(shared_memory);
+  for (int r = 0; r < Shape::kOwn; ++r) {
+    shared.top[r][threadIdx.x] = Limits<T>::kLowest;
+    shared.total[r][threadIdx.x] = T(0);
+  }
+  const auto add = [&](int, int panel, Squares<T>& a) {
+    exponents(packed, mix, row_tile, panel, a);
+#pragma unroll
+    for (int r = 0; r < Shape::kOwn; ++r) {
+      const T before = shared.top[r][threadIdx.x];
+      T top = before;
+#pragma unroll
+      for (int c = 0; c < Shape::kOwn; ++c) top = T(fmax(top, a[r][c]));
+      T total = shared.total[r][threadIdx.x] * exp_term(before - top);
+#pragma unroll
+      for (int c = 0; c < Shape::kOwn; ++c) total += exp_term(a[r][c] - top);
+      shared.top[r][threadIdx.x] = top;
+      shared.total[r][threadIdx.x] = total;
+    }
+  };
+  for_each_tile(shared.stages, packed, {row_tile, begin, 0}, 0, 1, end - begin, add);
+
+  // The 16 threads of a row are 8 lanes in each of two neighbouring warps.
+#pragma unroll 1
+  for (int r = 0; r < Shape::kOwn; ++r) {
+    const LogSum<T> sum = merge_across(LogSum<T>{shared.top[r][threadIdx.x], shared.total[r][threadIdx.x]}, 8);
+    const Place at;
+    if (at.column % 8 == 0) shared.halves[at.column / 8][owned<T>(at.row, r)] = sum;
+  }
+  __syncthreads();
+  const int64_t m = int64_t(row_tile) * Shape::kSide + threadIdx.x;
+  if (int(threadIdx.x) >= Shape::kSide || m >= mix.M) return;
+  LogSum<T> sum = shared.halves[0][threadIdx.x];
+  sum.merge(shared.halves[1][threadIdx.x]);
+  if (partial)
+    partial[int64_t(split) * mix.M + m] = sum;
+  else
+    log_prob[m] = sum.log();
+}
+
+// A warp for each row.
+template <class T>
+__global__ void __launch_bounds__(kThreads) merge_splits(const LogSum<T>* partial, int64_t M, int64_t splits,
+                                                         T* log_prob) {
+  const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  LogSum<T> sum;
+  if (m < M)
+    for (int64_t i = threadIdx.x % 32; i < splits; i += 32) sum.merge(partial[i * M + m]);
+  sum = merge_across(sum, 32);
+  if (m < M && threadIdx.x % 32 == 0) log_prob[m] = sum.log();
+}
+
+template <class T>
+struct ForwardPlan {
+  Carve<T> carve;
+  Packed<T> packed;
+  int64_t splits;
+  LogSum<T>* partial;
+
+  ForwardPlan(const Mixture<T>& mix, T* memory) : carve(memory), packed(mix, carve, false) {
+    splits = plan_splits(packed.panels, packed.row_tiles, 2 * kMultiprocessors);
+    static_assert(sizeof(LogSum<T>) == 2 * sizeof(T));
+    partial = reinterpret_cast<LogSum<T>*>(carve.take(splits > 1 ? 2 * splits * mix.M : 0));
+    if (splits == 1) partial = nullptr;
+  }
+};
+
+}  // namespace
+
+template <class T>
+int64_t forward_scratch(const Mixture<T>& mix) {
+  return ForwardPlan<T>(mix, nullptr).carve.size();
+}
+
+template <class T>
+void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stream) {
+  const ForwardPlan<T> plan(mix, scratch);
+  pack<T>(mix, nullptr, nullptr, plan.packed, stream);
+  launch(stream, plan.packed.row_tiles, plan.splits, kThreads, sizeof(Shared<T>), forward<T>, mix, plan.packed,
+         plan.splits, plan.partial, log_prob);
+  if (plan.partial)
+    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, merge_splits<T>, plan.partial, mix.M, plan.splits,
+           log_prob);
+}
+
+template int64_t forward_scratch<float>(const Mixture<float>&);
+template int64_t forward_scratch<double>(const Mixture<double>&);
+template void mixture_forward<float>(const Mixture<float>&, float*, float*, Stream);
+template void mixture_forward<double>(const Mixture<double>&, double*, double*, Stream);
+
+}  // namespace fastvae::cuda

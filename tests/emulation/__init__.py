@@ -1,0 +1,52 @@
+"""The CUDA kernels' own source, compiled for the CPU and registered as operators of their own: see cuda_runtime.h.
+
+What runs is everything in csrc/cuda but the device guard: host checks, launches and kernels, thread by thread.  What
+it cannot show is what only a GPU has: its memory model, its timing, its exp and log.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from fastvae import ops
+from fastvae.ops import Operators
+
+HERE = Path(__file__).parent
+CUDA = HERE.parent.parent / "csrc" / "cuda"
+FLAGS = (
+    *("-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
+    *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFASTVAE_CUDA_LIBRARY=fastvae_emulated", "-DFASTVAE_CUDA_KEY=CPU"),
+)
+
+
+def build(folder: Path) -> Path:
+    """Compile into `folder`; the library."""
+    sources = [*CUDA.glob("*.cu"), *CUDA.glob("*_ops.cpp"), HERE / "device.cpp"]
+    includes = [f"-I{HERE}", f"-I{CUDA}", *(f"-isystem{path}" for path in include_paths())]
+    objects = []
+    for source in sources:
+        objects.append(folder / f"{source.stem}.o")
+        subprocess.run(["g++", *FLAGS, *includes, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
+    library = folder / "emulated.so"
+    paths = [f"-L{path}" for path in library_paths()]
+    subprocess.run(["g++", "-shared", *objects, *paths, "-lc10", "-ltorch_cpu", "-o", library], check=True)
+    return library
+
+
+def load(library: Path) -> Operators:
+    """The operators of a library that was built here."""
+    namespace = torch.library.Library("fastvae_emulated", "DEF")
+    for name, schema in ops._SCHEMAS.items():
+        namespace.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastvae_emulated::{name}", getattr(ops, f"_{name}"), lib=namespace)
+    torch.ops.load_library(library)
+    operators = Operators(*(getattr(torch.ops.fastvae_emulated, name).default for name in Operators._fields))
+    _keep.append(namespace)
+    return operators
+
+
+_keep: list[torch.library.Library] = []

@@ -1,0 +1,260 @@
+"""The CUDA kernels: the host side, what the compiler makes of them, and races.
+
+Their values are tested with every other backend's, where "cuda-emulated" runs their source on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from budget import Result, allowance, assert_within, diffuse_case, hard_case, run
+from conftest import emulated_cuda, use_backend
+from test_operators import inputs
+from test_skipping import concentrated, responsibilities
+from torch import Tensor
+
+import fastvae
+from benchmarks import cuda_static
+from benchmarks.cuda_static import Kernel
+from fastvae import backends
+from fastvae.app.errors import ConfigError
+from fastvae.ops import Operators
+
+ROOT = Path(__file__).parent.parent
+TARGETS = cuda_static.flags_and_targets()[1]
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Operators:
+    """The kernels on the CPU, also behind impl="cuda"."""
+    use_backend("cuda-emulated", monkeypatch)
+    return emulated_cuda()
+
+
+# The compiler's view.
+
+
+@cache
+def compiled_for(target: str) -> list[Kernel]:
+    try:
+        cuda_static.tools()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with TemporaryDirectory() as folder:
+        return list(cuda_static.compile_kernels(target, Path(folder)))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_without_spills(target: str) -> None:
+    kernels = compiled_for(target)
+    wanted = ("forward<", "backward<rows", "backward<components", "pack_rows", "rsample<", "rsample_backward", "kl<")
+    for dtype in ("float", "double"):
+        for name in wanted:
+            assert any(k.name.startswith(name) and dtype in k.name for k in kernels), f"{name} for {dtype} is not there"
+    for kernel in kernels:
+        assert kernel.registers <= 255
+        assert (kernel.spills, kernel.stack, kernel.local) == (0, 0, 0), f"{kernel.name}: {kernel}"
+        if kernel.name.startswith("forward<"):  # so that two blocks run at a time
+            assert kernel.registers <= 128
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_multiply_adds_take_the_issue_slots(target: str) -> None:
+    """Of the innermost loop, at any D; what it loads, it loads 16 bytes at a time."""
+    for kernel in compiled_for(target):
+        if kernel.name not in ("forward<float>", "backward<rows, float>", "backward<components, float>"):
+            continue
+        loop = kernel.loops[0]
+        assert loop.share("FFMA") >= 0.8, f"{kernel.name}: {loop}"
+        assert loop.kinds["LDS.128"] > 0 and not {"LDS.32", "LDS.64"} & set(loop.kinds), f"{kernel.name}: {loop}"
+        # copies to shared memory are asynchronous and 16 bytes wide
+        assert kernel.kinds["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(kernel.kinds), kernel.name
+        if kernel.name != "forward<float>":  # the second pass
+            assert any(k.kinds.get("LDG.128", 0) for k in kernel.loops), kernel.name
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_sampler_moves_16_bytes_at_a_time(target: str) -> None:
+    for kernel in compiled_for(target):
+        if kernel.name in ("rsample<float, true>", "rsample_backward<float, true>", "kl<float, true>"):
+            assert kernel.kinds["LDG.128"] > 0 and kernel.kinds["STG.128"] > 0, kernel.name
+
+
+# The host side.
+
+
+def test_impl_cuda_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.zeros(2, 3)
+    monkeypatch.setattr(backends, "_missing_cuda", lambda: "the extension was built without CUDA")
+    for operation, args in (
+        (fastvae.mixture_log_prob, (z, z, z)),
+        (fastvae.gaussian_rsample, (z, z)),
+        (fastvae.gaussian_kl, (z, z)),
+    ):
+        with pytest.raises(RuntimeError, match=r"impl='cuda'.*without CUDA.*nvcc.*FASTVAE_CUDA=1.*composite"):
+            operation(*args, impl="cuda")
+    assert "without CUDA" in fastvae.info()["cuda"]
+    monkeypatch.setattr(backends, "_missing_cuda", lambda: None)
+    with pytest.raises(ValueError, match=r"impl='cuda' takes tensors on a CUDA device.* cpu"):
+        fastvae.gaussian_kl(z, z, impl="cuda")
+    assert backends.choose("cuda", torch.device("cuda")) == "cuda"
+
+
+def test_what_has_never_run_on_a_gpu_is_not_its_default() -> None:
+    assert backends.choose(None, torch.device("cuda")) == "composite"
+    assert "never run on a GPU" in fastvae.info()["cuda"] or "missing" in fastvae.info()["cuda"]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
+    """And load without a GPU, a driver, or a PyTorch that was built with CUDA."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc on the PATH")
+    if os.environ.get("FASTVAE_CUDA") == "0":
+        pytest.skip("FASTVAE_CUDA=0 built the extension without CUDA")
+    assert backends._missing_cuda() is None
+    library = Path(fastvae.__file__).parent / "_C.abi3.so"
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in needed and "cuda" not in needed
+
+
+@pytest.mark.parametrize("wanted, told", [("1", "no nvcc"), ("2", "must be 0 or 1")])
+def test_asking_for_cuda_in_vain_fails_the_build(wanted: str, told: str, tmp_path: Path) -> None:
+    variables = {"FASTVAE_CUDA": wanted, "CUDA_HOME": str(tmp_path), "PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and told in done.stderr
+
+
+def test_operators_check_what_they_are_given(emulated: Operators) -> None:
+    """Past the functional layer: a wrong shape or dtype must not reach a kernel."""
+    z, mu, logvar = torch.zeros(5, 3), torch.zeros(4, 3), torch.zeros(4, 3)
+    seed = torch.zeros(1, dtype=torch.int64)
+    index = torch.zeros(5, dtype=torch.int64)
+    for args, told in (
+        ((z, mu[:, :2], logvar, None, None), "contiguous"),
+        ((z, torch.zeros(4, 2), torch.zeros(4, 2), None, None), "want z"),
+        ((z, mu, torch.zeros(3, 3), None, None), "want logvar"),
+        ((z, mu, logvar, torch.zeros(3), None), "want log_weights"),
+        ((z, mu, logvar, None, index[:4].clone()), "want contiguous int64 exclude"),
+        ((z, mu.double(), logvar, None, None), "one dtype"),
+        ((z.half(), mu.half(), logvar.half(), None, None), "float32 or float64"),
+        ((torch.zeros(3), mu, logvar, None, None), "want z"),
+    ):
+        with pytest.raises(RuntimeError, match=told):
+            emulated.mixture_log_prob(*args)
+    with pytest.raises(RuntimeError, match="want grad and log_prob"):
+        emulated.mixture_log_prob_backward(z[0], z[0], z, mu, logvar, None, None, True, True, True, True, True)
+    with pytest.raises(RuntimeError, match="want mu and logvar"):
+        emulated.gaussian_rsample(z, mu, seed, 1)
+    with pytest.raises(RuntimeError, match="int64 seed"):
+        emulated.gaussian_rsample(z, z, torch.zeros(1), 1)
+    with pytest.raises(RuntimeError, match="want grad_z"):
+        emulated.gaussian_rsample_backward(torch.zeros(2, 4, 3), torch.zeros(2, 5), z, seed, False)
+
+
+@pytest.mark.parametrize("name", Operators._fields)
+def test_opcheck(emulated: Operators, name: str) -> None:
+    """Schema, aliasing and fakes agree with what the host side returns."""
+    for args in inputs(name):
+        torch.library.opcheck(getattr(emulated, name), args)
+
+
+# The kernels, beyond what all backends are tested for.
+
+
+def everything(ops: Operators, M: int, K: int, D: int, dtype: torch.dtype) -> list[Tensor]:
+    """What each operator gives for one problem."""
+    case = hard_case(M, K, D, dtype=dtype)
+    exclude = torch.arange(M) % (K + 1) - 1
+    seed = torch.tensor([7])
+    results: list[Tensor] = []
+    for logvar in (case.logvar, case.logvar[:1].clone()):
+        args = (case.z, case.mu, logvar, case.log_weights, exclude)
+        log_prob, score = ops.mixture_log_prob_and_score(*args)
+        gradients = ops.mixture_log_prob_backward(case.grad, log_prob, *args, False, True, True, True, True)
+        results += [log_prob, score, *gradients]
+    z, log_q = ops.gaussian_rsample(case.mu, case.logvar, seed, 2)
+    results += [z, log_q, *ops.gaussian_rsample_backward(z, log_q, case.logvar, seed, True)]
+    kl = ops.gaussian_kl(case.mu, case.logvar)
+    return [*results, kl, *ops.gaussian_kl_backward(kl, case.mu, case.logvar)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_no_thread_depends_on_when_another_runs(
+    emulated: Operators, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of shared memory without a barrier after its write would give other bits in another order."""
+    results = {}
+    for order in ("ascending", "descending", "shuffled"):
+        monkeypatch.setenv("FASTVAE_EMULATION_ORDER", order)
+        results[order] = everything(emulated, 130, 300, 37, dtype)
+    for got in (results["descending"], results["shuffled"]):
+        assert all(torch.equal(a, b) for a, b in zip(got, results["ascending"], strict=True))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
+def test_many_dimensions_and_splits(dtype: torch.dtype, shared: bool) -> None:
+    """Several chunks of dimensions; a split of the components where rows are few, and of the rows the other way."""
+    for M, K, D in ((3, 700, 70), (600, 3, 66), (5, 9, 200)):
+        case = hard_case(M, K, D, dtype=dtype)
+        if shared:
+            case = replace(case, logvar=case.logvar[0].clone())
+        assert_within(run(case, "cuda", True), *allowance(case, dense_backward=True), f"M={M} K={K} D={D}")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_backward_leaves_out_what_it_may_and_nothing_else() -> None:
+    """Exact zeros where no row uses a component, unless dense_backward; the same bits where all is used."""
+    case = concentrated()
+    used = responsibilities(case.to(torch.float64)).sum(0)
+    faint = (used > 1e-30) & (used < 1e-14)
+    skipped, dense = run(case, "cuda"), run(case, "cuda", True)
+    assert int(faint.sum()) >= 10 and bool((dense.dlog_weights[faint] != 0).all())
+    assert bool((skipped.dlog_weights[faint] == 0).all())
+    case = diffuse_case(64, 1000, 20)
+    assert all(torch.equal(a, b) for a, b in zip(run(case, "cuda"), run(case, "cuda", True), strict=True))
+
+
+def error_at(offset: float) -> Tensor:
+    """Of log p, for rows near components that lie `offset` sigmas from the origin."""
+    rng = torch.Generator().manual_seed(0)
+    mu = torch.randn(40, 10, generator=rng) + offset
+    z = mu[:16] + torch.randn(16, 10, generator=rng)
+    return fastvae.mixture_log_prob(z, mu, torch.zeros(()), impl="cuda") - fastvae.mixture_log_prob(
+        z.double(), mu.double(), torch.zeros((), dtype=torch.float64), impl="reference"
+    )
+
+
+@pytest.mark.usefixtures("emulated")
+def test_far_from_the_origin_the_difference_comes_first() -> None:
+    """z s - mu s would lose |mu| / sigma roundings: at 1e4 sigmas some 1e-2 nats."""
+    for offset in (0.0, 1.0, 10.0, 1e3, 1e4):
+        assert float(error_at(offset).abs().max()) < 2e-5, offset
+
+
+def test_a_gpu_gives_what_the_emulation_gives() -> None:
+    """The first thing to look at on a machine with a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    if (why := backends._missing_cuda()) is not None:
+        pytest.skip(f"no CUDA kernels: {why}")
+    for dtype in (torch.float32, torch.float64):
+        for M, K, D in ((1, 1, 1), (130, 300, 37), (600, 3, 66), (5, 2000, 8)):
+            case = hard_case(M, K, D, dtype=dtype)
+            want, allowed = allowance(case, dense_backward=True)
+            there = {f.name: value.cuda() for f in fields(case) if (value := getattr(case, f.name)) is not None}
+            got = run(replace(case, **there), "cuda", True)
+            assert_within(Result(*(g.cpu() for g in got)), want, allowed, f"M={M} K={K} D={D}")
