@@ -1,0 +1,142 @@
+"""precision="highest": the exact difference form, on the multiply-add units.
+
+    a_mk = c_k - 1/2 sum_d ((z_md - mu_kd) s_kd)^2        s_kd = exp(-logvar_kd / 2)
+
+A subtraction, a product and a multiply-add for each row, component and dimension, on a tile of rows x components whose
+operands are loaded dimension by dimension; z, mu and s are therefore packed with the dimension first and padded, so that
+neighbours are neighbours in memory and nothing needs a mask.
+
+The gradients are sums over the tile, dimension by dimension, of what is computed anew:
+
+    score_md = -sum_k r u s^2     S1_kd = sum_m w u     S2_kd = sum_m w u^2     S0_k = sum_m w     u = z_md - mu_kd
+"""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import lowest
+from .logsumexp import absorb, any_at_least, column, score_matters
+
+UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
+
+
+@triton.jit
+def _exponents(rows_z, mu, s, c, M_PADDED, K_PADDED, D, rows, columns):
+    """a [rows, columns]."""
+    zp, mp, sp = rows_z + rows, mu + columns, s + columns
+    square = tl.zeros((rows.shape[0], columns.shape[0]), c.dtype.element_ty)
+    for _ in range(0, D, UNROLL):
+        for _ in tl.static_range(UNROLL):
+            t = (tl.load(zp)[:, None] - tl.load(mp)[None, :]) * tl.load(sp)[None, :]
+            square += t * t
+            zp += M_PADDED
+            mp += K_PADDED
+            sp += K_PADDED
+    return tl.load(c + columns)[None, :] - 0.5 * square
+
+
+@triton.jit
+def forward_kernel(
+    z, mu, s, c, reach, exclude, partial_top, partial_total, partial_score,
+    M, M_PADDED, K_PADDED, D, SPAN, negligible, SCORE: tl.constexpr, DENSE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows against SPAN components: what `merge_rows` needs, and DIMS dimensions of the score."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
+    top = tl.full((ROWS,), lowest(c.dtype.element_ty), c.dtype.element_ty)
+    total = tl.zeros((ROWS,), c.dtype.element_ty)
+    score = tl.zeros((ROWS, DIMS if SCORE else 1), c.dtype.element_ty)
+    if exclude is not None:
+        left_out = tl.load(exclude + rows, rows < M, -1)
+    for k in range(split * SPAN, tl.minimum(split * SPAN + SPAN, K_PADDED), COLUMNS):
+        columns = k + tl.arange(0, COLUMNS)
+        a = _exponents(z, mu, s, c, M_PADDED, K_PADDED, D, rows, columns)
+        if exclude is not None:
+            a = tl.where(left_out[:, None] == columns[None, :], float("-inf"), a)
+        top, total, shrink, p = absorb(top, total, a)
+        if SCORE:
+            score *= shrink[:, None]
+            matters = True
+            if not DENSE:
+                matters = score_matters(a, tl.load(reach + columns), top - negligible)
+            if matters:
+                first = tl.program_id(2) * DIMS
+                at = first.to(tl.int64)
+                zp, mp, sp = z + at * M_PADDED + rows, mu + at * K_PADDED + columns, s + at * K_PADDED + columns
+                for d in range(first, tl.minimum(first + DIMS, D)):
+                    sd = tl.load(sp)[None, :]
+                    u = tl.load(zp)[:, None] - tl.load(mp)[None, :]
+                    score = column(score, dims, d, tl.sum(p * (u * sd * sd), 1))
+                    zp += M_PADDED
+                    mp += K_PADDED
+                    sp += K_PADDED
+    out = split.to(tl.int64) * M_PADDED + rows
+    tl.store(partial_top + out, top)
+    tl.store(partial_total + out, total)
+    if SCORE:
+        width = tl.num_programs(2) * DIMS
+        tl.store(partial_score + (out * width)[:, None] + dims[None, :], -score)
+
+
+@triton.jit
+def parameters_kernel(
+    z, mu, s, c, grad, log_prob, exclude, s0, s1, s2,
+    M, M_PADDED, K_PADDED, D, SPAN, limit,
+    NEED_S1: tl.constexpr, NEED_S2: tl.constexpr, DENSE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2.
+
+    The tile is turned around, components x rows, so that the sums over rows are within warps.
+    """
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1)
+    dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
+    sum0 = tl.zeros((COLUMNS,), c.dtype.element_ty)
+    sum1 = tl.zeros((COLUMNS, DIMS if NEED_S1 else 1), c.dtype.element_ty)
+    sum2 = tl.zeros((COLUMNS, DIMS if NEED_S2 else 1), c.dtype.element_ty)
+    constant = tl.load(c + columns)
+    for m in range(split * SPAN, tl.minimum(split * SPAN + SPAN, M_PADDED), ROWS):
+        rows = m + tl.arange(0, ROWS)
+        zp, mp, sp = z + rows, mu + columns, s + columns
+        square = tl.zeros((COLUMNS, ROWS), c.dtype.element_ty)
+        for _ in range(0, D, UNROLL):
+            for _ in tl.static_range(UNROLL):
+                t = (tl.load(zp)[None, :] - tl.load(mp)[:, None]) * tl.load(sp)[:, None]
+                square += t * t
+                zp += M_PADDED
+                mp += K_PADDED
+                sp += K_PADDED
+        l = tl.load(log_prob + rows, rows < M, float("inf"))
+        l = tl.where(l == float("-inf"), float("inf"), l)  # density zero: no gradient
+        x = (constant[:, None] - 0.5 * square) - l[None, :]
+        if exclude is not None:
+            x = tl.where(tl.load(exclude + rows, rows < M, -1)[None, :] == columns[:, None], float("-inf"), x)
+        matters = True
+        if not DENSE:
+            matters = any_at_least(x, limit)
+        if matters:
+            w = tl.load(grad + rows, rows < M, 0.0)[None, :] * tl.exp(x)
+            sum0 += tl.sum(w, 1)
+            if NEED_S1:
+                first = tl.program_id(2) * DIMS
+                at = first.to(tl.int64)
+                zp, mp = z + at * M_PADDED + rows, mu + at * K_PADDED + columns
+                for d in range(first, tl.minimum(first + DIMS, D)):
+                    u = tl.load(zp)[None, :] - tl.load(mp)[:, None]
+                    wu = w * u
+                    sum1 = column(sum1, dims, d, tl.sum(wu, 1))
+                    if NEED_S2:
+                        sum2 = column(sum2, dims, d, tl.sum(wu * u, 1))
+                    zp += M_PADDED
+                    mp += K_PADDED
+    out = split.to(tl.int64) * K_PADDED + columns
+    width = tl.num_programs(2) * DIMS
+    if tl.program_id(2) == 0:
+        tl.store(s0 + out, sum0)
+    if NEED_S1:
+        tl.store(s1 + (out * width)[:, None] + dims[None, :], sum1)
+    if NEED_S2:
+        tl.store(s2 + (out * width)[:, None] + dims[None, :], sum2)
