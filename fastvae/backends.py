@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
 import torch
 
-from fastvae import ops  # noqa: F401  the schemas, before the kernels that implement them
+from fastvae import ops, triton_kernels  # noqa: F401  the schemas, before the kernels that implement them
 
 IMPLS = ("reference", "composite", "cpu", "triton", "cuda")
 _EXTENSION = Path(__file__).parent / "_C.abi3.so"
@@ -41,6 +42,8 @@ def choose(impl: str | None, device: torch.device) -> str:
     any other  "composite"
     =========  ==========================================
 
+    "triton" has only run in Triton's interpreter, and what was never run on a GPU is never the default on one.
+
     Raises:
         ValueError: no backend has that name, or it does not run on that device.
         RuntimeError: the backend is not built here.
@@ -49,8 +52,10 @@ def choose(impl: str | None, device: torch.device) -> str:
         return "cpu" if device.type == "cpu" and _missing is None else "composite"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))} or None, not {impl!r}")
-    if impl in ("triton", "cuda"):
+    if impl == "cuda":
         raise RuntimeError(f"impl={impl!r} is not part of this version of fastvae; impl='composite' runs on {device}")
+    if impl == "triton" and (why := triton_kernels.missing(device)) is not None:
+        raise RuntimeError(f"impl='triton' cannot run: {why}; impl='composite' runs on {device}")
     if impl == "cpu":
         if device.type != "cpu":
             raise ValueError(f"impl='cpu' takes tensors on the CPU, these are on {device}; move them, or use impl=None")
@@ -59,12 +64,30 @@ def choose(impl: str | None, device: torch.device) -> str:
     return impl
 
 
+def at_precision(backend: str, precision: str | None, dtype: torch.dtype) -> str:
+    """The operators of a backend that compute with `precision`, None being PyTorch's own setting.
+
+    Triton alone has others than the "highest", and these for float32.
+    """
+    if backend != "triton" or dtype != torch.float32:
+        return backend
+    precision = precision or torch.get_float32_matmul_precision()
+    return backend if precision == "highest" else f"{backend}-{precision}"
+
+
 class Info(dict[str, str]):
     """What is built and what runs where; printed, a table."""
 
     def __str__(self) -> str:
         width = max(map(len, self))
         return "\n".join(f"{key:<{width}}  {value}" for key, value in self.items())
+
+
+def _triton() -> str:
+    if (why := triton_kernels.missing(torch.device("cuda"))) is not None:
+        return f"missing: {why}"
+    version = importlib.metadata.version("triton")
+    return f"impl='triton' on request, Triton {version}; it has only run in Triton's interpreter, never on a GPU"
 
 
 def info() -> Info:
@@ -86,7 +109,8 @@ def info() -> Info:
             "extension": "built" if _missing is None else "missing",
             "on cpu": cpu,
             "on other devices": f"{composite}; never run on a GPU",
-            "triton, cuda": "not part of this version",
+            "triton": _triton(),
+            "cuda": "not part of this version",
             "FASTVAE_CPU_ISA": os.environ.get("FASTVAE_CPU_ISA", "not set"),
         }
     )

@@ -21,18 +21,32 @@ UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
 
 
 @triton.jit
-def _exponents(rows_z, mu, s, c, M_PADDED, K_PADDED, D, rows, columns):
-    """a [rows, columns]."""
-    zp, mp, sp = rows_z + rows, mu + columns, s + columns
-    square = tl.zeros((rows.shape[0], columns.shape[0]), c.dtype.element_ty)
+def _squares(outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER_STEP, INNER_STEP, D):
+    """sum_d ((outer_d - inner_d) s_d)^2, [outer, inner], of pointers [outer, 1] and [1, inner] to dimension 0.
+
+    Loads are two-dimensional so that they take the layout of the sum, and the sum starts as a product of nothing because
+    that makes the compiler give each thread blocks of 4 x 4: of its operands then come four in one load.
+    """
+    R: tl.constexpr = outer.shape[0]
+    C: tl.constexpr = inner.shape[1]
+    dtype: tl.constexpr = outer.dtype.element_ty
+    if dtype == tl.float32:
+        total = tl.dot(tl.zeros((R, 16), dtype), tl.zeros((16, C), dtype), input_precision="ieee")
+    else:
+        total = tl.zeros((R, C), dtype)
     for _ in range(0, D, UNROLL):
         for _ in tl.static_range(UNROLL):
-            t = (tl.load(zp)[:, None] - tl.load(mp)[None, :]) * tl.load(sp)[None, :]
-            square += t * t
-            zp += M_PADDED
-            mp += K_PADDED
-            sp += K_PADDED
-    return tl.load(c + columns)[None, :] - 0.5 * square
+            u = tl.load(outer) - tl.load(inner)
+            if scale_of_outer:
+                t = u * tl.load(outer_s)
+                outer_s += OUTER_STEP
+            else:
+                t = u * tl.load(inner_s)
+                inner_s += INNER_STEP
+            total += t * t
+            outer += OUTER_STEP
+            inner += INNER_STEP
+    return total
 
 
 @triton.jit
@@ -52,7 +66,9 @@ def forward_kernel(
         left_out = tl.load(exclude + rows, rows < M, -1)
     for k in range(split * SPAN, tl.minimum(split * SPAN + SPAN, K_PADDED), COLUMNS):
         columns = k + tl.arange(0, COLUMNS)
-        a = _exponents(z, mu, s, c, M_PADDED, K_PADDED, D, rows, columns)
+        of_mu, of_s = (mu + columns)[None, :], (s + columns)[None, :]
+        square = _squares((z + rows)[:, None], of_mu, False, of_s, of_s, M_PADDED, K_PADDED, D)
+        a = tl.load((c + columns)[None, :]) - 0.5 * square
         if exclude is not None:
             a = tl.where(left_out[:, None] == columns[None, :], float("-inf"), a)
         top, total, shrink, p = absorb(top, total, a)
@@ -64,10 +80,11 @@ def forward_kernel(
             if matters:
                 first = tl.program_id(2) * DIMS
                 at = first.to(tl.int64)
-                zp, mp, sp = z + at * M_PADDED + rows, mu + at * K_PADDED + columns, s + at * K_PADDED + columns
+                zp = (z + at * M_PADDED + rows)[:, None]
+                mp, sp = of_mu + at * K_PADDED, of_s + at * K_PADDED
                 for d in range(first, tl.minimum(first + DIMS, D)):
-                    sd = tl.load(sp)[None, :]
-                    u = tl.load(zp)[:, None] - tl.load(mp)[None, :]
+                    sd = tl.load(sp)
+                    u = tl.load(zp) - tl.load(mp)
                     score = column(score, dims, d, tl.sum(p * (u * sd * sd), 1))
                     zp += M_PADDED
                     mp += K_PADDED
@@ -100,15 +117,8 @@ def parameters_kernel(
     constant = tl.load(c + columns)
     for m in range(split * SPAN, tl.minimum(split * SPAN + SPAN, M_PADDED), ROWS):
         rows = m + tl.arange(0, ROWS)
-        zp, mp, sp = z + rows, mu + columns, s + columns
-        square = tl.zeros((COLUMNS, ROWS), c.dtype.element_ty)
-        for _ in range(0, D, UNROLL):
-            for _ in tl.static_range(UNROLL):
-                t = (tl.load(zp)[None, :] - tl.load(mp)[:, None]) * tl.load(sp)[:, None]
-                square += t * t
-                zp += M_PADDED
-                mp += K_PADDED
-                sp += K_PADDED
+        of_mu, of_s = (mu + columns)[:, None], (s + columns)[:, None]
+        square = _squares(of_mu, (z + rows)[None, :], True, of_s, of_s, K_PADDED, M_PADDED, D)
         l = tl.load(log_prob + rows, rows < M, float("inf"))
         l = tl.where(l == float("-inf"), float("inf"), l)  # density zero: no gradient
         x = (constant[:, None] - 0.5 * square) - l[None, :]
@@ -123,9 +133,9 @@ def parameters_kernel(
             if NEED_S1:
                 first = tl.program_id(2) * DIMS
                 at = first.to(tl.int64)
-                zp, mp = z + at * M_PADDED + rows, mu + at * K_PADDED + columns
+                zp, mp = (z + at * M_PADDED + rows)[None, :], of_mu + at * K_PADDED
                 for d in range(first, tl.minimum(first + DIMS, D)):
-                    u = tl.load(zp)[None, :] - tl.load(mp)[:, None]
+                    u = tl.load(zp) - tl.load(mp)
                     wu = w * u
                     sum1 = column(sum1, dims, d, tl.sum(wu, 1))
                     if NEED_S2:

@@ -52,7 +52,7 @@ def sample_kernel(mu, logvar, seed, z, log_q, M, D, N, QUADS: tl.constexpr, ROWS
         eps = _noise(key, row * D + d, QUADS, DIMS).to(m.dtype)
         tl.store(z + (row * D)[:, None] + dims[None, :], m + exp(0.5 * lv) * eps, inside)
         total += tl.where(inside, eps * eps + lv, 0.0)
-    tl.store(log_q + row, -0.5 * (tl.sum(total, 1) + D * LOG_2_PI), row < N)
+    tl.store(log_q + row, -0.5 * (tl.sum(total, 1) + D * tl.full((ROWS,), LOG_2_PI, total.dtype)), row < N)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def kl_backward_kernel(grad, mu, logvar, dmu, dlogvar, M, D, ROWS: tl.constexpr,
 def _tile(D: int) -> dict[str, int]:
     """Sizes of a tile: DIMS a power of two of at least 4, ROWS the rest of ELEMENTS."""
     dims = max(4, min(WIDEST, triton.next_power_of_2(D)))
-    return {"ROWS": max(1, min(128, ELEMENTS // dims)), "DIMS": dims}
+    return {"ROWS": max(1, ELEMENTS // dims), "DIMS": dims}
 
 
 @on_device_of(0)

@@ -19,6 +19,7 @@ from .launch import on_device_of
 from .tiles import Tile, cdiv, round_up
 
 SURVEY_PARTS, SURVEY_COLUMNS = 64, 64
+PACKED_AT_ONCE = 32  # rows or components; more would spill
 
 
 class Survey(NamedTuple):
@@ -84,7 +85,8 @@ def _pack_components(
     (K, D), shared = mu.shape, len(logvar) != len(mu)
     count, padded = round_up(K, tile.columns), tiles.padded_dimensions(precision, D)
     c, reach = mu.new_empty(2, count)
-    grid, sizes = (count // tile.columns,), {"SHARED": shared, "COLUMNS": tile.columns}
+    at_once = min(PACKED_AT_ONCE, tile.columns)
+    grid, sizes = (count // at_once,), {"SHARED": shared, "COLUMNS": at_once}
     if precision == "highest":
         mu_t, s_t = mu.new_empty(2, padded, count)
         widest = None if survey is None else survey.widest
@@ -107,18 +109,19 @@ def _pack_rows(
     """logvar: [1, D] where all components share it, else None."""
     M, D = z.shape
     count, padded = round_up(M, tile.rows), tiles.padded_dimensions(precision, D)
+    at_once = min(PACKED_AT_ONCE, tile.rows)
     if precision == "highest":
         z_t = z.new_empty(padded, count)
-        packing.rows_difference_kernel[(count // tile.rows, cdiv(padded, packing.CHUNK.value))](
-            z, z_t, M, count, D, padded, ROWS=tile.rows
+        packing.rows_difference_kernel[(count // at_once, cdiv(padded, packing.CHUNK.value))](
+            z, z_t, M, count, D, padded, ROWS=at_once
         )
         return Rows(count, z_t, None)
     assert survey is not None
     F = 2 * padded if logvar is None else padded
     features = _features(z, count, F, 2 * padded, _parts(precision), True, turned)
     term = None if logvar is None else z.new_empty(count)
-    packing.rows_product_kernel[(count // tile.rows,)](
-        z, survey.origin, logvar, *features, term, M, count, D, padded, F, ROWS=tile.rows
+    packing.rows_product_kernel[(count // at_once,)](
+        z, survey.origin, logvar, *features, term, M, count, D, padded, F, ROWS=at_once
     )
     return Rows(count, features, term)
 
@@ -172,7 +175,7 @@ def _forward(
     negligible = math.log(K) - _rounding(z.dtype) + 2 * math.log(2)
     sizes = {
         "SCORE": score is not None, "DENSE": dense, "ROWS": tile.rows, "COLUMNS": tile.columns, "DIMS": tile.dims,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip
     padded, outputs = tiles.padded_dimensions(precision, D), (partial_top, partial_total, partial_score)
     if precision == "highest":
@@ -227,7 +230,7 @@ def _parameters(
     limit = _rounding(z.dtype) - math.log(K)
     sizes = {
         "NEED_S1": need_s1, "NEED_S2": need_s2, "DENSE": dense, "ROWS": tile.rows, "COLUMNS": tile.columns,
-        "DIMS": tile.dims, "num_warps": tile.warps, "num_stages": tile.stages,
+        "DIMS": tile.dims, "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip
     padded, given = tiles.padded_dimensions(precision, D), (components.c, grad, log_prob, exclude, s0, s1, s2)
     if precision == "highest":

@@ -113,7 +113,7 @@ def components_difference_kernel(
         logvar_sum += tl.sum(lv, 1)
         if widest is not None:
             steep = _steepness(widest, lv, there, d, D, steep)
-    constant = log_w - 0.5 * logvar_sum - D * HALF_LOG_2_PI
+    constant = log_w - 0.5 * logvar_sum - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
     tl.store(c + k, constant)
     if widest is not None:
         tl.store(reach + k, constant / 64 + steep + REACH_CONSTANT)
@@ -141,7 +141,7 @@ def components_product_kernel(
         logvar_sum += tl.sum(lv, 1)
         mu_square += tl.sum(m * m * v, 1)
         steep = _steepness(widest, lv, there, d, D, steep)
-    constant = log_w - 0.5 * logvar_sum - D * HALF_LOG_2_PI
+    constant = log_w - 0.5 * logvar_sum - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
     tl.store(c + k, constant - 0.5 * mu_square)
     tl.store(reach + k, constant / 64 + steep + REACH_CONSTANT)
 

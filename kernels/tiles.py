@@ -40,12 +40,14 @@ def tile_for(kind: str, precision: str, D: int) -> Tile:
     padded = padded_dimensions(precision, D)
     if precision == "highest":
         dims = min(64, max(16, next_power_of_2(D)))
-        return Tile(64, 128, 4, dims, 8, 1) if kind == "forward" else Tile(64, 64, 4, dims, 8, 1)
+        sizes = {"forward": (128, 128), "score": (128, 32), "parameters": (32, 128)}[kind]
+        return Tile(*sizes, 4, dims, 8, 1)
     chunk = next(c for c in (32, 16) if padded % c == 0)
     dims = min(64, max(16, next_power_of_2(D)))
-    if kind == "forward":
-        return Tile(128, 128, chunk, dims, 8, 3)
-    return Tile(64, 64, chunk, dims, 4, 2)
+    if kind == "forward":  # twice the operands: with 128 columns too, an A100 runs out of registers
+        return Tile(128, 64 if precision == "high" else 128, chunk, dims, 8, 3)
+    sizes = {"score": (128, 32), "parameters": (32, 128)}[kind]
+    return Tile(*sizes, chunk, dims, 8, 2)
 
 
 class Cut(NamedTuple):
