@@ -8,7 +8,9 @@ neighbours are neighbours in memory and nothing needs a mask.
 
 The gradients are sums over the tile, dimension by dimension, of what is computed anew:
 
-    score_md = -sum_k r u s^2     S1_kd = sum_m w u     S2_kd = sum_m w u^2     S0_k = sum_m w     u = z_md - mu_kd
+    score_md = -sum_k r t s     S1_kd = sum_m w t     S2_kd = sum_m w t^2     S0_k = sum_m w     t = (z_md - mu_kd) s_kd
+
+Of t and not of z - mu, so that no sigma takes w t^2 out of float32's range.
 """
 
 import triton
@@ -133,15 +135,16 @@ def parameters_kernel(
             if NEED_S1:
                 first = tl.program_id(2) * DIMS
                 at = first.to(tl.int64)
-                zp, mp = (z + at * M_PADDED + rows)[None, :], of_mu + at * K_PADDED
+                zp, mp, sp = (z + at * M_PADDED + rows)[None, :], of_mu + at * K_PADDED, of_s + at * K_PADDED
                 for d in range(first, tl.minimum(first + DIMS, D)):
-                    u = tl.load(zp) - tl.load(mp)
-                    wu = w * u
-                    sum1 = column(sum1, dims, d, tl.sum(wu, 1))
+                    t = (tl.load(zp) - tl.load(mp)) * tl.load(sp)
+                    wt = w * t
+                    sum1 = column(sum1, dims, d, tl.sum(wt, 1))
                     if NEED_S2:
-                        sum2 = column(sum2, dims, d, tl.sum(wu * u, 1))
+                        sum2 = column(sum2, dims, d, tl.sum(wt * t, 1))
                     zp += M_PADDED
                     mp += K_PADDED
+                    sp += K_PADDED
     out = split.to(tl.int64) * K_PADDED + columns
     width = tl.num_programs(2) * DIMS
     if tl.program_id(2) == 0:

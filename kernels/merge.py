@@ -52,8 +52,8 @@ def merge_components_kernel(
 ):  # fmt: skip
     """The gradients of the parameters from S0 [K], S1 and S2 [K, D]; those that are None are not wanted.
 
-    dmu = v S1 and dlogvar = (v S2 - S0) / 2 with the sums of u = z - mu; origin, where it is not None, says that they are
-    sums of z' = z - origin, from which those of u = z' - mu' follow.
+    dmu = s S1 and dlogvar = (S2 - S0) / 2 with the sums of t = (z - mu) s; origin, where it is not None, says that they
+    are sums of z' = z - origin, from which those of z - mu = z' - mu' follow.
     """
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
@@ -82,15 +82,16 @@ def merge_components_kernel(
         inside = (k < K)[:, None] & (d < D)[None, :]
         there = there[:, None] & (d < D)[None, :]
         if SHARED:
-            v = exp(-tl.load(logvar + d, d < D, 0.0))[None, :]
+            lv = tl.load(logvar + d, d < D, 0.0)[None, :]
         else:
-            v = exp(-tl.load(logvar + out, there, 0.0))
+            lv = tl.load(logvar + out, there, 0.0)
+        s = exp(-0.5 * lv)
         if origin is not None:
             centred = tl.load(mu + out, there, 0.0) - tl.load(origin + d, d < D, 0.0)[None, :]
             if s2 is not None:
-                sum2 += centred * (centred * sum0[:, None] - 2.0 * sum1)
-            sum1 -= centred * sum0[:, None]
+                sum2 = (sum2 + centred * (centred * sum0[:, None] - 2.0 * sum1)) * s * s
+            sum1 = (sum1 - centred * sum0[:, None]) * s
         if dmu is not None:
-            tl.store(dmu + out, tl.where(there, v * sum1, 0.0), inside)
+            tl.store(dmu + out, tl.where(there, s * sum1, 0.0), inside)
         if dlogvar is not None:
-            tl.store(dlogvar + out, tl.where(there, 0.5 * (v * sum2 - sum0[:, None]), 0.0), inside)
+            tl.store(dlogvar + out, tl.where(there, 0.5 * (sum2 - sum0[:, None]), 0.0), inside)

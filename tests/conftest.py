@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():  # Triton decides when it decorates the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fast_interpreter import patch_once
 from on_gpu import through_gpu
 
 import fastvae
@@ -45,6 +46,7 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(ops.operators, name, through_gpu(ops.operators[name]))
         monkeypatch.setattr(triton_kernels, "missing", lambda device: None)
         return
+    patch_once(monkeypatch)
     monkeypatch.setattr(triton_kernels.load("gaussian"), "ELEMENTS", 2**14)  # an interpreter likes large tiles
     tiles = triton_kernels.load("tiles")
     monkeypatch.setattr(tiles, "PROGRAMS", 4)

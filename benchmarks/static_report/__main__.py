@@ -1,6 +1,6 @@
 """Compile every kernel for every architecture and print what their machine code holds.
 
-    python -m benchmarks.static_report [--family triton] [--arch 80,90,100] [--match TEXT] [--out FILE.json]
+    python -m benchmarks.static_report [--family triton] [--arch 80,90,100] [--match REGEX] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__.split("\n")[0])
     parser.add_argument("--family", default="", metavar="A,B", help="families of kernels; all of them by default")
     parser.add_argument("--arch", default="80,90,100", metavar="A,B", help="compute capabilities, times ten")
-    parser.add_argument("--match", default="", metavar="TEXT", help="only kernels whose name and case contain it")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only kernels whose name and case match")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write everything that was found there too")
     options = parser.parse_args(arguments)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -41,9 +42,9 @@ class Family:
     Attributes:
         name: what `--family` calls it.
         missing: why it cannot be compiled here, or None.
-        kernels: compile them all for an architecture.
+        kernels: compile those whose "name, case" a pattern matches, for an architecture.
     """
 
     name: str
     missing: Callable[[], str | None]
-    kernels: Callable[[int], Iterator[Kernel]]
+    kernels: Callable[[int, re.Pattern[str]], Iterator[Kernel]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def describe(families: Sequence[str], arches: Sequence[str], match: str = "") ->
     Args:
         families: names; none means all that can be compiled here.
         arches: "80", "90", "100".
-        match: only kernels whose "name, case" contains it are read and reported.
+        match: a regular expression; only kernels whose "name, case" it finds are compiled.
 
     Raises:
         ConfigError: a name is unknown, or a family that was named cannot be compiled here.
@@ -37,12 +38,15 @@ def describe(families: Sequence[str], arches: Sequence[str], match: str = "") ->
         if arch not in map(str, limits.MULTIPROCESSOR):
             raise ConfigError(f"--arch {arch}: should be of {', '.join(map(str, limits.MULTIPROCESSOR))}")
     chosen = [known[name] for name in families] or [f for f in known.values() if f.missing() is None]
+    try:
+        pattern = re.compile(match)
+    except re.error as error:
+        raise ConfigError(f"--match {match}: not a regular expression ({error})") from None
     found = [
         entry(kernel)
         for arch in arches
         for family in chosen
-        for kernel in family.kernels(int(arch))
-        if match in f"{kernel.name}, {kernel.case}"
+        for kernel in family.kernels(int(arch), pattern)
     ]
     return {"versions": _versions(), "kernels": found}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -53,12 +54,8 @@ def launches(call: Callable[[], object]) -> list[Launch]:
     return recorded
 
 
-def compile_launch(launch: Launch, arch: int) -> Any:
-    """Compile ahead of time with the specialisation that a launch would have: 1 is a constant, 16 divides or not."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    """Types, constants and known divisors of the arguments, as a launch would have them."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -69,7 +66,16 @@ def compile_launch(launch: Launch, arch: int) -> Any:
         signature[parameter.name] = kind
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """The kernel of a launch, compiled ahead of time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(launch.kernel, *specialise(launch))
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
@@ -115,17 +121,17 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "backward", lambda: gaussian.gaussian_kl_backward(per_row, mu, mu)
 
 
-def kernels(arch: int) -> Iterator[Kernel]:
+def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
     """Each kernel of each call, once."""
     seen = set()
     for case, call in calls():
         for launch in launches(call):
             module = launch.kernel.fn.__module__.rpartition(".")[2]
             name = f"{module}.{launch.kernel.fn.__name__}"
-            kinds = [(p, _kind(v), v if _kind(v)[0] is None else None) for p, v in launch.arguments.items()]
-            key = repr((name, kinds, launch.options))
-            constants = {p.name for p in launch.kernel.params if p.is_constexpr}
-            key += repr({p: v for p, v in launch.arguments.items() if p in constants})
+            if not wanted.search(f"{name}, {case}"):
+                continue
+            signature, constants, attributes = specialise(launch)
+            key = repr((name, signature, constants, attributes, launch.options))
             if key in seen:
                 continue
             seen.add(key)

@@ -1,0 +1,14 @@
+"""Every file here is a stage: a module with STAGE.  A new file is found by being here."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from ..stage import Stage
+
+
+def all_stages() -> list[Stage]:
+    """Every stage of this folder, in order."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted((importlib.import_module(f"{__name__}.{name}").STAGE for name in names), key=lambda stage: stage.order)

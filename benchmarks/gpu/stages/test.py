@@ -1,0 +1,20 @@
+"""The shared tests on the GPU, and those that only a GPU can run; in a dry run a few of them, interpreted."""
+
+from __future__ import annotations
+
+from ..stage import Context, Stage
+
+# There a kernel is called with tensors that are on the device; opcheck's own are on the CPU.
+ON_A_GPU = ["tests", "-k", "(triton and not opcheck and not static_report) or gpu", "--ignore=tests/bench"]
+DRY = ["tests/test_gpu.py", "tests/test_triton.py", "-k", "gpu or precision_follows or stream"]
+
+
+def arguments(context: Context) -> list[str]:
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(DRY if context.dry else ON_A_GPU)]
+
+
+def variables(context: Context) -> dict[str, str | None]:
+    return {"TRITON_INTERPRET": "1" if context.dry else None}
+
+
+STAGE = Stage("test", order=30, seconds=150, arguments=arguments, variables=variables)
