@@ -3,8 +3,8 @@
     a_mk = c_k - 1/2 sum_d ((z_md - mu_kd) s_kd)^2        s_kd = exp(-logvar_kd / 2)
 
 A subtraction, a product and a multiply-add for each row, component and dimension, on a tile of rows x components whose
-operands are loaded dimension by dimension; z, mu and s are therefore packed with the dimension first and padded, so that
-neighbours are neighbours in memory and nothing needs a mask.
+operands are loaded dimension by dimension; z, mu and s are therefore packed with the dimension first and padded, so
+that neighbours are neighbours in memory and nothing needs a mask.
 
 The gradients are sums over the tile, dimension by dimension, of what is computed anew:
 
@@ -26,8 +26,8 @@ UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
 def _squares(outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER_STEP, INNER_STEP, D):
     """sum_d ((outer_d - inner_d) s_d)^2, [outer, inner], of pointers [outer, 1] and [1, inner] to dimension 0.
 
-    Loads are two-dimensional so that they take the layout of the sum, and the sum starts as a product of nothing because
-    that makes the compiler give each thread blocks of 4 x 4: of its operands then come four in one load.
+    Loads are two-dimensional so that they take the layout of the sum, and the sum starts as a product of nothing,
+    because that makes the compiler give each thread blocks of 4 x 4: of its operands then come four in one load.
     """
     R: tl.constexpr = outer.shape[0]
     C: tl.constexpr = inner.shape[1]
@@ -121,9 +121,9 @@ def parameters_kernel(
         rows = m + tl.arange(0, ROWS)
         of_mu, of_s = (mu + columns)[:, None], (s + columns)[:, None]
         square = _squares(of_mu, (z + rows)[None, :], True, of_s, of_s, K_PADDED, M_PADDED, D)
-        l = tl.load(log_prob + rows, rows < M, float("inf"))
-        l = tl.where(l == float("-inf"), float("inf"), l)  # density zero: no gradient
-        x = (constant[:, None] - 0.5 * square) - l[None, :]
+        log_p = tl.load(log_prob + rows, rows < M, float("inf"))
+        log_p = tl.where(log_p == float("-inf"), float("inf"), log_p)  # density zero: no gradient
+        x = (constant[:, None] - 0.5 * square) - log_p[None, :]
         if exclude is not None:
             x = tl.where(tl.load(exclude + rows, rows < M, -1)[None, :] == columns[:, None], float("-inf"), x)
         matters = True

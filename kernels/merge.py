@@ -37,10 +37,10 @@ def merge_rows_kernel(
         if tl.program_id(1) == 0:
             tl.store(log_prob + rows, top + log(total), rows < M)
     if partial_score is not None:
-        scale = tl.where(total == 0.0, 0.0, 1.0 / total)
+        scale = 1.0 / tl.where(total == 0.0, 1.0, total)  # of a row without a component the score is 0
         if grad is not None:
             scale *= tl.load(grad + rows, rows < M, 0.0)
-        value = tl.where((total == 0.0)[:, None], 0.0, sum_score * scale[:, None])
+        value = sum_score * scale[:, None]
         inside = (rows < M)[:, None] & (dims < D)[None, :]
         tl.store(score + (rows.to(tl.int64) * D)[:, None] + dims[None, :], value, inside)
 

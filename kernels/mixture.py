@@ -61,9 +61,7 @@ def _survey(mu: Tensor, logvar: Tensor, log_weights: Tensor | None) -> Survey:
         mu, logvar, log_weights, widest, weight, mean, K, D, span, SHARED=len(logvar) != K, COLUMNS=SURVEY_COLUMNS
     )
     survey = Survey(*mu.new_empty(2, D))
-    packing.survey_merge_kernel[(chunks,)](
-        widest, weight, mean, *survey, parts, D, ROWS=tiles.next_power_of_2(parts)
-    )
+    packing.survey_merge_kernel[(chunks,)](widest, weight, mean, *survey, parts, D, ROWS=tiles.next_power_of_2(parts))
     return survey
 
 
@@ -80,7 +78,13 @@ def _features(like: Tensor, n: int, F: int, F_t: int, parts: int, straight: bool
 
 
 def _pack_components(
-    mu: Tensor, logvar: Tensor, log_weights: Tensor | None, survey: Survey | None, precision: str, tile: Tile, turned: bool
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None,
+    survey: Survey | None,
+    precision: str,
+    tile: Tile,
+    turned: bool,
 ) -> Components:
     (K, D), shared = mu.shape, len(logvar) != len(mu)
     count, padded = round_up(K, tile.columns), tiles.padded_dimensions(precision, D)
@@ -159,7 +163,7 @@ def _forward(
 ) -> None:
     """Fill log_prob [M] and score [M, D], of which either may be None; the score times grad [M], if that is given."""
     (M, D), K = z.shape, len(mu)
-    tile = tiles.tile_for("forward" if score is None else "score", precision, D)
+    tile = tiles.tile_for("forward" if score is None else "score", precision, D, tiles.capability(z.device))
     shared = logvar if len(logvar) != K else None
     wants_survey = precision != "highest" or (score is not None and not dense)
     survey = _survey(mu, logvar, log_weights) if wants_survey else None
@@ -212,7 +216,7 @@ def _parameters(
 ) -> None:
     """Fill the gradients of the parameters, each of which may be None; dlogvar [K, D] also where logvar is shared."""
     (M, D), K = z.shape, len(mu)
-    tile = tiles.tile_for("parameters", precision, D)
+    tile = tiles.tile_for("parameters", precision, D, tiles.capability(z.device))
     shared = logvar if len(logvar) != K else None
     survey = _survey(mu, logvar, log_weights) if precision != "highest" else None
     components = _pack_components(mu, logvar, log_weights, survey, precision, tile, turned=False)
@@ -299,9 +303,7 @@ def mixture_log_prob_backward(
     dlogvar = torch.empty_like(mu) if need_logvar else None
     dlog_weights = mu.new_empty(K) if need_log_weights else None
     if need_mu or need_logvar or need_log_weights:
-        _parameters(
-            grad, log_prob, z, mu, logvar, log_weights, exclude, precision, dense, dmu, dlogvar, dlog_weights
-        )
+        _parameters(grad, log_prob, z, mu, logvar, log_weights, exclude, precision, dense, dmu, dlogvar, dlog_weights)
     if dlogvar is not None and len(logvar) != K:
         dlogvar = dlogvar.sum(0, keepdim=True)
     nothing = z.new_empty(0)

@@ -23,7 +23,7 @@ def words(seed, block):
 
 @triton.jit
 def radius(w):
-    """sqrt(-2 log u), u = (w + 1/2) 2^-32.  Near 1, u - 1 is taken from the complement of w, which has all its digits."""
+    """sqrt(-2 log u), u = (w + 1/2) 2^-32.  Near 1, u - 1 is taken from the complement of w, with all its digits."""
     u = (w.to(tl.float32) + 0.5) * TWO_TO_MINUS_32
     bits = u.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23  # u = m 2^e with m in [1 / sqrt 2, sqrt 2)

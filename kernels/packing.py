@@ -5,8 +5,8 @@ row and component has 2 D features (`product.py`), of z' = z - o and mu' = mu - 
 
     reach_k = c_k / 64 + max_d (widest_d - logvar_kd) / 2 + constant
 
-(`logsumexp.py`), widest_d the largest logvar of any component.  The origin o is the mean of mu weighted by 1 / sigma: what
-the expansion cancels grows with (z - o)^2 / sigma^2 and (mu - o)^2 / sigma^2.
+(`logsumexp.py`), widest_d the largest logvar of any component.  The origin o is the mean of mu weighted by 1 / sigma:
+what the expansion cancels grows with (z - o)^2 / sigma^2 and (mu - o)^2 / sigma^2.
 
 A component that is absent, by a weight of -inf or as padding, has mu = 0, s = v = 0, c = -inf: whatever its parameters
 are, it reaches nothing.
@@ -72,9 +72,7 @@ def survey_kernel(
 
 
 @triton.jit
-def survey_merge_kernel(
-    partial_widest, partial_weight, partial_mean, widest, origin, PARTS, D, ROWS: tl.constexpr
-):
+def survey_merge_kernel(partial_widest, partial_weight, partial_mean, widest, origin, PARTS, D, ROWS: tl.constexpr):
     """The parts of the survey together: widest [D] and origin [D]."""
     d = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     part = tl.arange(0, ROWS)
@@ -84,7 +82,7 @@ def survey_merge_kernel(
     weight = tl.sum(tl.load(partial_weight + at, inside, 0.0), 0)
     mean = tl.sum(tl.load(partial_mean + at, inside, 0.0), 0)
     tl.store(widest + d, tl.max(tl.load(partial_widest + at, inside, lowest(dtype)), 0), d < D)
-    tl.store(origin + d, tl.where(weight == 0.0, 0.0, mean / weight), d < D)
+    tl.store(origin + d, mean / tl.where(weight == 0.0, 1.0, weight), d < D)  # 0 where there is no component
 
 
 @triton.jit

@@ -10,8 +10,8 @@ number for each row, and F is half as wide.  The gradients are products with the
     score_md = G1 + 2 z' G2,  [G1, G2] = r p       [S1, S2] = w^T x     S0 = sum_m w
 
 Operands are rounded to TF32 before they come here, in one part ("medium") or as the sum of two ("high"), whose three
-largest products are added: the tensor cores round nothing more, so that an interpreter sees their errors.  TF32 operands
-must lie along the sum, hence features are packed both ways where both ways are needed.
+largest products are added: the tensor cores round nothing more, so that an interpreter sees their errors.  TF32
+operands must lie along the sum, hence features are packed both ways where both ways are needed.
 """
 
 import triton
@@ -139,9 +139,9 @@ def parameters_kernel(
         x = _features_product(p_high, p_low, x_high, x_low, columns, rows, F, CHUNK, PARTS) + constant[:, None]
         if row_term is not None:
             x += tl.load(row_term + rows)[None, :]
-        l = tl.load(log_prob + rows, rows < M, float("inf"))
-        l = tl.where(l == float("-inf"), float("inf"), l)  # density zero: no gradient
-        x -= l[None, :]
+        log_p = tl.load(log_prob + rows, rows < M, float("inf"))
+        log_p = tl.where(log_p == float("-inf"), float("inf"), log_p)  # density zero: no gradient
+        x -= log_p[None, :]
         if exclude is not None:
             x = tl.where(tl.load(exclude + rows, rows < M, -1)[None, :] == columns[:, None], float("-inf"), x)
         matters = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 PROGRAMS = 264  # as many as fill a large GPU twice over; of fewer, one long dimension is split
 
 
@@ -35,18 +37,29 @@ def padded_dimensions(precision: str, D: int) -> int:
     return round_up(D, 4 if precision == "highest" else 16)
 
 
-def tile_for(kind: str, precision: str, D: int) -> Tile:
-    """The tile of a kind of kernel: "forward", "score" or "parameters"."""
-    padded = padded_dimensions(precision, D)
-    if precision == "highest":
-        dims = min(64, max(16, next_power_of_2(D)))
-        sizes = {"forward": (128, 128), "score": (128, 32), "parameters": (32, 128)}[kind]
-        return Tile(*sizes, 4, dims, 8, 1)
-    chunk = next(c for c in (32, 16) if padded % c == 0)
+def capability(device: torch.device) -> int:
+    """Ten times the compute capability; 90 where no GPU is asked."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tile_for(kind: str, precision: str, D: int, arch: int) -> Tile:
+    """The tile of a kind of kernel, "forward", "score" or "parameters".
+
+    Each was chosen by what `benchmarks.static_report` says: as large as leaves no register spilled, and its operands in
+    shared memory; none was timed on a GPU.  Hopper and data-centre Blackwell have room for more.
+    """
     dims = min(64, max(16, next_power_of_2(D)))
-    if kind == "forward":  # twice the operands: with 128 columns too, an A100 runs out of registers
+    if precision == "highest":
+        sizes = {"forward": (128, 128), "score": (128, 64), "parameters": (32, 128)}[kind]
+        return Tile(*sizes, 4, dims, 8, 1)
+    chunk = 32 if padded_dimensions(precision, D) % 32 == 0 else 16
+    if kind == "forward":  # with twice the operands, 128 columns spill on an A100
         return Tile(128, 64 if precision == "high" else 128, chunk, dims, 8, 3)
-    sizes = {"score": (128, 32), "parameters": (32, 128)}[kind]
+    inner = 32 if arch in (90, 100, 103) or precision == "medium" or kind == "parameters" else 16
+    sizes = {"score": (128, inner), "parameters": (inner, 128)}[kind]
     return Tile(*sizes, chunk, dims, 8, 2)
 
 

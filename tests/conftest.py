@@ -53,9 +53,9 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     real = tiles.tile_for
     small = {"forward": (16, 64), "score": (16, 64), "parameters": (64, 16)}
 
-    def tile_for(kind: str, precision: str, D: int):
+    def tile_for(kind: str, precision: str, D: int, arch: int):
         rows, columns = small[kind]
-        return real(kind, precision, D)._replace(rows=rows, columns=columns)
+        return real(kind, precision, D, arch)._replace(rows=rows, columns=columns)
 
     monkeypatch.setattr(tiles, "tile_for", tile_for)
 

@@ -8,7 +8,7 @@ import pytest
 
 
 def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a call within a kernel patch a set of modules once; the launch of a kernel still patches and restores them."""
+    """Let calls within kernels patch a set of modules once; the launch of a kernel still patches and restores them."""
     from triton.runtime import interpreter
 
     patched: set[frozenset[int]] = set()

@@ -31,7 +31,8 @@ def design_case(logvar: float, spread: float, M: int = 40, K: int = 300, D: int 
     """Rows near components of one sigma and means of a given spread: the larger spread / sigma, the more cancels."""
     rng = torch.Generator().manual_seed(0)
     mu = spread * torch.randn(K, D, generator=rng) + 3.0  # an offset, which the origin must take away
-    z = mu[torch.randint(K, (M,), generator=rng)] + (0.5 * torch.tensor(logvar)).exp() * torch.randn(M, D, generator=rng)
+    own, sigma = torch.randint(K, (M,), generator=rng), torch.tensor(0.5 * logvar).exp()
+    z = mu[own] + sigma * torch.randn(M, D, generator=rng)
     logvars = logvar + 0.2 * torch.randn(K, D, generator=rng)
     return Case(z, mu, logvars, torch.log_softmax(torch.randn(K, generator=rng), 0), torch.randn(M, generator=rng))
 
@@ -99,7 +100,7 @@ def test_highest_is_the_difference_form() -> None:
 
 @pytest.mark.parametrize("precision", LOWER)
 def test_an_offset_is_taken_away(precision: str) -> None:
-    """Rows and components far from zero are no less exact: without an origin this would cancel a thousand times more."""
+    """Rows and components far from zero lose no more: without an origin a thousand times as much would cancel."""
     case = CASES["sigma 0.37, spread 1"]
     far = replace(case, z=case.z + 64, mu=case.mu + 64)  # 64 + x rounds x to 2^-18
     want = run(far.to(torch.float64), "reference").log_prob
@@ -136,7 +137,8 @@ def test_lower_precisions_at_the_edges_of_the_contract(precision: str) -> None:
     mu[40:] = torch.nan
     args = (mu, case.logvar, weights)
     want = run(replace(case, log_weights=weights, exclude=exclude).to(torch.float64), "reference")
-    allowed = product_band(replace(case, mu=case.mu[:40], logvar=case.logvar[:40], log_weights=weights[:40]).to(torch.float64), precision)  # fmt: skip
+    there = replace(case, mu=case.mu[:40], logvar=case.logvar[:40], log_weights=weights[:40])
+    allowed = product_band(there.to(torch.float64), precision)
     leaves = [v.clone().requires_grad_() for v in (case.z, *args)]
     log_prob = fastvae.mixture_log_prob(*leaves, exclude=exclude, precision=precision, impl="triton")
     grads = torch.autograd.grad(log_prob, leaves, case.grad)

@@ -7,6 +7,7 @@ to one folder: a log for each stage, its files, and gpu.json and gpu.md with wha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -64,13 +65,11 @@ def _chosen(only: str) -> list[Any]:
 def _machine() -> dict[str, str]:
     """What ran: device, driver, versions, commit."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "device": "none", "triton": "none"}
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found["triton"] = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        pass
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found["device"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors"  # fmt: skip
+        gpu = torch.cuda.get_device_properties(0)
+        found["device"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors"
     for name, command in (
         ("driver", ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         ("commit", ["git", "describe", "--always", "--dirty"]),

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,12 @@ class Measurement:
         yield "tf32 rate", lambda: ceilings.tf32_rate(self.clock, self.device, 64 if self.dry else 8192)
         yield "copy rate", lambda: ceilings.copy_rate(self.clock, self.device, 1 << (10 if self.dry else 29))
         for precision in PRECISIONS:
-            yield f"error {precision}", lambda p=precision: self.error(p)
-            yield f"forward {precision}", lambda p=precision: self.median(self.ours(p, backward=False))
-            yield f"both {precision}", lambda p=precision: self.median(self.ours(p, backward=True))
+            yield f"error {precision}", partial(self.error, precision)
+            yield f"forward {precision}", partial(self.ours, precision, backward=False)
+            yield f"both {precision}", partial(self.ours, precision, backward=True)
         for name, setting in (("expansion", "highest"), ("expansion tf32", "high")):
-            yield f"forward {name}", lambda s=setting: self.theirs(s, backward=False)
-            yield f"both {name}", lambda s=setting: self.theirs(s, backward=True)
+            yield f"forward {name}", partial(self.theirs, setting, backward=False)
+            yield f"both {name}", partial(self.theirs, setting, backward=True)
         yield "rsample", lambda: self.median(self.sampler())
         yield "peak memory", self.peak_memory
         if not self.dry:
@@ -67,13 +68,14 @@ class Measurement:
         data = diffuse(*shape).to(self.device)
         return [t.requires_grad_(leaves) for t in (data.z, data.mu, data.logvar, data.log_weights)]
 
-    def ours(self, precision: str, backward: bool) -> Run:
+    def ours(self, precision: str, backward: bool) -> float:
+        """The density by Triton."""
         arguments = self.arguments(self.large, backward)
 
         def density(*given: Tensor) -> Tensor:
             return fastvae.mixture_log_prob(*given, precision=precision, impl="triton")
 
-        return self.work(density, arguments)
+        return self.median(self.work(density, arguments))
 
     def work(self, density: Callable[..., Tensor], arguments: list[Tensor]) -> Run:
         if not arguments[0].requires_grad:

@@ -41,11 +41,14 @@ class Target:
         return self.written(value), MET if (value <= self.bound if self.at_most else value >= self.bound) else MISSED
 
 
-def _faster(ours: str, theirs: str) -> tuple[tuple[str, str], Callable[[Figures], float]]:
+Made = tuple[tuple[str, str], Callable[[Figures], float]]
+
+
+def _faster(ours: str, theirs: str) -> Made:
     return (ours, theirs), lambda figures: figures[theirs] / figures[ours]
 
 
-def _share(ours: str, amount: float, rate: str, parts: float = 1.0) -> tuple[tuple[str, str], Callable[[Figures], float]]:
+def _share(ours: str, amount: float, rate: str, parts: float = 1.0) -> Made:
     """amount / seconds as a fraction of rate / parts."""
     return (ours, rate), lambda figures: amount / figures[ours] / (figures[rate] / parts)
 
@@ -56,7 +59,8 @@ FORWARD = f"forward, ({M}, {K}, {D})"
 BOTH = f"forward + backward, ({M}, {K}, {D})"
 
 TARGETS = (
-    Target(f"{FORWARD}, high", "2.5 x the compiled expansion in fp32", *_faster("forward high", "forward expansion"), 2.5),
+    Target(f"{FORWARD}, high", "2.5 x the compiled expansion in fp32",
+           *_faster("forward high", "forward expansion"), 2.5),
     Target(f"{FORWARD}, high", "half of a third of the measured TF32 rate",
            *_share("forward high", 4 * PAIRS * D, "tf32 rate", 3), 0.5, written=words.percent),
     Target(f"{FORWARD}, medium", "2.5 x the compiled expansion in TF32",

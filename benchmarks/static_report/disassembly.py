@@ -69,8 +69,9 @@ def read(kernel: Kernel) -> Code:
         usage, listing = _run("-res-usage", path), _run("-sass", path)
     found = {match[1]: [int(n) for n in match.groups()[1:]] for match in _USAGE.finditer(usage)}
     name = kernel.function or next(iter(found), None)
-    if name not in found or (kernel.function is None and len(found) != 1):
-        raise ConfigError(f"{kernel.name}: the machine code should hold one kernel, it has {', '.join(found) or 'none'}")
+    if name is None or name not in found or (kernel.function is None and len(found) != 1):
+        held = ", ".join(found) or "none"
+        raise ConfigError(f"{kernel.name}: the machine code should hold one kernel, it has {held}")
     registers, stack, _, local = found[name]
     opcodes = _INSTRUCTION.findall(_of_function(listing, name))
     if not opcodes:

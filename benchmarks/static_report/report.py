@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,12 +43,7 @@ def describe(families: Sequence[str], arches: Sequence[str], match: str = "") ->
         pattern = re.compile(match)
     except re.error as error:
         raise ConfigError(f"--match {match}: not a regular expression ({error})") from None
-    found = [
-        entry(kernel)
-        for arch in arches
-        for family in chosen
-        for kernel in family.kernels(int(arch), pattern)
-    ]
+    found = [entry(kernel) for arch in arches for family in chosen for kernel in family.kernels(int(arch), pattern)]
     return {"versions": _versions(), "kernels": found}
 
 
@@ -82,11 +78,9 @@ def entry(kernel: Kernel) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"torch": torch.__version__}
-    try:
+    versions = {"torch": str(torch.__version__)}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["triton"] = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        pass
     return versions
 
 

@@ -30,7 +30,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for arch, match in (("90", "general|^gaussian"), ("80", large), ("100", large)):
         command = [sys.executable, "-m", "benchmarks.static_report", "--family", "triton", "--arch", arch]
         command += ["--match", match, "--out", str(folder / f"{arch}.json")]
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **output))
     for process in running:
         told, _ = process.communicate(timeout=900)
         assert process.returncode == 0, told.decode()
@@ -40,9 +41,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def of(kernels: list[dict[str, Any]], *parts: str, arch: int | None = None) -> list[dict[str, Any]]:
     """The kernels whose name and case hold all parts; at least one."""
     found = [
-        k
-        for k in kernels
-        if all(part in f"{k['kernel']}, {k['case']}" for part in parts) and arch in (None, k["arch"])
+        k for k in kernels if all(part in f"{k['kernel']}, {k['case']}" for part in parts) and arch in (None, k["arch"])
     ]
     assert found, parts
     return found
@@ -62,7 +61,8 @@ def test_lower_precisions_use_the_tensor_cores(kernels: list[dict[str, Any]], ar
         assert set(k["matrix"]) == {instruction}, (k["kernel"], k["case"])
     for k in of(kernels, "difference.", arch=arch):
         assert not k["matrix"], (k["kernel"], k["case"])
-    assert {k["kernel"] for k in of(kernels, "product.", arch=arch)} == {"product.forward_kernel", "product.parameters_kernel"}  # fmt: skip
+    both = {"product.forward_kernel", "product.parameters_kernel"}
+    assert {k["kernel"] for k in of(kernels, "product.", arch=arch)} == both
 
 
 def test_wgmma_for_every_lower_precision(kernels: list[dict[str, Any]]) -> None:

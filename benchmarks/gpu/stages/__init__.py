@@ -11,4 +11,5 @@ from ..stage import Stage
 def all_stages() -> list[Stage]:
     """Every stage of this folder, in order."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return sorted((importlib.import_module(f"{__name__}.{name}").STAGE for name in names), key=lambda stage: stage.order)
+    stages = [importlib.import_module(f"{__name__}.{name}").STAGE for name in names]
+    return sorted(stages, key=lambda stage: stage.order)

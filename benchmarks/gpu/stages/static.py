@@ -1,4 +1,4 @@
-"""What the compiler on this machine makes of the kernels: another version of Triton than the one they were made with."""
+"""What the compiler on this machine makes of the kernels, maybe another version than that they were made with."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -106,13 +107,11 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             rest = (_empty(M, D), _empty(K, D), logvar, None, None)
             given = (_empty(M), _empty(M), *rest)
             case = f"{precision}, {'shared variance' if shared else 'general'}"
-            yield f"{case}, forward", lambda p=precision, r=rest: mixture.mixture_log_prob(p, *r)
-            yield f"{case}, score", lambda p=precision, r=rest: mixture.mixture_log_prob_and_score(p, *r)
+            yield f"{case}, forward", partial(mixture.mixture_log_prob, precision, *rest)
+            yield f"{case}, score", partial(mixture.mixture_log_prob_and_score, precision, *rest)
             if not shared:
-                yield (
-                    f"{case}, backward",
-                    lambda p=precision, g=given: mixture.mixture_log_prob_backward(p, *g, False, False, True, True, True),
-                )
+                backward = partial(mixture.mixture_log_prob_backward, precision, *given)
+                yield f"{case}, backward", partial(backward, False, False, True, True, True)
     mu, seed = _empty(*GAUSSIAN), torch.empty(1, dtype=torch.int64, device="meta")
     per_row = _empty(GAUSSIAN[0])
     yield "forward", lambda: gaussian.gaussian_rsample(mu, mu, seed, 1)
@@ -125,7 +124,9 @@ def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
     """Each kernel of each call, once."""
     seen = set()
     for case, call in calls():
-        for launch in launches(call):
+        with patch.object(triton_kernels.load("tiles"), "capability", lambda device: arch):
+            recorded = launches(call)
+        for launch in recorded:
             module = launch.kernel.fn.__module__.rpartition(".")[2]
             name = f"{module}.{launch.kernel.fn.__name__}"
             if not wanted.search(f"{name}, {case}"):
