@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import lowest
-from .logsumexp import absorb, any_at_least, column, score_matters
+from .logsumexp import absorb, any_at_least, column, responsibility, score_matters
 
 UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
 
@@ -130,7 +130,7 @@ def parameters_kernel(
         if not DENSE:
             matters = any_at_least(x, limit)
         if matters:
-            w = tl.load(grad + rows, rows < M, 0.0)[None, :] * tl.exp(x)
+            w = tl.load(grad + rows, rows < M, 0.0)[None, :] * responsibility(x)
             sum0 += tl.sum(w, 1)
             if NEED_S1:
                 first = tl.program_id(2) * DIMS

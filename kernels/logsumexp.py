@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-LOG_2_64 = tl.constexpr(64.0)  # where the bound on log t below touches it, t^2 = 64
+TOUCHES = tl.constexpr(64.0)  # the t^2 at which the bound on log t below is log t
 REACH_CONSTANT = tl.constexpr(0.5 * (4.1588830833596715 - 1.0))  # (log 64 - 1) / 2
 
 
@@ -18,6 +18,13 @@ def absorb(top, total, a):
     shrink = tl.exp(top - new_top)
     p = tl.exp(a - new_top[:, None])
     return new_top, total * shrink + tl.sum(p, 1), shrink, p
+
+
+@triton.jit
+def responsibility(x):
+    """exp(x), 0 where that is no normal number."""
+    least: tl.constexpr = -708.0 if x.dtype == tl.float64 else -87.0
+    return tl.where(x < least, 0.0, tl.exp(x))
 
 
 @triton.jit
@@ -37,7 +44,7 @@ def score_matters(a, reach, limit):
 
     a (1 - 1 / 64) + reach bounds a + log(steepness t).
     """
-    return any_at_least(a * (1.0 - 1.0 / LOG_2_64) + reach[None, :], limit[:, None])
+    return any_at_least(a * (1.0 - 1.0 / TOUCHES) + reach[None, :], limit[:, None])
 
 
 @triton.jit

@@ -306,5 +306,4 @@ def mixture_log_prob_backward(
         _parameters(grad, log_prob, z, mu, logvar, log_weights, exclude, precision, dense, dmu, dlogvar, dlog_weights)
     if dlogvar is not None and len(logvar) != K:
         dlogvar = dlogvar.sum(0, keepdim=True)
-    nothing = z.new_empty(0)
-    return dz, *(nothing if d is None else d for d in (dmu, dlogvar, dlog_weights))
+    return dz, *(z.new_empty(0) if d is None else d for d in (dmu, dlogvar, dlog_weights))

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp, lowest, round_to_tf32
-from .logsumexp import absorb, any_at_least, score_matters
+from .logsumexp import absorb, any_at_least, responsibility, score_matters
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def parameters_kernel(
         if not DENSE:
             matters = any_at_least(x, limit)
         if matters:
-            w = tl.load(grad + rows, rows < M, 0.0)[None, :] * tl.exp(x)
+            w = tl.load(grad + rows, rows < M, 0.0)[None, :] * responsibility(x)
             sum0 += tl.sum(w, 1)
             if NEED_S1:
                 sum1 = _weighted_features(w, x_high_t, x_low_t, dims, inside, rows, M_PADDED, sum1, PARTS)
