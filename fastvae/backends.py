@@ -64,6 +64,11 @@ def choose(impl: str | None, device: torch.device) -> str:
     return impl
 
 
+@torch.compiler.assume_constant_result  # a graph is compiled for the setting of its first call
+def _precision_of_torch() -> str:
+    return torch.get_float32_matmul_precision()
+
+
 def at_precision(backend: str, precision: str | None, dtype: torch.dtype) -> str:
     """The operators of a backend that compute with `precision`, None being PyTorch's own setting.
 
@@ -71,7 +76,7 @@ def at_precision(backend: str, precision: str | None, dtype: torch.dtype) -> str
     """
     if backend != "triton" or dtype != torch.float32:
         return backend
-    precision = precision or torch.get_float32_matmul_precision()
+    precision = precision or _precision_of_torch()
     return backend if precision == "highest" else f"{backend}-{precision}"
 
 
