@@ -86,8 +86,8 @@ def forward_kernel(
                 mp, sp = of_mu + at * K_PADDED, of_s + at * K_PADDED
                 for d in range(first, tl.minimum(first + DIMS, D)):
                     sd = tl.load(sp)
-                    u = tl.load(zp) - tl.load(mp)
-                    score = column(score, dims, d, tl.sum(p * (u * sd * sd), 1))
+                    t = (tl.load(zp) - tl.load(mp)) * sd
+                    score = column(score, dims, d, tl.sum(p * t * sd, 1))  # in this order: t s may be no float32
                     zp += M_PADDED
                     mp += K_PADDED
                     sp += K_PADDED

@@ -45,16 +45,23 @@ def test_variables_are_set_and_unset(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("FASTVAE_ONE", "1")
     script = "import os; print(os.environ.get('FASTVAE_ONE'), os.environ.get('FASTVAE_TWO'))"
     given = {"FASTVAE_ONE": None, "FASTVAE_TWO": "2"}
-    assert run(stage("s", script, seconds=10, variables=lambda context: given), Context(tmp_path, True)).detail == "None 2"
+    assert (
+        run(stage("s", script, seconds=10, variables=lambda context: given), Context(tmp_path, True)).detail == "None 2"
+    )
 
 
-def test_a_dry_run_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One stage fails, the next runs; the summary has both, and the command says that one failed."""
     stages = [stage("first", "raise SystemExit('broken')", seconds=10), stage("second", "print('fine')", seconds=10)]
     monkeypatch.setattr("benchmarks.gpu.__main__.all_stages", lambda: stages)
     assert main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert found["dry"] and [(s["name"], s["status"]) for s in found["stages"]] == [("first", FAILED), ("second", PASSED)]
+    assert found["dry"] and [(s["name"], s["status"]) for s in found["stages"]] == [
+        ("first", FAILED),
+        ("second", PASSED),
+    ]
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert page.startswith("# A dry run, without a GPU") and "| first | failed |" in page and "broken" in page
     assert main(["--dry-run", "--only", "second", "--out", str(tmp_path / "out")]) == 0
