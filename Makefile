@@ -1,10 +1,11 @@
 # make demo, make test and make lint set up what they need in .venv; PYTHON and TORCH may be overridden.
+# make gpu takes what is there.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint bench dist clean
+.PHONY: demo test lint bench gpu dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
@@ -25,6 +26,10 @@ bench: .venv/ready
 	$(BIN)/python examples/score_groups.py --record benchmarks/results/groups.json
 	for part in estimators refresh memory; do $(BIN)/python -m benchmarks.bounds $$part || exit 1; done
 	$(BIN)/python -m benchmarks.tables
+
+# on a bare machine with PyTorch, Triton, nvcc, ninja and a GPU, without network; `make gpu DRY=1` where there is no GPU
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(or $(OUT),benchmarks/results/gpu) $(if $(DRY),--dry-run)
 
 dist: .venv/ready
 	$(BIN)/python -m build --no-isolation

@@ -20,7 +20,8 @@ from typing import Any
 from fastvae.app.atomic import whole_file
 from fastvae.app.errors import AppError, ConfigError
 
-from . import cuda_static, words
+from . import cuda_static, precision, words
+from .gpu import targets as gpu_targets
 from .ratios import (
     OURS,
     Result,
@@ -32,6 +33,7 @@ from .ratios import (
 )
 from .record import Record, read_record
 from .report import target_table
+from .static_report import report as static_report
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
@@ -302,6 +304,29 @@ def bounds_memory(results: Results) -> str:
         for row in results.read("bounds-memory.json")["rows"]
     ]
     return words.markdown(["K", "encoded", "peak of the process"], rows, left=2)
+
+
+@table("triton-precision", "triton-precision.json")
+def triton_precision(results: Results) -> str:
+    """What each precision of the Triton kernels loses."""
+    return precision.markdown(results.read("triton-precision.json"))
+
+
+@table("triton-static", "triton-static.json")
+def triton_static(results: Results) -> str:
+    """The large Triton kernels' machine code on each architecture."""
+    kernels = results.read("triton-static.json")["kernels"]
+    return static_report.markdown([k for k in kernels if not k["kernel"].startswith(("packing", "merge"))])
+
+
+@table("triton-targets", "*")  # also where nothing is recorded, which is what it then says
+def triton_targets(results: Results) -> str:
+    """The targets on an H200: met, missed, or never run."""
+    recorded = results.folder / "gpu" / "measure.json"
+    if not recorded.is_file():
+        return gpu_targets.table({})
+    found = results.read("gpu/measure.json")
+    return gpu_targets.table({} if found["dry"] else found["figures"])
 
 
 def render(name: str, results: Results) -> str:

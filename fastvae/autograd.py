@@ -56,6 +56,7 @@ class MixtureLogProb(torch.autograd.Function):
     """(log p(z) [M], score [M, D]); the score is empty unless it was asked for, and is never differentiable.
 
     The score is dl/dz.  Where z alone needs a gradient, forward computes it on the way and backward is one product.
+    With Triton so it is wherever z needs one: its kernels compute the gradients of z and of the parameters apart.
     """
 
     @staticmethod
@@ -72,7 +73,8 @@ class MixtureLogProb(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         op = operators[backend]
         need_z, *need_parameters = ctx.needs_input_grad[:4]
-        if with_score or (need_z and not any(need_parameters)):
+        apart = backend.startswith("triton") or not any(need_parameters)
+        if with_score or (need_z and apart):
             log_prob, score = op.mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude)
         else:
             log_prob, score = op.mixture_log_prob(z, mu, logvar, log_weights, exclude), z.new_empty(0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
 import torch
 
-from fastvae import ops  # noqa: F401  the schemas, before the kernels that implement them
+from fastvae import ops, triton_kernels  # noqa: F401  the schemas, before the kernels that implement them
 
 IMPLS = ("reference", "composite", "cpu", "triton", "cuda")
 _EXTENSION = Path(__file__).parent / "_C.abi3.so"
@@ -51,7 +52,8 @@ def choose(impl: str | None, device: torch.device) -> str:
     any other  "composite"
     =========  ==========================================
 
-    "cuda" has never run on a GPU, and what has not is never the default on one.
+    "triton" has only run in Triton's interpreter and "cuda" only emulated; what was never run on a GPU is never the
+    default on one.
 
     Raises:
         ValueError: no backend has that name, or it does not run on that device.
@@ -61,8 +63,8 @@ def choose(impl: str | None, device: torch.device) -> str:
         return "cpu" if device.type == "cpu" and _missing is None else "composite"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))} or None, not {impl!r}")
-    if impl == "triton":
-        raise RuntimeError(f"impl={impl!r} is not part of this version of fastvae; impl='composite' runs on {device}")
+    if impl == "triton" and (why := triton_kernels.missing(device)) is not None:
+        raise RuntimeError(f"impl='triton' cannot run: {why}; impl='composite' runs on {device}")
     if impl == "cuda":
         if (why := _missing_cuda()) is not None:
             raise RuntimeError(f"impl='cuda' cannot run: {why}; {_BUILD_CUDA}; impl='composite' runs on {device}")
@@ -78,6 +80,22 @@ def choose(impl: str | None, device: torch.device) -> str:
     return impl
 
 
+@torch.compiler.assume_constant_result  # a graph is compiled for the setting of its first call
+def _precision_of_torch() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+def at_precision(backend: str, precision: str | None, dtype: torch.dtype) -> str:
+    """The operators of a backend that compute with `precision`, None being PyTorch's own setting.
+
+    Triton alone has others than the "highest", and these for float32.
+    """
+    if backend != "triton" or dtype != torch.float32:
+        return backend
+    precision = precision or _precision_of_torch()
+    return backend if precision == "highest" else f"{backend}-{precision}"
+
+
 class Info(dict[str, str]):
     """What is built and what runs where; printed, a table."""
 
@@ -90,6 +108,13 @@ def _cuda() -> str:
     if (why := _missing_cuda()) is not None:
         return f"missing: {why}; {_BUILD_CUDA}"
     return "impl='cuda' on request; it has only been emulated on a CPU, never run on a GPU"
+
+
+def _triton() -> str:
+    if (why := triton_kernels.missing(torch.device("cuda"))) is not None:
+        return f"missing: {why}"
+    version = importlib.metadata.version("triton")
+    return f"impl='triton' on request, Triton {version}; it has only run in Triton's interpreter, never on a GPU"
 
 
 def info() -> Info:
@@ -111,7 +136,7 @@ def info() -> Info:
             "extension": "built" if _missing is None else "missing",
             "on cpu": cpu,
             "on other devices": f"{composite}; never run on a GPU",
-            "triton": "not part of this version",
+            "triton": _triton(),
             "cuda": _cuda(),
             "FASTVAE_CPU_ISA": os.environ.get("FASTVAE_CPU_ISA", "not set"),
         }

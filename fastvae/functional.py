@@ -46,9 +46,10 @@ def mixture_log_prob(
             All that a row leaves out is less than a rounding, so the gradient in z stays what it is; a parameter
             that no row uses gets exactly 0 where dense arithmetic gives about 1e-12.
         precision: "highest", "high" or "medium": how inexact tensor cores may be; None follows
-            `torch.get_float32_matmul_precision()`.  The backends of this version always compute the difference form,
-            which is "highest".
-        impl: "cpu", "cuda", "composite", "reference", or None to choose by device, see :func:`fastvae.backends.choose`.
+            `torch.get_float32_matmul_precision()`.  "highest" is the difference form, which all backends compute;
+            "triton" alone has the others, whose errors docs/triton-kernels.md tells.
+        impl: "cpu", "triton", "cuda", "composite", "reference", or None to choose by device, see
+            :func:`fastvae.backends.choose`.
 
     Returns:
         [...], nats; float64 if any argument is, else float32.  -inf where no component is left.
@@ -69,6 +70,7 @@ def mixture_log_prob(
     backend = backends.choose(impl, z.device)
     if backend == "reference":
         return reference.mixture_log_prob(z, mu, logvar, log_weights, exclude=exclude)
+    backend = backends.at_precision(backend, precision, z.dtype)
     rows = _flat(z, mu, logvar, log_weights, exclude)
     log_prob, _ = MixtureLogProb.apply(*rows, dense_backward, False, backend)
     return _shaped(log_prob, z.shape[:-1])
@@ -102,6 +104,7 @@ def mixture_log_prob_and_score(
     backend = backends.choose(impl, z.device)
     if backend == "reference":
         return reference.mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude=exclude)
+    backend = backends.at_precision(backend, precision, z.dtype)
     rows = _flat(z, mu, logvar, log_weights, exclude)
     log_prob, score = MixtureLogProb.apply(*rows, dense_backward, True, backend)
     return _shaped(log_prob, z.shape[:-1]), _shaped(score, z.shape)
@@ -128,7 +131,7 @@ def gaussian_rsample(
         generator: where the seed comes from; None means the device's default generator.
         path_derivative: let the gradient of log_q flow through z alone, not through the parameters of q ("sticking
             the landing": Roeder et al. 2017).  The values are the same.
-        impl: "cpu", "cuda", "composite", "reference", or None to choose by device.
+        impl: "cpu", "triton", "cuda", "composite", "reference", or None to choose by device.
 
     Returns:
         (z, log_q): z [S, ..., D] or [..., D] in the dtype of the input; log_q = log q(z | x), [S, ...] or [...],
@@ -168,7 +171,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tenso
     Args:
         mu: [..., D], the means.
         logvar: broadcastable to [..., D], the log variances.
-        impl: "cpu", "cuda", "composite", "reference", or None to choose by device.
+        impl: "cpu", "triton", "cuda", "composite", "reference", or None to choose by device.
 
     Returns:
         [...], nats; float64 if an argument is, else float32.

@@ -1,7 +1,8 @@
 """The registered operators: schemas, fakes and handles.
 
 Each backend has the same seven operators under a prefix of its own: `fastvae::mixture_log_prob` is dispatched by
-device to the compiled kernels, `fastvae::composite_mixture_log_prob` is plain PyTorch.  They take checked input:
+device to the compiled kernels, `fastvae::composite_mixture_log_prob` is plain PyTorch, `fastvae::triton_...` Triton,
+which has the three of the mixture once more for each lower precision.  They take checked input:
 contiguous, of one floating dtype, rows flattened to z [M, D]; logvar is [K, D], or [1, D] where all share it.
 
 A gradient that was not asked for comes back with no elements, because an operator's arity is fixed.
@@ -9,12 +10,13 @@ A gradient that was not asked for comes back with no elements, because an operat
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvae import composite
+from fastvae import composite, triton_kernels
 
 _MIXTURE = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_weights, Tensor? exclude"
 _SCHEMAS = {
@@ -84,17 +86,28 @@ class Operators(NamedTuple):
 _library = torch.library.Library("fastvae", "DEF")
 
 
-def _define(prefix: str) -> Operators:
-    for name, schema in _SCHEMAS.items():
-        _library.define(f"{prefix}{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+def _define(prefix: str, names: Iterable[str] = tuple(_SCHEMAS)) -> dict[str, torch._ops.OpOverload]:
+    for name in names:
+        _library.define(f"{prefix}{name}{_SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastvae::{prefix}{name}", globals()[f"_{name}"], lib=_library)
-    return Operators(*(getattr(torch.ops.fastvae, prefix + name).default for name in Operators._fields))
+    return {name: getattr(torch.ops.fastvae, prefix + name).default for name in names}
 
 
 _library.define("cpu_isa() -> str")
-native = _define("")
-plain = _define("composite_")
+native = Operators(**_define(""))
+plain = Operators(**_define("composite_"))
+triton = Operators(**_define("triton_"))
 for _name in _SCHEMAS:
     _library.impl(f"composite_{_name}", getattr(composite, _name), "CompositeExplicitAutograd")
+    if _name.startswith("gaussian"):
+        _library.impl(f"triton_{_name}", triton_kernels.launcher("gaussian", _name), "CompositeExplicitAutograd")
 
-operators = {"cpu": native, "cuda": native, "composite": plain}
+operators = {"cpu": native, "cuda": native, "composite": plain, "triton": triton}
+_MIXTURE_NAMES = [name for name in _SCHEMAS if name.startswith("mixture")]
+for _precision in ("highest", "high", "medium"):
+    _prefix = "triton_" if _precision == "highest" else f"triton_{_precision}_"
+    if _precision != "highest":
+        operators[f"triton-{_precision}"] = triton._replace(**_define(_prefix, _MIXTURE_NAMES))
+    for _name in _MIXTURE_NAMES:
+        _implementation = triton_kernels.launcher("mixture", _name, _precision)
+        _library.impl(f"{_prefix}{_name}", _implementation, "CompositeExplicitAutograd")

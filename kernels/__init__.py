@@ -1,1 +1,4 @@
-"""The Triton kernels' place, installed as `fastvae.kernels`; this version has none."""
+"""The Triton kernels, installed as `fastvae.kernels`: imported only where `impl="triton"` runs them.
+
+Where they can run is told by `fastvae.info()`; docs/triton-kernels.md says how they work.
+"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
@@ -12,11 +13,17 @@ import emulation
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton decides when it decorates the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from fast_interpreter import patch_once
+from on_gpu import through_gpu
+
 import fastvae
-from fastvae import backends, ops
+from fastvae import backends, ops, triton_kernels
 
 ISAS = ("baseline", "avx2", "avx512")
-BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS), "cuda-emulated")
+BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS), "triton", "cuda-emulated")
 LEVEL = {"avx2": 1, "avx512": 2}
 
 
@@ -46,6 +53,29 @@ def cuda_on_the_cpu(choose: Callable[..., str]) -> Callable[..., str]:
     return lambda impl, device: "cuda" if impl == "cuda" else choose(impl, device)
 
 
+def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tiles, so that small shapes straddle them; on the GPU if there is one, else interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if not triton_kernels.load("launch").INTERPRETED:
+        for name in ("triton", "triton-high", "triton-medium"):
+            monkeypatch.setitem(ops.operators, name, through_gpu(ops.operators[name]))
+        monkeypatch.setattr(triton_kernels, "missing", lambda device: None)
+        return
+    patch_once(monkeypatch)
+    monkeypatch.setattr(triton_kernels.load("gaussian"), "ELEMENTS", 2**14)  # an interpreter likes large tiles
+    tiles = triton_kernels.load("tiles")
+    monkeypatch.setattr(tiles, "PROGRAMS", 4)
+    real = tiles.tile_for
+    small = {"forward": (16, 64), "score": (16, 64), "parameters": (64, 16)}
+
+    def tile_for(kind: str, precision: str, D: int, arch: int):
+        rows, columns = small[kind]
+        return real(kind, precision, D, arch)._replace(rows=rows, columns=columns)
+
+    monkeypatch.setattr(tiles, "tile_for", tile_for)
+
+
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make `name` (composite, cpu-avx2, cuda-emulated, ...) the one that runs; its `impl`."""
     impl, _, isa = name.partition("-")
@@ -53,6 +83,8 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         require_cpu()  # who has no C++ compiler has no emulation either
         monkeypatch.setitem(ops.operators, "cuda", emulated_cuda())
         monkeypatch.setattr(backends, "choose", cuda_on_the_cpu(backends.choose))
+    if impl == "triton":
+        use_triton(monkeypatch)
     if impl == "cpu":
         require_cpu()
         if machine_level() < LEVEL.get(isa, 0):
@@ -68,11 +100,13 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return use_backend(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["composite", "cpu"])
-def each_impl(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["composite", "cpu", "triton"])
+def each_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend once, the compiled one with the instruction set it chooses by itself."""
     if request.param == "cpu":
         require_cpu()
+    if request.param == "triton":
+        use_triton(monkeypatch)
     return request.param
 
 

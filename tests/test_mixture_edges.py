@@ -151,10 +151,12 @@ def test_the_same_bits_run_to_run_and_for_any_number_of_threads(impl: str) -> No
         diffuse_case(300, 1500, 20),
         diffuse_case(900, 90, 30),
     ]
+    if impl == "triton":  # has no threads, and interpreted takes minutes for the large ones
+        del cases[1:]
     try:
         for case in cases:
             results = []
-            for n in (threads, threads) if impl == "composite" else (1, 1, 2, 3, 5):
+            for n in (1, 1, 2, 3, 5) if impl == "cpu" else (threads, threads):
                 torch.set_num_threads(n)
                 score = fastvae.mixture_log_prob_and_score(case.z, case.mu, case.logvar, case.log_weights, impl=impl)
                 results.append((*run(case, impl), *score))

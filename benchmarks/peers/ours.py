@@ -1,4 +1,4 @@
-"""fastvae itself: as it comes, each instruction set by name, without skipping, and in plain PyTorch."""
+"""fastvae itself: as it comes, each instruction set by name, without skipping, in plain PyTorch, and in Triton."""
 
 from __future__ import annotations
 
@@ -18,5 +18,15 @@ PEERS = (
     _fastvae,
     replace(_variant, name="fastvae-dense", log_prob=partial(fastvae.mixture_log_prob, dense_backward=True)),
     replace(_variant, name="fastvae-composite", log_prob=partial(fastvae.mixture_log_prob, impl="composite")),
+    *(
+        replace(
+            _variant,
+            name=f"fastvae-triton-{precision}",
+            log_prob=partial(fastvae.mixture_log_prob, impl="triton", precision=precision),
+            needs=("triton",),
+            allowed_error=error,
+        )
+        for precision, error in (("highest", 1e-3), ("high", 1e-2), ("medium", 1.0))
+    ),
     *(replace(_variant, name=f"fastvae-{isa}", devices=("cpu",), environment={"FASTVAE_CPU_ISA": isa}) for isa in ISAS),
 )

@@ -1,0 +1,84 @@
+"""What the Triton kernels are to reach on an H200, and whether figures show it: met, missed, or never run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .. import words
+
+MET, MISSED, NEVER_RUN = "met", "missed", "never run"
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the table.
+
+    Attributes:
+        work: what is done.
+        bar: what it is to reach, in words.
+        needs: the figures it is made from.
+        value: the quantity, of those figures.
+        bound: what that has to reach.
+        at_most: bound is the most it may be, not the least.
+        written: the quantity in words.
+    """
+
+    work: str
+    bar: str
+    needs: tuple[str, ...]
+    value: Callable[[Figures], float]
+    bound: float
+    at_most: bool = False
+    written: Callable[[float], str] = words.ratio
+
+    def verdict(self, figures: Figures) -> tuple[str, str]:
+        """(the quantity in words, MET, MISSED or NEVER_RUN)."""
+        if any(name not in figures for name in self.needs):
+            return words.NOTHING, NEVER_RUN
+        value = self.value(figures)
+        return self.written(value), MET if (value <= self.bound if self.at_most else value >= self.bound) else MISSED
+
+
+Made = tuple[tuple[str, str], Callable[[Figures], float]]
+
+
+def _faster(ours: str, theirs: str) -> Made:
+    return (ours, theirs), lambda figures: figures[theirs] / figures[ours]
+
+
+def _share(ours: str, amount: float, rate: str, parts: float = 1.0) -> Made:
+    """amount / seconds as a fraction of rate / parts."""
+    return (ours, rate), lambda figures: amount / figures[ours] / (figures[rate] / parts)
+
+
+M, K, D = 4096, 50_000, 64
+PAIRS = M * K
+FORWARD = f"forward, ({M}, {K}, {D})"
+BOTH = f"forward + backward, ({M}, {K}, {D})"
+
+TARGETS = (
+    Target(f"{FORWARD}, high", "2.5 x the compiled expansion in fp32",
+           *_faster("forward high", "forward expansion"), 2.5),
+    Target(f"{FORWARD}, high", "half of a third of the measured TF32 rate",
+           *_share("forward high", 4 * PAIRS * D, "tf32 rate", 3), 0.5, written=words.percent),
+    Target(f"{FORWARD}, medium", "2.5 x the compiled expansion in TF32",
+           *_faster("forward medium", "forward expansion tf32"), 2.5),
+    Target(f"{FORWARD}, highest", "60 % of the measured fp32 multiply-add rate, at 4 flops an element",
+           *_share("forward highest", 4 * PAIRS * D, "multiply-add rate"), 0.6, written=words.percent),
+    Target(f"{BOTH}, high", "3 x the compiled expansion in fp32", *_faster("both high", "both expansion"), 3.0),
+    Target("peak memory of the forward, (16384, 1000000, 64), high", "2 GB",
+           ("peak memory",), lambda figures: figures["peak memory"], 2e9, at_most=True,
+           written=lambda value: words.size(int(value))),
+    Target("gaussian_rsample, 16384 x 256", "85 % of the measured copy bandwidth",
+           *_share("rsample", 4 * 3 * 16_384 * 256, "copy rate"), 0.85, written=words.percent),
+    Target("forward + backward, (100, 500, 40), in a CUDA graph", "40 us",
+           ("graph",), lambda figures: figures["graph"], 40e-6, at_most=True, written=words.duration),
+)  # fmt: skip
+
+
+def table(figures: Figures) -> str:
+    """All of them as Markdown."""
+    rows = [[target.work, target.bar, *target.verdict(figures)] for target in TARGETS]
+    return words.markdown(["work", "at least (at most)", "measured", ""], rows, left=2)

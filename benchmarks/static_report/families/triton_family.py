@@ -1,0 +1,178 @@
+"""The Triton kernels: exactly what the launchers would launch, recorded on tensors without data, then compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from fastvae import triton_kernels
+
+from ..kernel import Family, Kernel
+
+M, K, D = 4096, 50_000, 64
+GAUSSIAN = (16_384, 256)
+PRECISIONS = ("highest", "high", "medium")
+
+
+class Launch(NamedTuple):
+    """One kernel as it would be launched: its arguments by name, and the compiler's options."""
+
+    kernel: Any  # triton.JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be compiled here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if triton_kernels.load("launch").INTERPRETED:
+        return "TRITON_INTERPRET is set, so Triton would interpret and not compile"
+    return None
+
+
+def launches(call: Callable[[], object]) -> list[Launch]:
+    """What `call` would launch; nothing runs."""
+    import triton
+
+    recorded = []
+
+    def record(kernel: Any, *positional: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, positional, strict=False))
+        arguments |= {name: value for name, value in named.items() if name in kernel.arg_names}
+        options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+        recorded.append(Launch(kernel, arguments, options))
+
+    with patch.object(triton.JITFunction, "run", record):
+        call()
+    return recorded
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    """Types, constants and known divisors of the arguments, as a launch would have them."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        kind, divisible = _kind(value)
+        if parameter.is_constexpr or kind is None:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        signature[parameter.name] = kind
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """The kernel of a launch, compiled ahead of time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(launch.kernel, *specialise(launch))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+_POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
+
+
+def _kind(value: Any) -> tuple[str | None, bool]:
+    """(Triton's type of an argument, whether 16 divides it); the type is None for what becomes a constant."""
+    if value is None or value is True or value is False or (isinstance(value, int) and value == 1):
+        return None, False
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype], True
+    if isinstance(value, int):
+        return ("i32" if value < 2**31 else "i64"), value % 16 == 0
+    return "fp32", False
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kind of call, with the case it stands for."""
+    mixture, gaussian = triton_kernels.load("mixture"), triton_kernels.load("gaussian")
+    for precision in PRECISIONS:
+        for shared in (False, True):
+            logvar = _empty(1 if shared else K, D)
+            rest = (_empty(M, D), _empty(K, D), logvar, None, None)
+            given = (_empty(M), _empty(M), *rest)
+            case = f"{precision}, {'shared variance' if shared else 'general'}"
+            yield f"{case}, forward", partial(mixture.mixture_log_prob, precision, *rest)
+            yield f"{case}, score", partial(mixture.mixture_log_prob_and_score, precision, *rest)
+            if not shared:
+                backward = partial(mixture.mixture_log_prob_backward, precision, *given)
+                yield f"{case}, backward", partial(backward, False, False, True, True, True)
+    mu, seed = _empty(*GAUSSIAN), torch.empty(1, dtype=torch.int64, device="meta")
+    per_row = _empty(GAUSSIAN[0])
+    yield "forward", lambda: gaussian.gaussian_rsample(mu, mu, seed, 1)
+    yield "backward", lambda: gaussian.gaussian_rsample_backward(mu[None], per_row[None], mu, seed, False)
+    yield "forward", lambda: gaussian.gaussian_kl(mu, mu)
+    yield "backward", lambda: gaussian.gaussian_kl_backward(per_row, mu, mu)
+
+
+def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
+    """Each kernel of each call, once."""
+    seen = set()
+    for case, call in calls():
+        with patch.object(triton_kernels.load("tiles"), "capability", lambda device: arch):
+            recorded = launches(call)
+        for launch in recorded:
+            module = launch.kernel.fn.__module__.rpartition(".")[2]
+            name = f"{module}.{launch.kernel.fn.__name__}"
+            if not wanted.search(f"{name}, {case}"):
+                continue
+            signature, constants, attributes = specialise(launch)
+            key = repr((name, signature, constants, attributes, launch.options))
+            if key in seen:
+                continue
+            seen.add(key)
+            compiled = compile_launch(launch, arch)
+            yield Kernel(
+                name,
+                case,
+                arch,
+                compiled.asm["cubin"],
+                32 * compiled.metadata.num_warps,
+                compiled.metadata.shared,
+                work(name, launch.arguments),
+                tensor_cores=module == "product",
+            )
+
+
+def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """What the main kernels do at least; see docs/triton-kernels.md."""
+    module, kernel = name.split(".")
+    if module == "gaussian":
+        rows, dims = GAUSSIAN
+        arrays = {"sample_kernel": 3, "sample_backward_kernel": 4, "kl_kernel": 2, "kl_backward_kernel": 4}[kernel]
+        return {"memory": 4.0 * rows * dims * arrays}
+    if module not in ("difference", "product"):
+        return {}
+    pairs = arguments["M_PADDED"] * arguments["K_PADDED"]
+    score = bool(arguments.get("SCORE"))
+    gradients = 1 + score if kernel == "forward_kernel" else 1 + arguments["NEED_S1"] + arguments["NEED_S2"]
+    tensors = {id(v): v for v in arguments.values() if isinstance(v, Tensor)}
+    counted = {
+        "exp2": float(pairs),
+        "memory": float(sum(v.numel() * v.element_size() for v in tensors.values())),
+    }
+    if module == "difference":
+        # a subtraction, a product and a multiply-add; as much for the score; for S1 two of these, and two more for S2
+        slots = 3 + (3 * score if kernel == "forward_kernel" else 2 * (gradients - 1))
+        return counted | {"fp32": float(pairs * arguments["D"] * slots)}
+    products = 3 if arguments["PARTS"] == 2 else 1
+    second = arguments["F"] * score if kernel == "forward_kernel" else arguments["D_PADDED"] * (gradients - 1)
+    return counted | {"tf32": 2.0 * pairs * (arguments["F"] + second) * products}
+
+
+FAMILY = Family("triton", missing, kernels)

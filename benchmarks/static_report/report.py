@@ -1,0 +1,112 @@
+"""The report itself: what is found, as numbers and as a Markdown table."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastvae.app.errors import ConfigError
+
+from .. import words
+from . import disassembly, limits
+from .families import all_families
+from .kernel import Kernel
+
+
+def describe(families: Sequence[str], arches: Sequence[str], match: str = "") -> dict[str, Any]:
+    """Compile and read everything.
+
+    Args:
+        families: names; none means all that can be compiled here.
+        arches: "80", "90", "100".
+        match: a regular expression; only kernels whose "name, case" it finds are compiled.
+
+    Raises:
+        ConfigError: a name is unknown, or a family that was named cannot be compiled here.
+    """
+    known = all_families()
+    for name in families:
+        if name not in known:
+            raise ConfigError(f"--family {name}: the families are {', '.join(known)}")
+        if why := known[name].missing():
+            raise ConfigError(f"--family {name}: {why}")
+    for arch in arches:
+        if arch not in map(str, limits.MULTIPROCESSOR):
+            raise ConfigError(f"--arch {arch}: should be of {', '.join(map(str, limits.MULTIPROCESSOR))}")
+    chosen = [known[name] for name in families] or [f for f in known.values() if f.missing() is None]
+    try:
+        pattern = re.compile(match)
+    except re.error as error:
+        raise ConfigError(f"--match {match}: not a regular expression ({error})") from None
+    found = [entry(kernel) for arch in arches for family in chosen for kernel in family.kernels(int(arch), pattern)]
+    return {"versions": _versions(), "kernels": found}
+
+
+def entry(kernel: Kernel) -> dict[str, Any]:
+    """What the report holds of one kernel."""
+    code = disassembly.read(kernel)
+    bound = limits.floor(kernel.work)
+    return {
+        "kernel": kernel.name,
+        "case": kernel.case,
+        "arch": kernel.arch,
+        "registers": code.registers,
+        "stack": code.stack,
+        "local": code.local,
+        "local_accesses": code.local_accesses,
+        "shared": kernel.shared,
+        "threads": kernel.threads,
+        "blocks": limits.blocks_at_once(kernel.arch, code.registers, kernel.threads, kernel.shared),
+        "tensor_cores": kernel.tensor_cores,
+        "matrix": code.matrix,
+        "fp32": {name: code.instructions[name] for name in ("FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2")},
+        "exp2": code.exp2,
+        "shuffles": code.instructions["SHFL"],
+        "loads": {str(width): count for width, count in sorted(code.loads.items())},
+        "stores": {str(width): count for width, count in sorted(code.stores.items())},
+        "wide_loads": code.wide_loads,
+        "instructions": code.instructions.total(),
+        "work": dict(kernel.work),
+        "floor_seconds": bound[0] if bound else None,
+        "bound_by": bound[1] if bound else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"torch": str(torch.__version__)}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["triton"] = importlib.metadata.version("triton")
+    return versions
+
+
+def markdown(kernels: Iterable[Mapping[str, Any]]) -> str:
+    """A line for each kernel."""
+    rows = [
+        [
+            k["kernel"],
+            k["case"],
+            f"sm_{k['arch']}",
+            str(k["registers"]),
+            str(k["stack"] + k["local"]),
+            f"{k['shared'] / 1024:.0f}",
+            f"{k['blocks']} x {k['threads']}",
+            ", ".join(f"{count} {name}" for name, count in k["matrix"].items()) or words.NOTHING,
+            " / ".join(str(k["fp32"][a] + 2 * k["fp32"][f"{a}2"]) for a in ("FFMA", "FADD", "FMUL")),
+            str(k["exp2"]),
+            words.percent(k["wide_loads"]),
+            _floor(k),
+        ]
+        for k in kernels
+    ]
+    headings = ["kernel", "case", "for", "registers", "spilled, bytes", "shared, KiB", "blocks x threads", "matrix"]
+    return words.markdown([*headings, "FFMA / FADD / FMUL", "exp2", "16-byte loads", "floor"], rows, left=3)
+
+
+def _floor(kernel: Mapping[str, Any]) -> str:
+    seconds = kernel["floor_seconds"]
+    return words.NOTHING if seconds is None else f"{1e6 * seconds:.0f} us, {kernel['bound_by']}"

@@ -1,0 +1,155 @@
+"""precision="highest": the exact difference form, on the multiply-add units.
+
+    a_mk = c_k - 1/2 sum_d ((z_md - mu_kd) s_kd)^2        s_kd = exp(-logvar_kd / 2)
+
+A subtraction, a product and a multiply-add for each row, component and dimension, on a tile of rows x components whose
+operands are loaded dimension by dimension; z, mu and s are therefore packed with the dimension first and padded, so
+that neighbours are neighbours in memory and nothing needs a mask.
+
+The gradients are sums over the tile, dimension by dimension, of what is computed anew:
+
+    score_md = -sum_k r t s     S1_kd = sum_m w t     S2_kd = sum_m w t^2     S0_k = sum_m w     t = (z_md - mu_kd) s_kd
+
+Of t and not of z - mu, so that no sigma takes w t^2 out of float32's range.
+"""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import lowest
+from .logsumexp import absorb, any_at_least, column, responsibility, score_matters
+
+UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
+
+
+@triton.jit
+def _squares(outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER_STEP, INNER_STEP, D):
+    """sum_d ((outer_d - inner_d) s_d)^2, [outer, inner], of pointers [outer, 1] and [1, inner] to dimension 0.
+
+    Loads are two-dimensional so that they take the layout of the sum, and the sum starts as a product of nothing,
+    because that makes the compiler give each thread blocks of 4 x 4: of its operands then come four in one load.
+    """
+    R: tl.constexpr = outer.shape[0]
+    C: tl.constexpr = inner.shape[1]
+    dtype: tl.constexpr = outer.dtype.element_ty
+    if dtype == tl.float32:
+        total = tl.dot(tl.zeros((R, 16), dtype), tl.zeros((16, C), dtype), input_precision="ieee")
+    else:
+        total = tl.zeros((R, C), dtype)
+    for _ in range(0, D, UNROLL):
+        for _ in tl.static_range(UNROLL):
+            u = tl.load(outer) - tl.load(inner)
+            if scale_of_outer:
+                t = u * tl.load(outer_s)
+                outer_s += OUTER_STEP
+            else:
+                t = u * tl.load(inner_s)
+                inner_s += INNER_STEP
+            total += t * t
+            outer += OUTER_STEP
+            inner += INNER_STEP
+    return total
+
+
+@triton.jit
+def forward_kernel(
+    z, mu, s, c, reach, exclude, partial_top, partial_total, partial_score,
+    M, M_PADDED, K_PADDED, D, SPAN, negligible, SCORE: tl.constexpr, DENSE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows against SPAN components: what `merge_rows` needs, and DIMS dimensions of the score."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
+    top = tl.full((ROWS,), lowest(c.dtype.element_ty), c.dtype.element_ty)
+    total = tl.zeros((ROWS,), c.dtype.element_ty)
+    score = tl.zeros((ROWS, DIMS if SCORE else 1), c.dtype.element_ty)
+    if exclude is not None:
+        left_out = tl.load(exclude + rows, rows < M, -1)
+    for k in range(split * SPAN, tl.minimum(split * SPAN + SPAN, K_PADDED), COLUMNS):
+        columns = k + tl.arange(0, COLUMNS)
+        of_mu, of_s = (mu + columns)[None, :], (s + columns)[None, :]
+        square = _squares((z + rows)[:, None], of_mu, False, of_s, of_s, M_PADDED, K_PADDED, D)
+        a = tl.load((c + columns)[None, :]) - 0.5 * square
+        if exclude is not None:
+            a = tl.where(left_out[:, None] == columns[None, :], float("-inf"), a)
+        top, total, shrink, p = absorb(top, total, a)
+        if SCORE:
+            score *= shrink[:, None]
+            matters = True
+            if not DENSE:
+                matters = score_matters(a, tl.load(reach + columns), top - negligible)
+            if matters:
+                first = tl.program_id(2) * DIMS
+                at = first.to(tl.int64)
+                zp = (z + at * M_PADDED + rows)[:, None]
+                mp, sp = of_mu + at * K_PADDED, of_s + at * K_PADDED
+                for d in range(first, tl.minimum(first + DIMS, D)):
+                    sd = tl.load(sp)
+                    t = (tl.load(zp) - tl.load(mp)) * sd
+                    score = column(score, dims, d, tl.sum(p * t * sd, 1))  # in this order: t s may be no float32
+                    zp += M_PADDED
+                    mp += K_PADDED
+                    sp += K_PADDED
+    out = split.to(tl.int64) * M_PADDED + rows
+    tl.store(partial_top + out, top)
+    tl.store(partial_total + out, total)
+    if SCORE:
+        width = tl.num_programs(2) * DIMS
+        tl.store(partial_score + (out * width)[:, None] + dims[None, :], -score)
+
+
+@triton.jit
+def parameters_kernel(
+    z, mu, s, c, grad, log_prob, exclude, s0, s1, s2,
+    M, M_PADDED, K_PADDED, D, SPAN, limit,
+    NEED_S1: tl.constexpr, NEED_S2: tl.constexpr, DENSE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2.
+
+    The tile is turned around, components x rows, so that the sums over rows are within warps.
+    """
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1)
+    dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
+    sum0 = tl.zeros((COLUMNS,), c.dtype.element_ty)
+    sum1 = tl.zeros((COLUMNS, DIMS if NEED_S1 else 1), c.dtype.element_ty)
+    sum2 = tl.zeros((COLUMNS, DIMS if NEED_S2 else 1), c.dtype.element_ty)
+    constant = tl.load(c + columns)
+    for m in range(split * SPAN, tl.minimum(split * SPAN + SPAN, M_PADDED), ROWS):
+        rows = m + tl.arange(0, ROWS)
+        of_mu, of_s = (mu + columns)[:, None], (s + columns)[:, None]
+        square = _squares(of_mu, (z + rows)[None, :], True, of_s, of_s, K_PADDED, M_PADDED, D)
+        log_p = tl.load(log_prob + rows, rows < M, float("inf"))
+        log_p = tl.where(log_p == float("-inf"), float("inf"), log_p)  # density zero: no gradient
+        x = (constant[:, None] - 0.5 * square) - log_p[None, :]
+        if exclude is not None:
+            x = tl.where(tl.load(exclude + rows, rows < M, -1)[None, :] == columns[:, None], float("-inf"), x)
+        matters = True
+        if not DENSE:
+            matters = any_at_least(x, limit)
+        if matters:
+            w = tl.load(grad + rows, rows < M, 0.0)[None, :] * responsibility(x)
+            sum0 += tl.sum(w, 1)
+            if NEED_S1:
+                first = tl.program_id(2) * DIMS
+                at = first.to(tl.int64)
+                zp, mp, sp = (z + at * M_PADDED + rows)[None, :], of_mu + at * K_PADDED, of_s + at * K_PADDED
+                for d in range(first, tl.minimum(first + DIMS, D)):
+                    t = (tl.load(zp) - tl.load(mp)) * tl.load(sp)
+                    wt = w * t
+                    sum1 = column(sum1, dims, d, tl.sum(wt, 1))
+                    if NEED_S2:
+                        sum2 = column(sum2, dims, d, tl.sum(wt * t, 1))
+                    zp += M_PADDED
+                    mp += K_PADDED
+                    sp += K_PADDED
+    out = split.to(tl.int64) * K_PADDED + columns
+    width = tl.num_programs(2) * DIMS
+    if tl.program_id(2) == 0:
+        tl.store(s0 + out, sum0)
+    if NEED_S1:
+        tl.store(s1 + (out * width)[:, None] + dims[None, :], sum1)
+    if NEED_S2:
+        tl.store(s2 + (out * width)[:, None] + dims[None, :], sum2)

@@ -1,0 +1,97 @@
+"""The parts that splits left, put together in their order: the same input gives the same bits."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import exp, log, lowest
+
+
+@triton.jit
+def merge_rows_kernel(
+    partial_top, partial_total, partial_score, grad, log_prob, score, M, M_PADDED, D, WIDTH, SPLITS,
+    ROWS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """log p [M] and, where there are parts of it, the score [M, D], times `grad` [M] where that is given.
+
+    log_prob may be None: it is known already.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
+    dtype: tl.constexpr = partial_top.dtype.element_ty
+    top = tl.full((ROWS,), lowest(dtype), dtype)
+    at = partial_top + rows
+    for _ in range(0, SPLITS):
+        top = tl.maximum(top, tl.load(at))
+        at += M_PADDED
+    total = tl.zeros((ROWS,), dtype)
+    sum_score = tl.zeros((ROWS, DIMS), dtype)
+    offset = rows.to(tl.int64)
+    for _ in range(0, SPLITS):
+        shrink = tl.exp(tl.load(partial_top + offset) - top)
+        total += tl.load(partial_total + offset) * shrink
+        if partial_score is not None:
+            part = tl.load(partial_score + (offset * WIDTH)[:, None] + dims[None, :], (dims < WIDTH)[None, :], 0.0)
+            sum_score += tl.where(shrink[:, None] == 0.0, 0.0, part * shrink[:, None])
+        offset += M_PADDED
+    if log_prob is not None:
+        if tl.program_id(1) == 0:
+            tl.store(log_prob + rows, top + log(total), rows < M)
+    if partial_score is not None:
+        scale = 1.0 / tl.where(total == 0.0, 1.0, total)  # of a row without a component the score is 0
+        if grad is not None:
+            scale *= tl.load(grad + rows, rows < M, 0.0)
+        value = sum_score * scale[:, None]
+        inside = (rows < M)[:, None] & (dims < D)[None, :]
+        tl.store(score + (rows.to(tl.int64) * D)[:, None] + dims[None, :], value, inside)
+
+
+@triton.jit
+def merge_components_kernel(
+    s0, s1, s2, mu, logvar, origin, log_weights, dmu, dlogvar, dlog_weights, K, K_PADDED, D, WIDTH, SPLITS,
+    SHARED: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the parameters from S0 [K], S1 and S2 [K, D]; those that are None are not wanted.
+
+    dmu = s S1 and dlogvar = (S2 - S0) / 2 with the sums of t = (z - mu) s; origin, where it is not None, says that they
+    are sums of z' = z - origin, from which those of z - mu = z' - mu' follow.
+    """
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    d = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
+    dtype: tl.constexpr = mu.dtype.element_ty
+    sum0 = tl.zeros((COLUMNS,), dtype)
+    sum1 = tl.zeros((COLUMNS, DIMS), dtype)
+    sum2 = sum1
+    offset = k.to(tl.int64)
+    part = (d < WIDTH)[None, :]
+    for _ in range(0, SPLITS):
+        sum0 += tl.load(s0 + offset)
+        at = (offset * WIDTH)[:, None] + d[None, :]
+        if s1 is not None:
+            sum1 += tl.load(s1 + at, part, 0.0)
+        if s2 is not None:
+            sum2 += tl.load(s2 + at, part, 0.0)
+        offset += K_PADDED
+    there = k < K
+    if log_weights is not None:
+        there &= tl.load(log_weights + k, k < K, 0.0) != float("-inf")
+    if dlog_weights is not None:
+        if tl.program_id(1) == 0:
+            tl.store(dlog_weights + k, tl.where(there, sum0, 0.0), k < K)
+    if s1 is not None:
+        out = (k.to(tl.int64) * D)[:, None] + d[None, :]
+        inside = (k < K)[:, None] & (d < D)[None, :]
+        there = there[:, None] & (d < D)[None, :]
+        if SHARED:
+            lv = tl.load(logvar + d, d < D, 0.0)[None, :]
+        else:
+            lv = tl.load(logvar + out, there, 0.0)
+        s = exp(-0.5 * lv)
+        if origin is not None:
+            centred = tl.load(mu + out, there, 0.0) - tl.load(origin + d, d < D, 0.0)[None, :]
+            if s2 is not None:
+                sum2 = (sum2 + centred * (centred * sum0[:, None] - 2.0 * sum1)) * s * s
+            sum1 = (sum1 - centred * sum0[:, None]) * s
+        if dmu is not None:
+            tl.store(dmu + out, tl.where(there, s * sum1, 0.0), inside)
+        if dlogvar is not None:
+            tl.store(dlogvar + out, tl.where(there, 0.5 * (sum2 - sum0[:, None]), 0.0), inside)

@@ -1,0 +1,119 @@
+"""The run of everything on a GPU: its stages, how one survives another, its verdicts; without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import targets
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.measure import main as measure
+from benchmarks.gpu.stage import FAILED, OVERTIME, PASSED, Context, Stage, run
+from benchmarks.gpu.stages import all_stages
+
+
+def stage(name: str, script: str, **changes: object) -> Stage:
+    return replace(Stage(name, 1, 0.2, lambda context: ["-c", script]), **changes)  # type: ignore[arg-type]
+
+
+def test_the_stages_and_their_time() -> None:
+    """In their order, and together within eight minutes."""
+    stages = all_stages()
+    assert [s.name for s in stages] == ["build", "static", "test", "measure", "bench", "report"]
+    assert sum(s.seconds for s in stages) < 480
+
+
+def test_what_becomes_of_a_stage(tmp_path: Path) -> None:
+    """Passed, failed, out of time, or left out; its log is kept, and nothing is raised."""
+    context = Context(tmp_path, dry=True)
+    good = run(stage("good", "print('one'); print('two')", seconds=10), context)
+    assert (good.status, good.detail) == (PASSED, "two") and (tmp_path / "good.log").read_text() == "one\ntwo\n"
+    bad = run(stage("bad", "raise SystemExit('no such device')", seconds=10), context)
+    assert (bad.status, bad.detail) == (FAILED, "no such device")
+    late = run(stage("late", "import time; print('begun', flush=True); time.sleep(60)"), context)
+    assert late.status == OVERTIME and "begun" in (tmp_path / "late.log").read_text() and late.seconds < 30
+    left = run(stage("left", "", why_not=lambda context: "there is no nvcc"), context)
+    assert (left.status, left.detail) == ("left out", "there is no nvcc")
+
+
+def test_variables_are_set_and_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVAE_ONE", "1")
+    script = "import os; print(os.environ.get('FASTVAE_ONE'), os.environ.get('FASTVAE_TWO'))"
+    given = {"FASTVAE_ONE": None, "FASTVAE_TWO": "2"}
+    assert (
+        run(stage("s", script, seconds=10, variables=lambda context: given), Context(tmp_path, True)).detail == "None 2"
+    )
+
+
+def test_a_dry_run_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One stage fails, the next runs; the summary has both, and the command says that one failed."""
+    stages = [stage("first", "raise SystemExit('broken')", seconds=10), stage("second", "print('fine')", seconds=10)]
+    monkeypatch.setattr("benchmarks.gpu.__main__.all_stages", lambda: stages)
+    assert main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert found["dry"] and [(s["name"], s["status"]) for s in found["stages"]] == [
+        ("first", FAILED),
+        ("second", PASSED),
+    ]
+    page = (tmp_path / "out" / "gpu.md").read_text()
+    assert page.startswith("# A dry run, without a GPU") and "| first | failed |" in page and "broken" in page
+    assert main(["--dry-run", "--only", "second", "--out", str(tmp_path / "out")]) == 0
+    assert "| second | passed |" in capsys.readouterr().out
+
+
+def test_bad_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--only", "nothing"]) == 2
+    assert "--only nothing: the stages are build, static" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main([]) == 2
+        assert "no CUDA device; --dry-run" in capsys.readouterr().err
+
+
+def test_targets_are_met_missed_or_never_run() -> None:
+    assert all(target.verdict({})[1] == targets.NEVER_RUN for target in targets.TARGETS)
+    assert all(f"| {targets.NEVER_RUN} |" in line for line in targets.table({}).splitlines()[2:])
+    rates = {"multiply-add rate": 60e12, "tf32 rate": 400e12, "copy rate": 4e12}
+    fast = rates | {"forward high": 6e-4, "forward medium": 3e-4, "forward highest": 1.4e-3, "both high": 2e-3}
+    fast |= {"forward expansion": 2e-3, "forward expansion tf32": 1e-3, "both expansion": 7e-3}
+    fast |= {"rsample": 13e-6, "peak memory": 1.5e9, "graph": 30e-6}
+    assert [target.verdict(fast)[1] for target in targets.TARGETS] == [targets.MET] * len(targets.TARGETS)
+    ours = ("forward high", "forward medium", "forward highest", "both high", "rsample", "peak memory", "graph")
+    slow = fast | {name: 2 * fast[name] for name in ours}
+    assert [target.verdict(slow)[1] for target in targets.TARGETS] == [targets.MISSED] * len(targets.TARGETS)
+
+
+def test_a_dry_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure but the graph's, and no target judged by any of them; one that fails costs no other."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("interprets, which it does not where there is a GPU")
+
+    def broken(*arguments: object) -> float:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("benchmarks.gpu.ceilings.copy_rate", broken)
+    assert measure(["--dry-run", "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "measure.json").read_text())
+    assert found["dry"] and found["failed"] == {"copy rate": "RuntimeError: no memory"}
+    assert {"multiply-add rate", "both high", "forward expansion tf32", "rsample"} <= set(found["figures"])
+    assert found["figures"]["error highest"] < 1e-4 < found["figures"]["error medium"] < 0.1
+    assert (tmp_path / "targets.md").read_text().count(targets.NEVER_RUN) == len(targets.TARGETS)
+
+
+def test_the_stages_commands_are_there() -> None:
+    """Modules and files that the stages name exist."""
+    for dry in (True, False):
+        for s in all_stages():
+            first, *rest = s.arguments(Context(Path("/nowhere"), dry))
+            if first == "-m":
+                __import__(rest[0]) if rest[0] not in ("pytest",) else None
+                assert rest[0] in sys.modules or rest[0] == "pytest"
+            else:
+                assert (Path(__file__).parents[2] / first).is_file()

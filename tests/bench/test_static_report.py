@@ -1,0 +1,129 @@
+"""The kernels' machine code, compiled here for GPUs that are not here: the bars that a change must not break."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.static_report import limits
+from benchmarks.static_report.__main__ import main
+from benchmarks.static_report.families import all_families
+from benchmarks.static_report.report import markdown
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every Triton kernel for sm_90, and the large ones for the other two, one process for each architecture."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("static")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    running = []
+    large = r"^(difference|product).*, high\w*, general"
+    for arch, match in (("90", "general|^gaussian"), ("80", large), ("100", large)):
+        command = [sys.executable, "-m", "benchmarks.static_report", "--family", "triton", "--arch", arch]
+        command += ["--match", match, "--out", str(folder / f"{arch}.json")]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **output))
+    for process in running:
+        told, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, told.decode()
+    return [k for path in sorted(folder.glob("*.json")) for k in json.loads(path.read_text())["kernels"]]
+
+
+def of(kernels: list[dict[str, Any]], *parts: str, arch: int | None = None) -> list[dict[str, Any]]:
+    """The kernels whose name and case hold all parts; at least one."""
+    found = [
+        k for k in kernels if all(part in f"{k['kernel']}, {k['case']}" for part in parts) and arch in (None, k["arch"])
+    ]
+    assert found, parts
+    return found
+
+
+def test_nothing_spills(kernels: list[dict[str, Any]]) -> None:
+    """No stack, no local memory, no instruction that touches it; and every block fits a multiprocessor."""
+    for k in kernels:
+        assert (k["stack"], k["local"], k["local_accesses"]) == (0, 0, 0), (k["kernel"], k["case"], k["arch"])
+        assert k["blocks"] >= 1, (k["kernel"], k["case"], k["arch"])
+
+
+@pytest.mark.parametrize(("arch", "instruction"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
+def test_lower_precisions_use_the_tensor_cores(kernels: list[dict[str, Any]], arch: int, instruction: str) -> None:
+    """wgmma on sm_90, tcgen05 on sm_100; and the difference form does not."""
+    for k in of(kernels, "product.", arch=arch):
+        assert set(k["matrix"]) == {instruction}, (k["kernel"], k["case"])
+    for k in of(kernels, "difference.", arch=arch):
+        assert not k["matrix"], (k["kernel"], k["case"])
+    both = {"product.forward_kernel", "product.parameters_kernel"}
+    assert {k["kernel"] for k in of(kernels, "product.", arch=arch)} == both
+
+
+def test_wgmma_for_every_lower_precision(kernels: list[dict[str, Any]]) -> None:
+    for precision in ("high,", "medium,"):
+        for call in ("forward", "score", "backward"):
+            assert all(k["matrix"]["HGMMA"] > 0 for k in of(kernels, "product.", precision, call, arch=90))
+
+
+def test_loads_are_wide(kernels: list[dict[str, Any]]) -> None:
+    """16 bytes a thread for the operands and the samples; what is left are numbers of rows and components."""
+    for name in ("difference.", "product.", "gaussian."):
+        for k in of(kernels, name):
+            assert k["wide_loads"] >= 0.75, (k["kernel"], k["case"], k["arch"], k["loads"])
+
+
+def test_the_difference_form_is_multiply_adds(kernels: list[dict[str, Any]]) -> None:
+    """Of 128 x 128 elements and four dimensions a thread has 256 of each of its three operations."""
+    (k,) = of(kernels, "difference.forward_kernel", "highest, general, forward", arch=90)
+    assert all(k["fp32"][name] >= 256 for name in ("FFMA", "FADD", "FMUL"))
+    assert k["loads"] == {"16": 25}  # two of rows' and components' fours for each of them, and the constants
+
+
+def test_the_floor_names_what_binds(kernels: list[dict[str, Any]]) -> None:
+    (forward,) = of(kernels, "difference.forward_kernel", "highest, general, forward", arch=90)
+    pairs = 4096 * 50_048  # K padded to tiles
+    assert forward["work"]["fp32"] == 3 * 64 * pairs and forward["bound_by"] == "fp32 issue"
+    assert forward["floor_seconds"] == pytest.approx(3 * 64 * pairs / (132 * 128 * 1.98e9))
+    (high,) = of(kernels, "product.forward_kernel", "high, general, forward", arch=90)
+    assert high["work"]["tf32"] == 3 * 2 * 128 * pairs and high["bound_by"] == "TF32 tensor cores"
+
+
+def test_how_many_blocks_fit() -> None:
+    """By registers, by threads, by shared memory, by blocks; none where one asks for too much."""
+    assert limits.blocks_at_once(90, 168, 256, 0) == 1
+    assert limits.blocks_at_once(90, 128, 256, 0) == 2
+    assert limits.blocks_at_once(90, 32, 256, 0) == 8
+    assert limits.blocks_at_once(90, 32, 32, 0) == 32
+    assert limits.blocks_at_once(90, 32, 128, 100 << 10) == 2
+    assert limits.blocks_at_once(80, 32, 128, 200 << 10) == 0
+
+
+def test_the_table_has_a_line_for_each(kernels: list[dict[str, Any]]) -> None:
+    table = markdown(kernels).splitlines()
+    assert len(table) == 2 + len(kernels)
+    assert any("HGMMA" in line and "sm_90" in line and "TF32 tensor cores" in line for line in table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--family", "opencl"], "--family opencl: the families are"),
+        (["--arch", "95"], "--arch 95: should be of 80, 90, 100"),
+        (["--match", "("], "not a regular expression"),
+    ],
+)
+def test_bad_arguments_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_interpreter_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the tests Triton interprets: then it cannot compile, and says so."""
+    pytest.importorskip("triton")
+    assert "TRITON_INTERPRET" in str(all_families()["triton"].missing())

@@ -1,0 +1,267 @@
+"""What is Triton's alone: the precisions and their errors, real tiles, skipping, and where it runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from budget import Case, Result, allowance, assert_within, difference, diffuse_case, hard_case, run
+from conftest import use_triton
+from torch import Tensor
+
+import fastvae
+from fastvae import backends, reference, triton_kernels
+from fastvae.ops import operators
+
+pytest.importorskip("triton")
+LOWER = ("high", "medium")
+ROUNDING = {"high": 3 * 2.0**-22, "medium": 2.0**-10}  # of a product: two parts and three products; two TF32 operands
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_triton(monkeypatch)
+
+
+def design_case(logvar: float, spread: float, M: int = 40, K: int = 300, D: int = 40) -> Case:
+    """Rows near components of one sigma and means of a given spread: the larger spread / sigma, the more cancels."""
+    rng = torch.Generator().manual_seed(0)
+    mu = spread * torch.randn(K, D, generator=rng) + 3.0  # an offset, which the origin must take away
+    own, sigma = torch.randint(K, (M,), generator=rng), torch.tensor(0.5 * logvar).exp()
+    z = mu[own] + sigma * torch.randn(M, D, generator=rng)
+    logvars = logvar + 0.2 * torch.randn(K, D, generator=rng)
+    return Case(z, mu, logvars, torch.log_softmax(torch.randn(K, generator=rng), 0), torch.randn(M, generator=rng))
+
+
+CASES = {
+    "sigma 0.05, spread 2": design_case(-6, 2),
+    "sigma 0.14, spread 1": design_case(-4, 1),
+    "sigma 0.37, spread 1": design_case(-2, 1),
+}
+
+
+def run_at(case: Case, precision: str, dense: bool = False) -> Result:
+    leaves = [v.clone().requires_grad_() for v in (case.z, case.mu, case.logvar, case.log_weights)]
+    log_prob = fastvae.mixture_log_prob(*leaves, dense_backward=dense, precision=precision, impl="triton")
+    return Result(log_prob.detach(), *torch.autograd.grad(log_prob, leaves, case.grad))
+
+
+def product_band(case: Case, precision: str) -> Result:
+    """What the expansion may lose, for inputs as float64.
+
+    a = c' + sum_f x_f p_f of F = 2 D features, each product wrong by ROUNDING and the sum by sqrt(F) + 2 roundings of
+    float32.  logsumexp moves by no more than the most that any a moves, so r by a factor within exp(+-2 da).  The
+    gradients are sums of r times features, wrong by the same ROUNDING each, from which those of z - mu are differences.
+    """
+    M, (K, D) = len(case.z), case.mu.shape
+    u = 2.0**-24
+    logvar = case.logvar.expand(K, D)
+    s, v = torch.exp(-0.5 * logvar), torch.exp(-logvar)
+    origin = (s * case.mu).sum(0) / s.sum(0)
+    z, mu = (case.z - origin).abs()[:, None], (case.mu - origin).abs()  # [M, 1, D], [K, D]
+    size = (v * (z * mu + 0.5 * z.square())).sum(-1)  # [M, K]
+    c = case.log_weights.abs() + 0.5 * (logvar.abs() + 2 * mu.square() * v + reference.LOG_2PI).sum(-1)
+    each = ROUNDING[precision]
+    da = each * size + u * (2 + (2 * D) ** 0.5) * (size + c)
+    a = reference.component_log_prob(case.z, case.mu, case.logvar, case.log_weights)
+    log_prob = torch.logsumexp(a, -1)
+    dl = (torch.logsumexp(a + da, -1) - log_prob) + u * (log_prob.abs() + 3 + K**0.5)
+    r = torch.exp(a - log_prob[:, None])
+    dr = (r * torch.expm1(da + dl[:, None])).clamp(max=1.0)[..., None] + u / K  # the last for what is skipped
+    r, g = r[..., None], case.grad.abs()[:, None, None]
+    each += u * (4 + max(M, K) ** 0.5)
+    distance = (case.z[:, None] - case.mu).abs()
+    first = g * v * (dr * distance + each * r * (z + mu))
+    second = 0.5 * g * (dr * (distance.square() * v - 1).abs() + each * r * (v * (z + mu).square() + 1))
+    return Result(dl, first.sum(1), first.sum(0), second.sum(0), (g * (dr + each * r)).sum((0, 2)))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("precision", LOWER)
+def test_lower_precisions_are_within_their_budget(precision: str, name: str) -> None:
+    """Value and all gradients, against float64; and the budget is one that the next lower precision breaks."""
+    case = CASES[name]
+    exact = case.to(torch.float64)
+    want, allowed = run(exact, "reference"), product_band(exact, precision)
+    assert_within(run_at(case, precision), want, allowed)
+    if precision == "high":
+        medium = difference(run_at(case, "medium").log_prob, want.log_prob) / allowed.log_prob
+        assert float(medium.max()) > 1
+
+
+def test_highest_is_the_difference_form() -> None:
+    case = CASES["sigma 0.05, spread 2"]
+    assert_within(run_at(case, "highest"), *allowance(case))
+
+
+@pytest.mark.parametrize("precision", LOWER)
+def test_an_offset_is_taken_away(precision: str) -> None:
+    """Rows and components far from zero lose no more: without an origin a thousand times as much would cancel."""
+    case = CASES["sigma 0.37, spread 1"]
+    far = replace(case, z=case.z + 64, mu=case.mu + 64)  # 64 + x rounds x to 2^-18
+    want = run(far.to(torch.float64), "reference").log_prob
+    allowed = product_band(far.to(torch.float64), precision).log_prob
+    got = fastvae.mixture_log_prob(far.z, far.mu, far.logvar, far.log_weights, precision=precision, impl="triton")
+    assert bool((difference(got, want) <= allowed).all())
+
+
+@pytest.mark.parametrize("precision", LOWER)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 65, 8), (16, 64, 16), (33, 130, 70)], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_lower_precisions_around_tile_edges(precision: str, shape: tuple[int, int, int], shared: bool) -> None:
+    M, K, D = shape
+    case = replace(diffuse_case(M, K, D), log_weights=torch.log_softmax(torch.randn(K), 0))
+    if shared:
+        case = replace(case, logvar=case.logvar[:1])
+    exact = case.to(torch.float64)
+    want, allowed = run(exact, "reference"), product_band(exact, precision)
+    if shared:
+        allowed = allowed._replace(dlogvar=allowed.dlogvar.sum(0, keepdim=True))
+    for dense in (False, True):
+        assert_within(run_at(case, precision, dense), want, allowed, f"dense={dense}")
+
+
+@pytest.mark.parametrize("precision", LOWER)
+def test_lower_precisions_at_the_edges_of_the_contract(precision: str) -> None:
+    """exclude, absent components that hold NaN, rows without any component, an empty batch."""
+    case = CASES["sigma 0.37, spread 1"]
+    exclude = torch.arange(40) - 1
+    assert case.log_weights is not None
+    weights = case.log_weights.clone()
+    weights[40:] = -torch.inf
+    mu = case.mu.clone()
+    mu[40:] = torch.nan
+    args = (mu, case.logvar, weights)
+    want = run(replace(case, log_weights=weights, exclude=exclude).to(torch.float64), "reference")
+    there = replace(case, mu=case.mu[:40], logvar=case.logvar[:40], log_weights=weights[:40])
+    allowed = product_band(there.to(torch.float64), precision)
+    leaves = [v.clone().requires_grad_() for v in (case.z, *args)]
+    log_prob = fastvae.mixture_log_prob(*leaves, exclude=exclude, precision=precision, impl="triton")
+    grads = torch.autograd.grad(log_prob, leaves, case.grad)
+    assert bool((difference(log_prob.detach(), want.log_prob) <= 2 * allowed.log_prob).all())
+    assert all(bool(torch.isfinite(g).all()) for g in grads) and not any(g[40:].any() for g in grads[1:])
+    nothing = torch.full((300,), -torch.inf)
+    value, score = fastvae.mixture_log_prob_and_score(
+        case.z, mu, case.logvar, nothing, precision=precision, impl="triton"
+    )
+    assert value.tolist() == [-torch.inf] * 40 and not score.any()
+    assert fastvae.mixture_log_prob(case.z[:0], *args, precision=precision, impl="triton").shape == (0,)
+
+
+@pytest.mark.parametrize("precision", ("highest", *LOWER))
+def test_the_tiles_that_users_get(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Not the small ones: a shape that is cut by rows, components and dimensions."""
+    monkeypatch.undo()
+    if not triton_kernels.load("launch").INTERPRETED:
+        use_triton(monkeypatch)
+    case = diffuse_case(130, 150, 67)
+    case = replace(case, log_weights=torch.log_softmax(torch.randn(150), 0))
+    exact = case.to(torch.float64)
+    want = run(exact, "reference")
+    allowed = allowance(case)[1] if precision == "highest" else product_band(exact, precision)
+    assert_within(run_at(case, precision), want, allowed)
+
+
+@pytest.mark.parametrize("precision", ("highest", *LOWER))
+def test_tiles_are_skipped_and_only_without_dense(precision: str) -> None:
+    """Components that no row uses get exact zeros, and none with dense_backward=True."""
+    case = design_case(-1.0, 1.5, M=16, K=512, D=10)
+    a = reference.component_log_prob(*(v.double() for v in (case.z, case.mu, case.logvar, case.log_weights)))
+    used = torch.softmax(a, -1).amax(0)
+    faint = (used > 1e-30) & (used < 2.0**-24 / 512 / 100)
+    assert int(faint.sum()) >= 10
+    case = replace(case, mu=case.mu, grad=case.grad.abs() + 0.1)
+    order = torch.argsort(used)  # the faint ones together, so that whole tiles of them are skipped
+    case = replace(case, mu=case.mu[order], logvar=case.logvar[order], log_weights=case.log_weights[order])
+    skipped, dense = run_at(case, precision), run_at(case, precision, dense=True)
+    assert bool((dense.dlog_weights[faint[order]] != 0).all())
+    assert bool((skipped.dlog_weights[faint[order]] == 0).any())
+    assert torch.equal(skipped.log_prob, dense.log_prob)
+
+
+def test_precision_follows_pytorchs_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is torch's; float64 has one precision; other backends have the highest whatever is asked for."""
+    case = CASES["sigma 0.37, spread 1"]
+    args = (case.z, case.mu, case.logvar, case.log_weights)
+    named = {p: fastvae.mixture_log_prob(*args, precision=p, impl="triton") for p in ("highest", *LOWER)}
+    assert not torch.equal(named["high"], named["medium"]) and not torch.equal(named["highest"], named["medium"])
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, want in named.items():
+            torch.set_float32_matmul_precision(precision)
+            assert torch.equal(fastvae.mixture_log_prob(*args, impl="triton"), want)
+            assert backends.at_precision("composite", None, torch.float32) == "composite"
+            assert backends.at_precision("triton", None, torch.float64) == "triton"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_every_precision_has_the_mixture_operators() -> None:
+    for precision in LOWER:
+        for name in operators["triton"]._fields:
+            high, highest = getattr(operators[f"triton-{precision}"], name), getattr(operators["triton"], name)
+            assert (high is highest) == name.startswith("gaussian")
+
+
+def python(script: str, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+CALL = "import torch, fastvae\nz = torch.randn(3, 2)\n"
+
+
+def test_compiled_kernels_refuse_the_cpu() -> None:
+    told = python(
+        CALL + "try:\n    fastvae.gaussian_kl(z, z, impl='triton')\nexcept RuntimeError as error:\n    print(error)\n"
+    )
+    assert "TRITON_INTERPRET=1" in told and "impl='composite'" in told
+
+
+def test_without_triton() -> None:
+    """Importing and everything else works; the backend says what would make it run."""
+    blocked = (
+        "import importlib.util as u\nreal = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'triton' else real(name, *rest)\n"
+    )
+    told = python(
+        blocked + CALL + "print(fastvae.info()['triton'])\nprint(fastvae.gaussian_kl(z, z).shape)\n"
+        "try:\n    fastvae.gaussian_kl(z, z, impl='triton')\nexcept RuntimeError as error:\n    print(error)\n"
+    )
+    assert told.count("pip install triton") == 2 and "torch.Size([3])" in told
+
+
+def test_importing_fastvae_imports_no_triton() -> None:
+    assert python("import sys, fastvae\nfastvae.info()\nprint('triton.language' in sys.modules)").strip() == "False"
+
+
+def test_it_is_never_the_default() -> None:
+    """What was never run on a GPU is not chosen on one."""
+    assert backends.choose(None, torch.device("cuda")) == "composite"
+    assert "never on a GPU" in fastvae.info()["triton"]
+
+
+def test_shifting_rows_does_not_change_bits_between_runs() -> None:
+    """The same call twice, and the same rows among others: splits depend on shapes alone."""
+    case = hard_case(33, 200, 9)
+    assert all(torch.equal(a, b) for a, b in zip(run(case, "triton"), run(case, "triton"), strict=True))
+
+
+def noise(seed: int, count: int) -> Tensor:
+    mu = torch.zeros(1, count)
+    z, _ = operators["triton"].gaussian_rsample(mu, mu, torch.tensor([seed]), 1)
+    return z[0, 0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
+def test_the_stream_is_the_specifications(seed: int) -> None:
+    """Numbers of the same seed, by blocks of four (D a multiple of 4) and one by one."""
+    for count in (64, 63):
+        want = reference.philox_normal(torch.tensor([seed]), 0, count)
+        assert float((noise(seed, count) - want).abs().max()) < 1e-6
