@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample(const Tensor& mu, const Tensor& logv
                                             int64_t num_samples) {
   check_pair(mu, logvar);
   const int64_t M = mu.size(0), D = mu.size(1);
-  Tensor z = empty(mu, {num_samples, M, D}), log_q = empty(mu, {num_samples, M});
+  Tensor z = new_result(mu, {num_samples, M, D}), log_q = new_result(mu, {num_samples, M});
   by_dtype(mu, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     run_rows(num_samples * M, D, [&](int64_t begin, int64_t end) {
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_backward(const Tensor& grad_z, const
   const int64_t S = grad_z.size(0), M = logvar.size(0), D = logvar.size(1);
   STD_TORCH_CHECK(grad_z.numel() == S * M * D && grad_log_q.numel() == S * M,
                   "fastvae: want grad_z [S, M, D] and grad_log_q [S, M]");
-  Tensor dmu = empty(logvar, {M, D}), dlogvar = empty(logvar, {M, D});
+  Tensor dmu = new_result(logvar, {M, D}), dlogvar = new_result(logvar, {M, D});
   by_dtype(logvar, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     run_rows(M, S * D, [&](int64_t begin, int64_t end) {
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_backward(const Tensor& grad_z, const
 Tensor gaussian_kl(const Tensor& mu, const Tensor& logvar) {
   check_pair(mu, logvar);
   const int64_t M = mu.size(0), D = mu.size(1);
-  Tensor kl = empty(mu, {M});
+  Tensor kl = new_result(mu, {M});
   by_dtype(mu, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     run_rows(M, D, [&](int64_t begin, int64_t end) {
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> gaussian_kl_backward(const Tensor& grad, const Tensor
   check_floats({&mu, &grad});
   const int64_t M = mu.size(0), D = mu.size(1);
   STD_TORCH_CHECK(grad.numel() == M, "fastvae: want grad [M]");
-  Tensor dmu = empty(mu, {M, D}), dlogvar = empty(mu, {M, D});
+  Tensor dmu = new_result(mu, {M, D}), dlogvar = new_result(mu, {M, D});
   by_dtype(mu, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     run_rows(M, D, [&](int64_t begin, int64_t end) {

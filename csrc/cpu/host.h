@@ -44,10 +44,12 @@ T* output(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A result, not yet written.  A large one is often fresh memory, and the first touch of its pages then takes as long as
-// the work; so it asks for huge ones.
-inline Tensor empty(const Tensor& like, std::vector<int64_t> size) {
-  Tensor t = torch::stable::new_empty(like, size);
+inline Tensor empty(const Tensor& like, std::vector<int64_t> size) { return torch::stable::new_empty(like, size); }
+
+// A result on the CPU, not yet written.  A large one is often fresh memory, and the first touch of its pages then takes
+// as long as the work; so it asks for huge ones.
+inline Tensor new_result(const Tensor& like, std::vector<int64_t> size) {
+  Tensor t = empty(like, size);
 #if defined(__linux__)
   constexpr uintptr_t huge = 2 << 20;
   const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), end = begin + t.numel() * t.element_size();

@@ -214,7 +214,7 @@ Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
                         const std::optional<Tensor>& log_weights, const std::optional<Tensor>& exclude) {
   check(z, mu, logvar, log_weights, exclude);
   const int64_t M = z.size(0);
-  Tensor log_prob = empty(z, {M});
+  Tensor log_prob = new_result(z, {M});
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     const Prepared<T> prepared(mu, logvar, log_weights, M, false, false);
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
                                                       const std::optional<Tensor>& exclude) {
   check(z, mu, logvar, log_weights, exclude);
   const int64_t M = z.size(0);
-  Tensor log_prob = empty(z, {M}), score = empty(z, {M, z.size(1)});
+  Tensor log_prob = new_result(z, {M}), score = new_result(z, {M, z.size(1)});
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     const Prepared<T> prepared(mu, logvar, log_weights, M, true, false);
@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
   STD_TORCH_CHECK(grad.numel() == M && log_prob.numel() == M, "fastvae: want grad and log_prob [M]");
   const auto wanted = [&](bool need, std::vector<int64_t> size) {
     if (!need) size = {0};
-    return M ? empty(z, size) : torch::stable::new_zeros(z, size);
+    return M ? new_result(z, size) : torch::stable::new_zeros(z, size);
   };
   Tensor dz = wanted(need_z, {M, D}), dmu = wanted(need_mu, {K, D}),
          dlogvar = wanted(need_logvar, {logvar.size(0), D}), dweights = wanted(need_log_weights, {K});
