@@ -85,7 +85,13 @@ def tools() -> tuple[str, str]:
 
 
 def flags_and_targets() -> tuple[list[str], list[str]]:
-    """What the extension is compiled with, and the targets that machine code is made for."""
+    """What the extension is compiled with, and the targets that machine code is made for.
+
+    Raises:
+        ConfigError: the sources are not there.
+    """
+    if not SOURCES.is_dir():
+        raise ConfigError(f"{SOURCES} is not there: this runs in a checkout")
     words = (SOURCES / "nvcc.txt").read_text().split()
     targets = [found[1] for word in words if (found := re.search(r"code=(sm_\w+)", word))]
     return [word for word in words if not word.startswith("-gencode")], targets
