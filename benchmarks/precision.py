@@ -23,7 +23,7 @@ from .inputs import MixtureInputs, find_latents, from_file
 
 PRECISIONS = ("highest", "high", "medium")
 DESIGNED = ((-6.0, 2.0), (-4.0, 1.0), (-2.0, 1.0))  # logvar, standard deviation of mu
-M, K, D = 128, 1000, 40
+M, K, D = 256, 1000, 40
 
 
 def designed(logvar: float, spread: float) -> MixtureInputs:

@@ -63,10 +63,12 @@ def choose(impl: str | None, device: torch.device) -> str:
         return "cpu" if device.type == "cpu" and _missing is None else "composite"
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))} or None, not {impl!r}")
-    if impl == "triton" and (why := triton_kernels.missing(device)) is not None:
+    # a graph cannot look for packages; compiled, the operator itself raises
+    compiling = torch.compiler.is_compiling()
+    if impl == "triton" and not compiling and (why := triton_kernels.missing(device)) is not None:
         raise RuntimeError(f"impl='triton' cannot run: {why}; impl='composite' runs on {device}")
     if impl == "cuda":
-        if (why := _missing_cuda()) is not None:
+        if not compiling and (why := _missing_cuda()) is not None:
             raise RuntimeError(f"impl='cuda' cannot run: {why}; {_BUILD_CUDA}; impl='composite' runs on {device}")
         if device.type != "cuda":
             raise ValueError(
@@ -80,9 +82,13 @@ def choose(impl: str | None, device: torch.device) -> str:
     return impl
 
 
-@torch.compiler.assume_constant_result  # a graph is compiled for the setting of its first call
 def _precision_of_torch() -> str:
     return torch.get_float32_matmul_precision()
+
+
+# What torch.compiler.assume_constant_result sets, which would import the compiler along with fastvae: a graph keeps the
+# setting of its first call.
+_precision_of_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def at_precision(backend: str, precision: str | None, dtype: torch.dtype) -> str:

@@ -28,7 +28,6 @@ def launcher(module: str, name: str, *leading: str) -> Callable[..., Any]:
     return call
 
 
-@torch.compiler.assume_constant_result
 def missing(device: torch.device) -> str | None:
     """Why they cannot run on a device, and what would make them; or None."""
     if importlib.util.find_spec("triton") is None:
