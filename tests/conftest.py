@@ -44,7 +44,8 @@ def machine_level() -> int:
 
 @cache
 def emulated_cuda() -> ops.Operators:
-    """The CUDA kernels on the CPU; built once a run, which takes a C++ compiler and some seconds."""
+    """The CUDA kernels on the CPU; built once a run, which takes a C++ compiler and some seconds.  Where there is a GPU
+    the real ones take their place."""
     with TemporaryDirectory() as folder:
         return emulation.load(emulation.build(Path(folder)))
 
@@ -81,7 +82,8 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     impl, _, isa = name.partition("-")
     if name == "cuda-emulated":
         require_cpu()  # who has no C++ compiler has no emulation either
-        monkeypatch.setitem(ops.operators, "cuda", emulated_cuda())
+        real = torch.cuda.is_available() and backends._missing_cuda() is None
+        monkeypatch.setitem(ops.operators, "cuda", through_gpu(ops.native) if real else emulated_cuda())
         monkeypatch.setattr(backends, "choose", cuda_on_the_cpu(backends.choose))
     if impl == "triton":
         use_triton(monkeypatch)

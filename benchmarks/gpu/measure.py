@@ -59,23 +59,33 @@ class Measurement:
         for name, setting in (("expansion", "highest"), ("expansion tf32", "high")):
             yield f"forward {name}", partial(self.theirs, setting, backward=False)
             yield f"both {name}", partial(self.theirs, setting, backward=True)
-        yield "rsample", lambda: self.median(self.sampler())
+        yield "rsample", lambda: self.median(self.sampler("triton"))
         yield "peak memory", self.peak_memory
         if not self.dry:
             yield "graph", self.graph
+            yield "error cuda", partial(self.error, "highest", "cuda")
+            yield "forward cuda", partial(self.ours, "highest", backward=False, impl="cuda")
+            yield "both cuda", partial(self.ours, "highest", backward=True, impl="cuda")
+            yield "rsample cuda", lambda: self.median(self.sampler("cuda"))
+            yield "small cuda", partial(self.small, "cuda")
 
     def arguments(self, shape: tuple[int, int, int], leaves: bool) -> list[Tensor]:
         data = diffuse(*shape).to(self.device)
         return [t.requires_grad_(leaves) for t in (data.z, data.mu, data.logvar, data.log_weights)]
 
-    def ours(self, precision: str, backward: bool) -> float:
-        """The density by Triton."""
+    def ours(self, precision: str, backward: bool, impl: str = "triton") -> float:
+        """The density."""
         arguments = self.arguments(self.large, backward)
 
         def density(*given: Tensor) -> Tensor:
-            return fastvae.mixture_log_prob(*given, precision=precision, impl="triton")
+            return fastvae.mixture_log_prob(*given, precision=precision, impl=impl)
 
         return self.median(self.work(density, arguments))
+
+    def small(self, impl: str) -> float:
+        """Forward (100, 500, 40), launched by hand."""
+        arguments = self.arguments((100, 500, 40), False)
+        return self.median(lambda: fastvae.mixture_log_prob(*arguments, impl=impl))
 
     def work(self, density: Callable[..., Tensor], arguments: list[Tensor]) -> Run:
         if not arguments[0].requires_grad:
@@ -93,17 +103,17 @@ class Measurement:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def error(self, precision: str) -> float:
+    def error(self, precision: str, impl: str = "triton") -> float:
         """The largest error of log p on some rows, nats."""
         arguments = self.arguments(self.large, False)
-        got = fastvae.mixture_log_prob(*arguments, precision=precision, impl="triton")[:4].double()
+        got = fastvae.mixture_log_prob(*arguments, precision=precision, impl=impl)[:4].double()
         exact = [t.double() for t in arguments]
         want = fastvae.reference.mixture_log_prob(exact[0][:4], *exact[1:])
         return float((got - want).abs().max())
 
-    def sampler(self) -> Run:
+    def sampler(self, impl: str) -> Run:
         mu, logvar = torch.randn(2, *self.rows, device=self.device)
-        return lambda: fastvae.gaussian_rsample(mu, logvar, impl="triton")
+        return lambda: fastvae.gaussian_rsample(mu, logvar, impl=impl)
 
     def peak_memory(self) -> float:
         """Bytes beyond the arguments."""

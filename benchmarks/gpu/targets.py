@@ -1,4 +1,4 @@
-"""What the Triton kernels are to reach on an H200, and whether figures show it: met, missed, or never run."""
+"""What the GPU kernels are to reach on an H200, and whether figures show it: met, missed, or never run."""
 
 from __future__ import annotations
 
@@ -75,6 +75,15 @@ TARGETS = (
            *_share("rsample", 4 * 3 * 16_384 * 256, "copy rate"), 0.85, written=words.percent),
     Target("forward + backward, (100, 500, 40), in a CUDA graph", "40 us",
            ("graph",), lambda figures: figures["graph"], 40e-6, at_most=True, written=words.duration),
+    Target(f"{FORWARD}, CUDA C++", "70 % of the measured fp32 multiply-add rate, at 4 flops an element",
+           *_share("forward cuda", 4 * PAIRS * D, "multiply-add rate"), 0.7, written=words.percent),
+    Target(f"{FORWARD}, CUDA C++", "Triton's highest", *_faster("forward cuda", "forward highest"), 1.0),
+    Target(f"{BOTH}, CUDA C++", "55 % of the measured fp32 multiply-add rate, at 26 flops an element",
+           *_share("both cuda", 26 * PAIRS * D, "multiply-add rate"), 0.55, written=words.percent),
+    Target("gaussian_rsample, 16384 x 256, CUDA C++", "85 % of the measured copy bandwidth",
+           *_share("rsample cuda", 4 * 3 * 16_384 * 256, "copy rate"), 0.85, written=words.percent),
+    Target("forward, (100, 500, 40), CUDA C++", "8 us",
+           ("small cuda",), lambda figures: figures["small cuda"], 8e-6, at_most=True, written=words.duration),
 )  # fmt: skip
 
 

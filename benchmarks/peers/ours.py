@@ -1,4 +1,4 @@
-"""fastvae itself: as it comes, each instruction set by name, without skipping, in plain PyTorch, and in Triton."""
+"""fastvae itself: as it comes, each instruction set by name, without skipping, in plain PyTorch, in Triton, in CUDA."""
 
 from __future__ import annotations
 
@@ -28,5 +28,6 @@ PEERS = (
         )
         for precision, error in (("highest", 1e-3), ("high", 1e-2), ("medium", 1.0))
     ),
+    replace(_variant, name="fastvae-cuda", log_prob=partial(fastvae.mixture_log_prob, impl="cuda"), devices=("cuda",)),
     *(replace(_variant, name=f"fastvae-{isa}", devices=("cpu",), environment={"FASTVAE_CPU_ISA": isa}) for isa in ISAS),
 )

@@ -1,11 +1,11 @@
-"""`fastvae bench` with the Triton kernels beside the peers."""
+"""`fastvae bench` with the Triton and CUDA kernels beside the peers."""
 
 from __future__ import annotations
 
 from ..stage import Context, Stage
 
 OURS = [f"fastvae-triton-{precision}" for precision in ("highest", "high", "medium")]
-PEERS = [*OURS, "eager", "expansion", "expansion-compile", "expansion-tf32", "keops"]
+PEERS = [*OURS, "fastvae-cuda", "eager", "expansion", "expansion-compile", "expansion-tf32", "keops"]
 SHAPES = [(4096, 50_000, 64), (100, 500, 40)]
 
 
@@ -21,4 +21,4 @@ def variables(context: Context) -> dict[str, str | None]:
     return {"TRITON_INTERPRET": "1" if context.dry else None}
 
 
-STAGE = Stage("bench", order=50, seconds=90, arguments=arguments, variables=variables)
+STAGE = Stage("bench", order=50, seconds=85, arguments=arguments, variables=variables)

@@ -7,7 +7,12 @@ import importlib.util
 from ..stage import Context, Stage
 
 # There a kernel is called with tensors that are on the device; opcheck's own are on the CPU.
-ON_A_GPU = ["tests", "-k", "(triton and not opcheck and not static_report) or gpu", "--ignore=tests/bench"]
+ON_A_GPU = [
+    "tests",
+    "-k",
+    "((triton or cuda-emulated) and not opcheck and not static_report) or gpu",
+    "--ignore=tests/bench",
+]
 DRY = ["tests/test_gpu.py", "tests/test_triton.py", "-k", "gpu or precision_follows or stream"]
 
 
@@ -21,4 +26,4 @@ def variables(context: Context) -> dict[str, str | None]:
     return {"TRITON_INTERPRET": "1" if context.dry else None}
 
 
-STAGE = Stage("test", order=30, seconds=120, arguments=arguments, variables=variables)
+STAGE = Stage("test", order=30, seconds=100, arguments=arguments, variables=variables)
