@@ -167,13 +167,11 @@ def cpu_gaussian(results: Results) -> str:
     return words.markdown(headings, rows, left=2)
 
 
-@table("cpu-train-step", "cpu.json")
+@table("cpu-train-step", "train-step/cpu.json")
 def cpu_train_step(results: Results) -> str:
     """A training step, and what part of it each piece takes."""
     rows = []
-    for result in results.bench("cpu").cases.values():
-        if result["suite"] != "train-step":
-            continue
+    for result in results.bench("train-step/cpu").cases.values():
         for name in (OURS, "eager"):
             whole = seconds(result, name)
             parts = [seconds(result, f"{name}: {part}") for part in _PARTS]

@@ -127,6 +127,9 @@ def _parts(vae: fastvae.VAE, x: Tensor) -> dict[str, Callable[[], None]]:
         def components(self) -> tuple[Tensor, Tensor, Tensor]:
             return fixed[0], fixed[1], fixed[2]
 
+        def step_components(self, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+            return self.components()
+
     frozen = Frozen(vae.encoder, prior.pseudo_inputs)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-5)

@@ -130,6 +130,18 @@ def test_a_training_step_and_its_parts() -> None:
         assert len(parts) == 5 and result["contenders"][name]["errors"]["pseudo_inputs"] < 1e-3
 
 
+def test_the_parts_of_a_step_are_apart() -> None:
+    """What samples and takes the density does not encode."""
+    for name in train_step.NAMES:
+        vae = train_step._model(name, 20, SMALL, "cpu")
+        parts = train_step._parts(vae, torch.rand(SMALL.batch, SMALL.pixels).round())
+        for part in ("sampling and density", "decoder and likelihood"):
+            parts[part]()
+            assert all(parameter.grad is None for parameter in vae.encoder.parameters()), f"{name}: {part}"
+        parts["encoder of pseudo-inputs"]()
+        assert any(parameter.grad is not None for parameter in vae.encoder.parameters())
+
+
 def test_a_wrong_prior_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(train_step.EagerVampPrior):
         def log_prob(self, z: Tensor) -> Tensor:

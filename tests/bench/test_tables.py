@@ -35,7 +35,8 @@ def root(tmp_path: Path) -> Path:
     for part in ("encoder of pseudo-inputs", "encoder of images", "sampling and density", "decoder and likelihood"):
         step["contenders"][f"fastvae: {part}"] = one | {"seconds": one["seconds"] | {"median": 0.8}}
     step["contenders"]["fastvae: optimiser"] = one | {"seconds": one["seconds"] | {"median": 0.4}}
-    record.add("three", step)
+    (results / "train-step").mkdir()
+    open_record(results / "train-step" / "cpu.json", "cpu", TINY).add("three", step)
     row = {"elbo": [-3.0, -3.0], "kl": [1.0, 1.0], "active_units": [4, 5]}
     priors = [{"prior": "vamp", "log_likelihood": [-1.0, -2.0], **row}]
     (results / "demo-digits.json").write_text(json.dumps({"priors": priors, "verdict": {"sentence": "vamp wins."}}))
