@@ -33,10 +33,10 @@ def apart_case(M: int, K: int, D: int, dtype: torch.dtype, shared: bool = False)
 @pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_and_gradients_are_within_the_budget(impl: str, dtype: torch.dtype, shared: bool) -> None:
-    for M, K, D in ((45, 2100, 12), (1030, 70, 9)):
+    for M, K, D in ((45, 2100, 12), (1030, 1100, 9)):
         case = apart_case(M, K, D, dtype, shared)
         telling = (case.mu.var(0) / case.logvar.mean(0).exp()).sort(descending=True).values[:8].sum()
-        assert telling > 1.3 * APART and M * K > 1 << 16
+        assert telling > 1.3 * APART and M >= 32 and K >= 1024
         assert_within(run(case, impl), *allowance(case), f"M={M} K={K} D={D}")
 
 

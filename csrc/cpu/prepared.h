@@ -27,7 +27,7 @@ class Prepared {
     std::iota(place_.begin(), place_.end(), 0);
     const bool apart = M * K >= kSmall && order_dimensions();
     mixture.place = place_.data();
-    if (apart && !everything && M >= 32) {
+    if (apart && !everything && M >= kFewRows && K >= kFewComponents) {
       order_ = in_order(mixture.mu, K, begins_);
       mixture.order = order_.data();
     }
@@ -58,6 +58,8 @@ class Prepared {
 
  private:
   static constexpr int64_t kSmall = 1 << 16;  // rows times components, below which finding an order takes too long
+  // Below these sorting and looking for a large term take longer than the tiles that they save.
+  static constexpr int64_t kFewRows = 32, kFewComponents = 1024;
   static constexpr int64_t kBits = 10;
   // Nats by which two components differ on average in the first kFew dimensions for ordering to be worth its time: some
   // more than a term has to lie below the largest to be left out.
