@@ -17,15 +17,18 @@ constexpr int64_t kMergeBytes = 32 << 20;  // what splits may hold before they a
 // leave others out.
 constexpr int64_t kForwardSplits = 8, kBackwardSplits = 64;
 
+constexpr int64_t kManyRows = 1024;
+
 struct Plan {
   int64_t slab;    // rows worked on at a time
   int64_t groups;  // of a slab's rows
   int64_t splits;  // of the components
 };
 
-// Components are split first, since then each is packed once; rows as well where there are few components.
-// row_bytes is what a split holds for each row until it is merged.
-Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t most_splits) {
+// Components are split first, since then each is packed once; rows as well where there are few components.  With
+// kManyRows or more for each task packing costs little, and rows come first where that is allowed: a row then has less to
+// merge.  row_bytes is what a split holds for each row until it is merged.
+Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t most_splits, bool rows_first) {
   const int64_t pairs = std::max<int64_t>(1, M) * K;
   const int64_t elements = pairs > (int64_t(1) << 60) / D ? int64_t(1) << 60 : pairs * D;
   // 2^18 elements take some tens of microseconds, 2^25 some milliseconds.  By fours, for an even load on 2 or 4 threads.
@@ -33,6 +36,7 @@ Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t most_split
   if (tasks > 1) tasks = (tasks + 3) / 4 * 4;
   Plan p;
   p.splits = std::clamp<int64_t>(K / kPanel, 1, std::min(tasks, most_splits));
+  if (rows_first) p.splits = (p.splits - 1) / std::max<int64_t>(1, M / kManyRows) + 1;
   p.slab = std::max<int64_t>(256, kMergeBytes / (p.splits * row_bytes));
   p.groups = std::clamp<int64_t>(std::min(M, p.slab) / 64, 1, tasks / p.splits);
   return p;
@@ -102,7 +106,7 @@ void forward(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<
              T* score) {
   const Mixture<T>& mixture = prepared.mixture;
   const int64_t D = mixture.D;
-  Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0), kForwardSplits);
+  Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0), kForwardSplits, true);
   // Groups of rows only give further threads work; they change no row's result.
   const int64_t threads = torch::stable::get_num_threads();
   p.groups = std::clamp<int64_t>(2 * threads / p.splits, 1, p.groups);
@@ -168,7 +172,7 @@ template <class T>
 void backward(const Kernels<T>& kernels, Backward<T> job, const Rows<T>& rows, int64_t M, Gradients<T> out) {
   const int64_t K = job.mixture.K, D = job.mixture.D;
   const bool shared = job.mixture.shared;
-  const Plan p = plan(M, K, D, D * int64_t(sizeof(T)), kBackwardSplits);
+  const Plan p = plan(M, K, D, D * int64_t(sizeof(T)), kBackwardSplits, false);
   const int64_t slab = std::min(M, p.slab), scratch_bytes = kernels.mixture_scratch(D, shared);
   const auto zeros = [](bool wanted, int64_t n) { return std::vector<T>(size_t(wanted ? n : 0)); };
 
