@@ -10,8 +10,15 @@ import torch
 
 import fastvae
 from tests.budget import Case, allowance, assert_within, run
+from tests.conftest import BACKENDS, use_backend
 
 APART = 40.0  # nats between components in their first 8 dimensions, from which on they are ordered: csrc/cpu/prepared.h
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name.startswith("cpu")])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiled kernels alone: the others have no order, and are slow at this size where they are emulated."""
+    return use_backend(request.param, monkeypatch)
 
 
 def apart_case(M: int, K: int, D: int, dtype: torch.dtype, shared: bool = False) -> Case:
@@ -33,7 +40,7 @@ def apart_case(M: int, K: int, D: int, dtype: torch.dtype, shared: bool = False)
 @pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_and_gradients_are_within_the_budget(impl: str, dtype: torch.dtype, shared: bool) -> None:
-    for M, K, D in ((45, 2100, 12), (1030, 1100, 9)):
+    for M, K, D in ((45, 2100, 12), (130, 1100, 9)):
         case = apart_case(M, K, D, dtype, shared)
         telling = (case.mu.var(0) / case.logvar.mean(0).exp()).sort(descending=True).values[:8].sum()
         assert telling > 1.3 * APART and M >= 32 and K >= 1024
