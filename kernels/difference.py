@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import lowest
-from .logsumexp import absorb, any_at_least, column, responsibility, score_matters
+from .logsumexp import absorb, any_at_least, column, log_responsibility, responsibility, score_matters, store_sums
 
 UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
 
@@ -121,11 +121,7 @@ def parameters_kernel(
         rows = m + tl.arange(0, ROWS)
         of_mu, of_s = (mu + columns)[:, None], (s + columns)[:, None]
         square = _squares(of_mu, (z + rows)[None, :], True, of_s, of_s, K_PADDED, M_PADDED, D)
-        log_p = tl.load(log_prob + rows, rows < M, float("inf"))
-        log_p = tl.where(log_p == float("-inf"), float("inf"), log_p)  # density zero: no gradient
-        x = (constant[:, None] - 0.5 * square) - log_p[None, :]
-        if exclude is not None:
-            x = tl.where(tl.load(exclude + rows, rows < M, -1)[None, :] == columns[:, None], float("-inf"), x)
+        x = log_responsibility(constant[:, None] - 0.5 * square, log_prob, exclude, rows, columns, M)
         matters = True
         if not DENSE:
             matters = any_at_least(x, limit)
@@ -145,11 +141,4 @@ def parameters_kernel(
                     zp += M_PADDED
                     mp += K_PADDED
                     sp += K_PADDED
-    out = split.to(tl.int64) * K_PADDED + columns
-    width = tl.num_programs(2) * DIMS
-    if tl.program_id(2) == 0:
-        tl.store(s0 + out, sum0)
-    if NEED_S1:
-        tl.store(s1 + (out * width)[:, None] + dims[None, :], sum1)
-    if NEED_S2:
-        tl.store(s2 + (out * width)[:, None] + dims[None, :], sum2)
+    store_sums(s0, s1, s2, sum0, sum1, sum2, split.to(tl.int64) * K_PADDED + columns, dims, NEED_S1, NEED_S2)

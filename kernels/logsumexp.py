@@ -1,4 +1,4 @@
-"""The online logsumexp of a row, and which tiles may be left out of a gradient."""
+"""The online logsumexp of a row, responsibilities and their sums, and which tiles may be left out of a gradient."""
 
 import triton
 import triton.language as tl
@@ -18,6 +18,16 @@ def absorb(top, total, a):
     shrink = tl.exp(top - new_top)
     p = tl.exp(a - new_top[:, None])
     return new_top, total * shrink + tl.sum(p, 1), shrink, p
+
+
+@triton.jit
+def log_responsibility(a, log_prob, exclude, rows, columns, M):
+    """a_mk - log p(z_m) of a tile a [columns, rows]; -inf where the component is excluded or the density is zero."""
+    log_p = tl.load(log_prob + rows, rows < M, float("inf"))
+    x = a - tl.where(log_p == float("-inf"), float("inf"), log_p)[None, :]
+    if exclude is not None:
+        x = tl.where(tl.load(exclude + rows, rows < M, -1)[None, :] == columns[:, None], float("-inf"), x)
+    return x
 
 
 @triton.jit
@@ -51,3 +61,15 @@ def score_matters(a, reach, limit):
 def column(totals, dims, d, values):
     """totals [R, DIMS] with values [R] added to the column of dimension d."""
     return totals + tl.where((dims == d)[None, :], values[:, None], 0.0)
+
+
+@triton.jit
+def store_sums(s0, s1, s2, sum0, sum1, sum2, at, dims, NEED_S1: tl.constexpr, NEED_S2: tl.constexpr):
+    """The parameters' sums to places `at` of s0, and to dimensions `dims` there of s1 and s2 where they are wanted."""
+    if tl.program_id(2) == 0:
+        tl.store(s0 + at, sum0)
+    places = (at * (tl.num_programs(2) * dims.shape[0]))[:, None] + dims[None, :]
+    if NEED_S1:
+        tl.store(s1 + places, sum1)
+    if NEED_S2:
+        tl.store(s2 + places, sum2)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp, lowest, round_to_tf32
-from .logsumexp import absorb, any_at_least, responsibility, score_matters
+from .logsumexp import absorb, any_at_least, log_responsibility, responsibility, score_matters, store_sums
 
 
 @triton.jit
@@ -139,11 +139,7 @@ def parameters_kernel(
         x = _features_product(p_high, p_low, x_high, x_low, columns, rows, F, CHUNK, PARTS) + constant[:, None]
         if row_term is not None:
             x += tl.load(row_term + rows)[None, :]
-        log_p = tl.load(log_prob + rows, rows < M, float("inf"))
-        log_p = tl.where(log_p == float("-inf"), float("inf"), log_p)  # density zero: no gradient
-        x -= log_p[None, :]
-        if exclude is not None:
-            x = tl.where(tl.load(exclude + rows, rows < M, -1)[None, :] == columns[:, None], float("-inf"), x)
+        x = log_responsibility(x, log_prob, exclude, rows, columns, M)
         matters = True
         if not DENSE:
             matters = any_at_least(x, limit)
@@ -154,11 +150,4 @@ def parameters_kernel(
                 sum1 = _weighted_features(w, x_high_t, x_low_t, dims, inside, rows, M_PADDED, sum1, PARTS)
             if NEED_S2:
                 sum2 = _weighted_features(w, x_high_t, x_low_t, D_PADDED + dims, inside, rows, M_PADDED, sum2, PARTS)
-    out = split.to(tl.int64) * K_PADDED + columns
-    width = tl.num_programs(2) * DIMS
-    if tl.program_id(2) == 0:
-        tl.store(s0 + out, sum0)
-    if NEED_S1:
-        tl.store(s1 + (out * width)[:, None] + dims[None, :], sum1)
-    if NEED_S2:
-        tl.store(s2 + (out * width)[:, None] + dims[None, :], sum2)
+    store_sums(s0, s1, s2, sum0, sum1, sum2, split.to(tl.int64) * K_PADDED + columns, dims, NEED_S1, NEED_S2)

@@ -102,6 +102,12 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return use_backend(request.param, monkeypatch)
 
 
+@pytest.fixture(params=[name for name in BACKENDS if name.startswith("cpu")])
+def cpu_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiled backend, once for each instruction set."""
+    return use_backend(request.param, monkeypatch)
+
+
 @pytest.fixture(params=["composite", "cpu", "triton"])
 def each_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend once, the compiled one with the instruction set it chooses by itself."""

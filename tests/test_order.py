@@ -7,18 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from budget import Case, allowance, assert_within, run
 
 import fastvae
-from tests.budget import Case, allowance, assert_within, run
-from tests.conftest import BACKENDS, use_backend
 
 APART = 40.0  # nats between components in their first 8 dimensions, from which on they are ordered: csrc/cpu/prepared.h
-
-
-@pytest.fixture(params=[name for name in BACKENDS if name.startswith("cpu")])
-def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The compiled kernels alone: the others have no order, and are slow at this size where they are emulated."""
-    return use_backend(request.param, monkeypatch)
 
 
 def apart_case(M: int, K: int, D: int, dtype: torch.dtype, shared: bool = False) -> Case:
@@ -39,20 +32,20 @@ def apart_case(M: int, K: int, D: int, dtype: torch.dtype, shared: bool = False)
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_are_within_the_budget(impl: str, dtype: torch.dtype, shared: bool) -> None:
+def test_values_and_gradients_are_within_the_budget(cpu_impl: str, dtype: torch.dtype, shared: bool) -> None:
     for M, K, D in ((45, 2100, 12), (130, 1100, 9)):
         case = apart_case(M, K, D, dtype, shared)
         telling = (case.mu.var(0) / case.logvar.mean(0).exp()).sort(descending=True).values[:8].sum()
         assert telling > 1.3 * APART and M >= 32 and K >= 1024
-        assert_within(run(case, impl), *allowance(case), f"M={M} K={K} D={D}")
+        assert_within(run(case, cpu_impl), *allowance(case), f"M={M} K={K} D={D}")
 
 
-def test_score(impl: str) -> None:
+def test_score(cpu_impl: str) -> None:
     case = apart_case(45, 2100, 12, torch.float32)
     case = replace(case, grad=torch.ones_like(case.grad))
     want, allowed = allowance(case, dense_backward=True)
     log_prob, score = fastvae.mixture_log_prob_and_score(
-        case.z, case.mu, case.logvar, case.log_weights, exclude=case.exclude, impl=impl
+        case.z, case.mu, case.logvar, case.log_weights, exclude=case.exclude, impl=cpu_impl
     )
     assert_within(type(want)(log_prob, score, *want[2:]), want, allowed)
 
@@ -71,13 +64,13 @@ def test_no_bit_depends_on_the_threads(compiled: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_every_row_may_be_nan(impl: str) -> None:
+def test_every_row_may_be_nan(cpu_impl: str) -> None:
     """A row of NaN, whatever place it gets in the order, gives NaN to itself alone."""
     case = replace(apart_case(45, 2100, 12, torch.float32), exclude=None)
-    clean = fastvae.mixture_log_prob(case.z, case.mu, case.logvar, case.log_weights, impl=impl)
+    clean = fastvae.mixture_log_prob(case.z, case.mu, case.logvar, case.log_weights, impl=cpu_impl)
     z = case.z.clone()
     z[7] = math.nan
-    got = fastvae.mixture_log_prob(z, case.mu, case.logvar, case.log_weights, impl=impl)
+    got = fastvae.mixture_log_prob(z, case.mu, case.logvar, case.log_weights, impl=cpu_impl)
     others = torch.arange(45) != 7
     assert got[7].isnan()
     torch.testing.assert_close(got[others], clean[others], rtol=1e-6, atol=1e-5)

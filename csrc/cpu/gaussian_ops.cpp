@@ -9,15 +9,7 @@ namespace {
 // f(begin, end) over pieces of `rows` rows of D numbers, large enough to be worth a thread.
 template <class F>
 void run_rows(int64_t rows, int64_t D, const F& f) {
-  const int64_t piece = std::max<int64_t>(1, (1 << 13) / D);
-  run_tasks((rows + piece - 1) / piece, [&](int64_t task) { f(task * piece, std::min(rows, (task + 1) * piece)); });
-}
-
-void check_pair(const Tensor& mu, const Tensor& logvar) {
-  check_floats({&mu, &logvar});
-  STD_TORCH_CHECK(mu.dim() == 2 && logvar.dim() == 2 && mu.size(0) == logvar.size(0) && mu.size(1) == logvar.size(1) &&
-                      mu.size(1) > 0,
-                  "fastvae: want mu and logvar [M, D]");
+  run_pieces(rows, std::max<int64_t>(1, (1 << 13) / D), f);
 }
 
 uint64_t seed_of(const Tensor& seed) {

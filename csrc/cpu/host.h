@@ -67,6 +67,26 @@ inline void check_floats(std::initializer_list<const Tensor*> tensors) {
     STD_TORCH_CHECK(t->scalar_type() == dtype && t->is_contiguous(), "fastvae: want contiguous tensors of one dtype");
 }
 
+inline void check_pair(const Tensor& mu, const Tensor& logvar) {
+  check_floats({&mu, &logvar});
+  STD_TORCH_CHECK(mu.dim() == 2 && logvar.dim() == 2 && mu.size(0) == logvar.size(0) && mu.size(1) == logvar.size(1) &&
+                      mu.size(1) > 0,
+                  "fastvae: want mu and logvar [M, D]");
+}
+
+inline void check_mixture(const Tensor& z, const Tensor& mu, const Tensor& logvar,
+                          const std::optional<Tensor>& log_weights, const std::optional<Tensor>& exclude) {
+  check_floats({&z, &mu, &logvar, log_weights ? &*log_weights : &z});
+  STD_TORCH_CHECK(z.dim() == 2 && mu.dim() == 2 && logvar.dim() == 2, "fastvae: want z [M, D], mu [K, D], logvar [K, D]");
+  const int64_t K = mu.size(0), D = mu.size(1);
+  STD_TORCH_CHECK(z.size(1) == D && K > 0 && D > 0, "fastvae: want z [M, D] and mu [K, D]");
+  STD_TORCH_CHECK((logvar.size(0) == K || logvar.size(0) == 1) && logvar.size(1) == D, "fastvae: want logvar [K or 1, D]");
+  STD_TORCH_CHECK(!log_weights || log_weights->numel() == K, "fastvae: want log_weights [K]");
+  STD_TORCH_CHECK(!exclude || (exclude->scalar_type() == ScalarType::Long && exclude->is_contiguous() &&
+                               exclude->numel() == z.size(0)),
+                  "fastvae: want contiguous int64 exclude [M]");
+}
+
 // f.operator()<float>(kernels) or <double>, after the dtype of a checked tensor.
 template <class F>
 void by_dtype(const Tensor& t, const F& f) {
@@ -95,6 +115,12 @@ void run_tasks(int64_t n, const F& f) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task);
   });
+}
+
+// Runs f(begin, end) for each piece of 0 .. n.
+template <class F>
+void run_pieces(int64_t n, int64_t piece, const F& f) {
+  run_tasks((n + piece - 1) / piece, [&](int64_t task) { f(task * piece, std::min(n, (task + 1) * piece)); });
 }
 
 // Memory of this thread, kept from call to call: fresh pages would cost more than a small problem does.

@@ -54,18 +54,6 @@ Range range_of(const Plan& p, int64_t row_begin, int64_t row_end, int64_t K, int
   return {row(group), row(group + 1), component(split), component(split + 1)};
 }
 
-void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
-           const std::optional<Tensor>& exclude) {
-  check_floats({&z, &mu, &logvar, log_weights ? &*log_weights : &z});
-  const int64_t K = mu.size(0), D = mu.size(1);
-  STD_TORCH_CHECK(z.dim() == 2 && z.size(1) == D && K > 0 && D > 0, "fastvae: want z [M, D] and mu [K, D]");
-  STD_TORCH_CHECK((logvar.size(0) == K || logvar.size(0) == 1) && logvar.size(1) == D, "fastvae: want logvar [K or 1, D]");
-  STD_TORCH_CHECK(!log_weights || log_weights->numel() == K, "fastvae: want log_weights [K]");
-  STD_TORCH_CHECK(!exclude || (exclude->scalar_type() == ScalarType::Long && exclude->is_contiguous() &&
-                               exclude->numel() == z.size(0)),
-                  "fastvae: want contiguous int64 exclude [M]");
-}
-
 // The partial results of a row's splits, stride apart: log p(z), and for each split what its sums are to be multiplied
 // by to be relative to the total, into scale (null: not wanted).
 template <class T>
@@ -89,8 +77,7 @@ std::vector<T> large_terms(const Kernels<T>& kernels, const Prepared<T>& prepare
   if (!mixture.order) return {};
   std::vector<T> terms(static_cast<size_t>(M));
   const int64_t scratch_bytes = kernels.mixture_scratch(mixture.D, mixture.shared);
-  run_tasks((M + kTileRows - 1) / kTileRows, [&](int64_t task) {
-    const int64_t begin = task * kTileRows, end = std::min(M, begin + kTileRows);
+  run_pieces(M, kTileRows, [&](int64_t begin, int64_t end) {
     const int64_t place = prepared.place_near(rows.z + (begin + end) / 2 * mixture.D);
     const int64_t first = std::clamp<int64_t>(place - kPanel / 2, 0, mixture.K - 1);
     Partial<T> partial[kTileRows];
@@ -106,7 +93,8 @@ void forward(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<
              T* score) {
   const Mixture<T>& mixture = prepared.mixture;
   const int64_t D = mixture.D;
-  Plan p = plan(M, mixture.K, D, int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0), kForwardSplits, true);
+  const int64_t row_bytes = int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0);
+  Plan p = plan(M, mixture.K, D, row_bytes, kForwardSplits, true);
   // Groups of rows only give further threads work; they change no row's result.
   const int64_t threads = torch::stable::get_num_threads();
   p.groups = std::clamp<int64_t>(2 * threads / p.splits, 1, p.groups);
@@ -125,10 +113,9 @@ void forward(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<
                                known.empty() ? nullptr : known.data() + range.row_begin, partial.data() + at,
                                score ? scores.get() + at * D : nullptr, thread_scratch(scratch_bytes)});
     });
-    const int64_t piece = std::max<int64_t>(16, count / 64);
-    run_tasks((count + piece - 1) / piece, [&](int64_t task) {
+    run_pieces(count, std::max<int64_t>(16, count / 64), [&](int64_t first, int64_t end) {
       double scale[kForwardSplits];
-      for (int64_t r = task * piece; r < std::min(count, (task + 1) * piece); ++r) {
+      for (int64_t r = first; r < end; ++r) {
         const int64_t row = rows[begin + r];
         log_prob[row] = merge<T>(partial.data() + r, p.splits, slab, score ? scale : nullptr);
         if (!score) continue;
@@ -161,10 +148,8 @@ void sum_parts(T* out, const T* parts, int64_t count, int64_t stride, int64_t n)
 template <class T>
 void sum_parts(T* out, const T* parts, int64_t count, int64_t n) {
   if (!out || !count) return;
-  const int64_t piece = 4096;
-  run_tasks((n + piece - 1) / piece, [&](int64_t task) {
-    const int64_t begin = task * piece;
-    sum_parts(out + begin, parts + begin, count, n, std::min(n - begin, piece));
+  run_pieces(n, 4096, [&](int64_t begin, int64_t end) {
+    sum_parts(out + begin, parts + begin, count, n, end - begin);
   });
 }
 
@@ -203,9 +188,8 @@ void backward(const Kernels<T>& kernels, Backward<T> job, const Rows<T>& rows, i
       kernels.mixture_backward(b);
     });
     if (!out.dz) continue;
-    const int64_t piece = std::max<int64_t>(16, count / 64);
-    run_tasks((count + piece - 1) / piece, [&](int64_t task) {
-      for (int64_t r = task * piece; r < std::min(count, (task + 1) * piece); ++r)
+    run_pieces(count, std::max<int64_t>(16, count / 64), [&](int64_t first, int64_t end) {
+      for (int64_t r = first; r < end; ++r)
         sum_parts(out.dz + rows[begin + r] * D, dz.data() + r * D, p.splits, slab * D, D);
     });
   }
@@ -216,7 +200,7 @@ void backward(const Kernels<T>& kernels, Backward<T> job, const Rows<T>& rows, i
 
 Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
                         const std::optional<Tensor>& log_weights, const std::optional<Tensor>& exclude) {
-  check(z, mu, logvar, log_weights, exclude);
+  check_mixture(z, mu, logvar, log_weights, exclude);
   const int64_t M = z.size(0);
   Tensor log_prob = new_result(z, {M});
   by_dtype(z, [&](auto zero, const auto& kernels) {
@@ -231,7 +215,7 @@ Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
 std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Tensor& mu, const Tensor& logvar,
                                                       const std::optional<Tensor>& log_weights,
                                                       const std::optional<Tensor>& exclude) {
-  check(z, mu, logvar, log_weights, exclude);
+  check_mixture(z, mu, logvar, log_weights, exclude);
   const int64_t M = z.size(0);
   Tensor log_prob = new_result(z, {M}), score = new_result(z, {M, z.size(1)});
   by_dtype(z, [&](auto zero, const auto& kernels) {
@@ -247,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
     const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu, const Tensor& logvar,
     const std::optional<Tensor>& log_weights, const std::optional<Tensor>& exclude, bool dense, bool need_z,
     bool need_mu, bool need_logvar, bool need_log_weights) {
-  check(z, mu, logvar, log_weights, exclude);
+  check_mixture(z, mu, logvar, log_weights, exclude);
   check_floats({&z, &grad, &log_prob});
   const int64_t M = z.size(0), K = mu.size(0), D = mu.size(1);
   STD_TORCH_CHECK(grad.numel() == M && log_prob.numel() == M, "fastvae: want grad and log_prob [M]");

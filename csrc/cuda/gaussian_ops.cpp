@@ -4,13 +4,6 @@
 namespace fastvae::cuda {
 namespace {
 
-void check_pair(const Tensor& mu, const Tensor& logvar) {
-  check_floats({&mu, &logvar});
-  STD_TORCH_CHECK(mu.dim() == 2 && logvar.dim() == 2 && mu.size(0) == logvar.size(0) && mu.size(1) == logvar.size(1) &&
-                      mu.size(1) > 0,
-                  "fastvae: want mu and logvar [M, D]");
-}
-
 // The kernel reads it on the device, so that a captured graph draws anew at every replay.
 const int64_t* seed_of(const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "fastvae: want one int64 seed");

@@ -6,17 +6,8 @@ namespace {
 
 void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
            const std::optional<Tensor>& exclude) {
-  const Tensor& weights = log_weights ? *log_weights : z;
-  check_floats({&z, &mu, &logvar, &weights});
-  check_devices(z, {&mu, &logvar, &weights, exclude ? &*exclude : &z});
-  STD_TORCH_CHECK(z.dim() == 2 && mu.dim() == 2 && logvar.dim() == 2, "fastvae: want z [M, D], mu [K, D], logvar [K, D]");
-  const int64_t K = mu.size(0), D = mu.size(1);
-  STD_TORCH_CHECK(z.size(1) == D && K > 0 && D > 0, "fastvae: want z [M, D] and mu [K, D]");
-  STD_TORCH_CHECK((logvar.size(0) == K || logvar.size(0) == 1) && logvar.size(1) == D, "fastvae: want logvar [K or 1, D]");
-  STD_TORCH_CHECK(!log_weights || log_weights->numel() == K, "fastvae: want log_weights [K]");
-  STD_TORCH_CHECK(!exclude || (exclude->scalar_type() == ScalarType::Long && exclude->is_contiguous() &&
-                               exclude->numel() == z.size(0)),
-                  "fastvae: want contiguous int64 exclude [M]");
+  check_mixture(z, mu, logvar, log_weights, exclude);
+  check_devices(z, {&mu, &logvar, log_weights ? &*log_weights : &z, exclude ? &*exclude : &z});
 }
 
 template <class T>
