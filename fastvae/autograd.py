@@ -186,6 +186,69 @@ class GaussianRsample(torch.autograd.Function):
         return dmu, dlogvar, None, None, None, None
 
 
+class MixtureKL(torch.autograd.Function):
+    """(z [S, M, D], log q(z) - log p(z) [S, M]), or without the S where num_samples is None.
+
+    Sampling and density as above, in one node of the graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mu: Tensor,
+        logvar: Tensor,
+        prior_mu: Tensor,
+        prior_logvar: Tensor,
+        log_weights: Tensor | None,
+        exclude: Tensor | None,
+        seed: Tensor,
+        num_samples: int | None,
+        path_derivative: bool,
+        dense: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        need_q, need_prior = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:5])
+        with_score = need_q and (backend.startswith("triton") or not need_prior)
+        z, kl, log_prob, score = operators[backend].mixture_kl(
+            mu, logvar, seed, num_samples or 1, prior_mu, prior_logvar, log_weights, exclude, with_score
+        )
+        ctx.one = num_samples is None
+        if ctx.one:
+            z, kl = z.squeeze_(0), kl.squeeze_(0)
+        ctx.save_for_backward(logvar, seed, z, log_prob, score, prior_mu, prior_logvar, log_weights, exclude)
+        ctx.path_derivative, ctx.dense, ctx.backend = path_derivative, dense, backend
+        ctx.set_materialize_grads(False)
+        return z, kl
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Gradients:
+        logvar, seed, z, log_prob, score, *prior = ctx.saved_tensors
+        if grad_kl is None:
+            grad_kl = z.new_zeros(z.shape[:-1])
+        if ctx.one:
+            z, grad_kl = z.unsqueeze(0), grad_kl.unsqueeze(0)
+            grad_z = None if grad_z is None else grad_z.unsqueeze(0)
+        need = ctx.needs_input_grad
+        need_q = need[0] or need[1]
+        computed = operators[ctx.backend].mixture_kl_backward(
+            None if grad_z is None else grad_z.contiguous(),
+            grad_kl.contiguous(),
+            logvar,
+            seed,
+            ctx.path_derivative,
+            z,
+            log_prob,
+            score,
+            *prior,
+            ctx.dense,
+            need_q,
+            *need[2:5],
+        )
+        gradients = (g if needed else None for g, needed in zip(computed, need[:5], strict=True))
+        return (*gradients, None, None, None, None, None, None)
+
+
 class GaussianKL(torch.autograd.Function):
     """KL(N(mu, exp(logvar)) || N(0, I)), [M]."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae import backends, reference
-from fastvae.autograd import GaussianKL, GaussianRsample, MixtureLogProb
+from fastvae.autograd import GaussianKL, GaussianRsample, MixtureKL, MixtureLogProb
 
 _PRECISIONS = ("highest", "high", "medium")
 
@@ -148,11 +148,7 @@ def gaussian_rsample(
     Source: Kingma and Welling, Auto-encoding variational Bayes (ICLR 2014).
     """
     mu, logvar, dtype = _check_gaussian(mu, logvar)
-    if num_samples is not None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
-            raise TypeError(f"num_samples must be an integer or None, not {type(num_samples).__name__}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    lead = _sampled_shape(num_samples, mu)
     backend = backends.choose(impl, mu.device)
     if backend == "reference":
         z, log_q = reference.gaussian_rsample(
@@ -161,7 +157,6 @@ def gaussian_rsample(
         return z.to(dtype), log_q
     seed = reference.draw_seed(mu.device, generator)
     z, log_q = GaussianRsample.apply(_rows(mu), _rows(logvar), seed, num_samples, path_derivative, backend)
-    lead = mu.shape[:-1] if num_samples is None else (num_samples, *mu.shape[:-1])
     return _shaped(z, (*lead, mu.shape[-1])).to(dtype), _shaped(log_q, lead)
 
 
@@ -226,29 +221,41 @@ def mixture_kl(
 
         z, log_q = gaussian_rsample(mu, logvar, num_samples);  kl = log_q - mixture_log_prob(z, prior_mu, ...)
     """
+    _check_precision(precision)
     mu, logvar, dtype = _check_gaussian(mu, logvar)
-    _result_dtype(mu=mu, prior_mu=prior_mu, prior_logvar=prior_logvar, log_weights=log_weights)
-    _check_components(prior_mu, prior_logvar, log_weights, "prior_")
-    if prior_mu.shape[1] != mu.shape[-1]:
+    wide = _compute_dtype(_result_dtype(mu=mu, prior_mu=prior_mu, prior_logvar=prior_logvar, log_weights=log_weights))
+    prior_logvar = _check_components(prior_mu, prior_logvar, log_weights, "prior_")
+    K, D = prior_mu.shape
+    if mu.shape[-1] != D:
         raise ValueError(f"prior_mu must be [K, {mu.shape[-1]}] to match mu {_shape(mu)}, not {_shape(prior_mu)}")
-    z, log_q = gaussian_rsample(
-        mu, logvar, num_samples, generator=generator, path_derivative=path_derivative, impl=impl
-    )
-    if exclude is not None and num_samples is not None:
+    lead = _sampled_shape(num_samples, mu)
+    if exclude is not None:
         _check_tensor("exclude", exclude)
         if exclude.shape == mu.shape[:-1]:
-            exclude = exclude.expand(z.shape[:-1])
-    log_p = mixture_log_prob(
-        z,
-        prior_mu,
-        prior_logvar,
-        log_weights,
-        exclude=exclude,
-        dense_backward=dense_backward,
-        precision=precision,
-        impl=impl,
+            exclude = exclude.expand(lead)
+        _check_exclude(exclude, (*lead, D), mu.device, K)
+    backend = backends.choose(impl, mu.device)
+    if backend == "reference":
+        z, kl = reference.mixture_kl(
+            mu, logvar, prior_mu, prior_logvar, log_weights, num_samples, generator=generator,
+            path_derivative=path_derivative, exclude=exclude,
+        )  # fmt: skip
+        return z.to(dtype), kl
+    seed = reference.draw_seed(mu.device, generator)
+    z, kl = MixtureKL.apply(
+        _rows(mu.to(wide)),
+        _rows(logvar.to(wide)),
+        prior_mu.to(wide).contiguous(),
+        prior_logvar.to(wide).contiguous(),
+        None if log_weights is None else log_weights.to(wide).contiguous(),
+        None if exclude is None else exclude.reshape(-1).contiguous(),
+        seed,
+        num_samples,
+        path_derivative,
+        dense_backward,
+        backends.at_precision(backend, precision, wide),
     )
-    return z.to(dtype), log_q - log_p
+    return _shaped(z, (*lead, D)).to(dtype), _shaped(kl, lead)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -299,21 +306,37 @@ def _check_mixture(
         raise ValueError(f"z must be [..., {D}] to match mu {_shape(mu)}, not {_shape(z)}")
     if exclude is not None:
         _check_tensor("exclude", exclude)
-        if exclude.dtype != torch.int64:
-            raise TypeError(f"exclude must be an int64 tensor, not {exclude.dtype}")
-        if exclude.shape != z.shape[:-1]:
-            raise ValueError(f"exclude must be {list(z.shape[:-1])} to match z {_shape(z)}, not {_shape(exclude)}")
-        if exclude.device != z.device:
-            raise ValueError(f"exclude is on {exclude.device}, but z is on {z.device}")
-        # Elsewhere than on the CPU this would wait for the device, and a graph cannot branch on it: there an index
-        # that is out of range leaves nothing out.
-        if exclude.device.type == "cpu" and exclude.numel() and not torch.compiler.is_compiling():
-            low, high = (int(v) for v in exclude.aminmax())
-            if low < -1 or high >= K:
-                raise ValueError(f"exclude must be in -1 ... {K - 1} for K = {K}, it spans {low} ... {high}")
+        _check_exclude(exclude, z.shape, z.device, K)
     if log_weights is not None:
         log_weights = log_weights.to(dtype)
     return z.to(dtype), mu.to(dtype), logvar.to(dtype), log_weights, exclude
+
+
+def _check_exclude(exclude: Tensor, z_shape: tuple[int, ...], device: torch.device, K: int) -> None:
+    lead = z_shape[:-1]
+    if exclude.dtype != torch.int64:
+        raise TypeError(f"exclude must be an int64 tensor, not {exclude.dtype}")
+    if exclude.shape != lead:
+        raise ValueError(f"exclude must be {list(lead)} to match z {list(z_shape)}, not {_shape(exclude)}")
+    if exclude.device != device:
+        raise ValueError(f"exclude is on {exclude.device}, but z is on {device}")
+    # Elsewhere than on the CPU this would wait for the device, and a graph cannot branch on it: there an index
+    # that is out of range leaves nothing out.
+    if exclude.device.type == "cpu" and exclude.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in exclude.aminmax())
+        if low < -1 or high >= K:
+            raise ValueError(f"exclude must be in -1 ... {K - 1} for K = {K}, it spans {low} ... {high}")
+
+
+def _sampled_shape(num_samples: int | None, mu: Tensor) -> tuple[int, ...]:
+    """The shape of the samples of mu [..., D], without D."""
+    if num_samples is None:
+        return tuple(mu.shape[:-1])
+    if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
+        raise TypeError(f"num_samples must be an integer or None, not {type(num_samples).__name__}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    return num_samples, *mu.shape[:-1]
 
 
 def _check_components(mu: Tensor, logvar: Tensor, log_weights: Tensor | None, prefix: str = "") -> Tensor:

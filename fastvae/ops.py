@@ -1,8 +1,8 @@
 """The registered operators: schemas, fakes and handles.
 
-Each backend has the same seven operators under a prefix of its own: `fastvae::mixture_log_prob` is dispatched by
+Each backend has the same nine operators under a prefix of its own: `fastvae::mixture_log_prob` is dispatched by
 device to the compiled kernels, `fastvae::composite_mixture_log_prob` is plain PyTorch, `fastvae::triton_...` Triton,
-which has the three of the mixture once more for each lower precision.  They take checked input:
+which has those of the mixture once more for each lower precision.  They take checked input:
 contiguous, of one floating dtype, rows flattened to z [M, D]; logvar is [K, D], or [1, D] where all share it.
 
 A gradient that was not asked for comes back with no elements, because an operator's arity is fixed.
@@ -11,14 +11,16 @@ A gradient that was not asked for comes back with no elements, because an operat
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvae import composite, triton_kernels
+from fastvae import composite, composition, triton_kernels
 
 _MIXTURE = "Tensor z, Tensor mu, Tensor logvar, Tensor? log_weights, Tensor? exclude"
+_PRIOR = "Tensor prior_mu, Tensor prior_logvar, Tensor? log_weights, Tensor? exclude"
 _SCHEMAS = {
     "mixture_log_prob": f"({_MIXTURE}) -> Tensor",
     "mixture_log_prob_and_score": f"({_MIXTURE}) -> (Tensor, Tensor)",
@@ -29,6 +31,11 @@ _SCHEMAS = {
     "bool path_derivative) -> (Tensor, Tensor)",
     "gaussian_kl": "(Tensor mu, Tensor logvar) -> Tensor",
     "gaussian_kl_backward": "(Tensor grad, Tensor mu, Tensor logvar) -> (Tensor, Tensor)",
+    "mixture_kl": f"(Tensor mu, Tensor logvar, Tensor seed, SymInt num_samples, {_PRIOR}, bool with_score) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "mixture_kl_backward": "(Tensor? grad_z, Tensor grad_kl, Tensor logvar, Tensor seed, bool path_derivative, "
+    f"Tensor z, Tensor log_prob, Tensor score, {_PRIOR}, bool dense, bool need_q, bool need_mu, bool need_logvar, "
+    "bool need_log_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -43,15 +50,16 @@ def _mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude):
 def _mixture_log_prob_backward(
     grad, log_prob, z, mu, logvar, log_weights, exclude, dense, need_z, need_mu, need_logvar, need_log_weights
 ):
-    def wanted(need: bool, shape) -> Tensor:
-        return z.new_empty(shape if need else (0,))
-
     return (
-        wanted(need_z, z.shape),
-        wanted(need_mu, mu.shape),
-        wanted(need_logvar, logvar.shape),
-        wanted(need_log_weights, mu.shape[:1]),
+        _wanted(need_z, z),
+        _wanted(need_mu, mu),
+        _wanted(need_logvar, logvar),
+        _wanted(need_log_weights, mu[:, 0]),
     )
+
+
+def _wanted(need: bool, like: Tensor) -> Tensor:
+    return like.new_empty(like.shape if need else (0,))
 
 
 def _gaussian_rsample(mu, logvar, seed, num_samples):
@@ -71,6 +79,42 @@ def _gaussian_kl_backward(grad, mu, logvar):
     return torch.empty_like(mu), torch.empty_like(mu)
 
 
+def _mixture_kl(mu, logvar, seed, num_samples, prior_mu, prior_logvar, log_weights, exclude, with_score):
+    """(z [S, M, D], kl [S, M], log p(z) [S M], its score [S M, D])."""
+    M, D = mu.shape
+    z = mu.new_empty(num_samples, M, D)
+    return z, mu.new_empty(num_samples, M), mu.new_empty(num_samples * M), _wanted(with_score, z.flatten(0, 1))
+
+
+def _mixture_kl_backward(
+    grad_z,
+    grad_kl,
+    logvar,
+    seed,
+    path_derivative,
+    z,
+    log_prob,
+    score,
+    prior_mu,
+    prior_logvar,
+    log_weights,
+    exclude,
+    dense,
+    need_q,
+    need_mu,
+    need_logvar,
+    need_log_weights,
+):
+    """dmu, dlogvar, dprior_mu, dprior_logvar, dlog_weights; grad_z is None where z is not used."""
+    return (
+        _wanted(need_q, logvar),
+        _wanted(need_q, logvar),
+        _wanted(need_mu, prior_mu),
+        _wanted(need_logvar, prior_logvar),
+        _wanted(need_log_weights, prior_mu[:, 0]),
+    )
+
+
 class Operators(NamedTuple):
     """One backend's operators, in the order of the schemas above."""
 
@@ -81,6 +125,8 @@ class Operators(NamedTuple):
     gaussian_rsample_backward: torch._ops.OpOverload
     gaussian_kl: torch._ops.OpOverload
     gaussian_kl_backward: torch._ops.OpOverload
+    mixture_kl: torch._ops.OpOverload
+    mixture_kl_backward: torch._ops.OpOverload
 
 
 _library = torch.library.Library("fastvae", "DEF")
@@ -93,21 +139,32 @@ def _define(prefix: str, names: Iterable[str] = tuple(_SCHEMAS)) -> dict[str, to
     return {name: getattr(torch.ops.fastvae, prefix + name).default for name in names}
 
 
+def compose(library: torch.library.Library, prefix: str, backend: Operators) -> None:
+    """mixture_kl of the backend's other operators, wherever it has none of its own."""
+    for name in ("mixture_kl", "mixture_kl_backward"):
+        library.impl(f"{prefix}{name}", partial(getattr(composition, name), backend), "CompositeExplicitAutograd")
+
+
 _library.define("cpu_isa() -> str")
 native = Operators(**_define(""))
 plain = Operators(**_define("composite_"))
 triton = Operators(**_define("triton_"))
+operators = {"cpu": native, "cuda": native, "composite": plain, "triton": triton}
+_of_mixture = [name for name in _SCHEMAS if name.startswith("mixture")]
+for _precision in ("high", "medium"):
+    operators[f"triton-{_precision}"] = triton._replace(**_define(f"triton_{_precision}_", _of_mixture))
+
 for _name in _SCHEMAS:
+    if _name.startswith("mixture_kl"):
+        continue
     _library.impl(f"composite_{_name}", getattr(composite, _name), "CompositeExplicitAutograd")
     if _name.startswith("gaussian"):
         _library.impl(f"triton_{_name}", triton_kernels.launcher("gaussian", _name), "CompositeExplicitAutograd")
-
-operators = {"cpu": native, "cuda": native, "composite": plain, "triton": triton}
-_MIXTURE_NAMES = [name for name in _SCHEMAS if name.startswith("mixture")]
-for _precision in ("highest", "high", "medium"):
-    _prefix = "triton_" if _precision == "highest" else f"triton_{_precision}_"
-    if _precision != "highest":
-        operators[f"triton-{_precision}"] = triton._replace(**_define(_prefix, _MIXTURE_NAMES))
-    for _name in _MIXTURE_NAMES:
+        continue
+    for _precision, _prefix in (("highest", "triton_"), ("high", "triton_high_"), ("medium", "triton_medium_")):
         _implementation = triton_kernels.launcher("mixture", _name, _precision)
         _library.impl(f"{_prefix}{_name}", _implementation, "CompositeExplicitAutograd")
+compose(_library, "", native)
+compose(_library, "composite_", plain)
+for _backend in ("triton", "triton-high", "triton-medium"):
+    compose(_library, _backend.replace("-", "_") + "_", operators[_backend])

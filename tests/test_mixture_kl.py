@@ -35,6 +35,39 @@ def test_is_its_composition(impl: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_gradients_in_part(impl: str) -> None:
+    """A frozen prior, a frozen posterior, z used or not: the gradients of the composition, to its bits."""
+    args = arguments()
+    for wanted in ((0, 1), (0,), (2, 3, 4), (0, 3)):
+        for upstream in ("kl", "z", "both"):
+            if upstream == "z" and min(wanted) > 1:
+                continue  # z does not depend on the prior
+            results = []
+            for together in (True, False):
+                leaves = [v.clone().requires_grad_(i in wanted) for i, v in enumerate(args)]
+                torch.manual_seed(2)
+                if together:
+                    z, kl = fastvae.mixture_kl(*leaves, 2, impl=impl)
+                else:
+                    z, log_q = fastvae.gaussian_rsample(*leaves[:2], 2, impl=impl)
+                    kl = log_q - fastvae.mixture_log_prob(z, *leaves[2:], impl=impl)
+                loss = torch.zeros(())
+                if upstream != "z":
+                    loss = loss + (kl * kl.detach().cos()).sum()
+                if upstream != "kl":
+                    loss = loss + (z * z.detach().sin()).sum()
+                inputs = [leaf for leaf in leaves if leaf.requires_grad]
+                results.append(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+            for got, want in zip(*results, strict=True):
+                assert torch.equal(got, want), (wanted, upstream)
+
+
+def test_one_node_of_the_graph(impl: str) -> None:
+    leaves = [v.requires_grad_() for v in arguments()]
+    z, kl = fastvae.mixture_kl(*leaves, impl=impl)
+    assert z.grad_fn is kl.grad_fn and type(kl.grad_fn).__name__ == "MixtureKLBackward"
+
+
 def test_against_autograd_of_the_specification(impl: str) -> None:
     for path in (False, True):
         grads = []

@@ -54,6 +54,23 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                     yield per_element, per_element
                 case "gaussian_kl_backward":
                     yield per_row, per_element, per_element
+                case "mixture_kl" | "mixture_kl_backward":
+                    _, *prior, exclude = args
+                    of_samples = None if exclude is None else exclude.repeat(2)
+                    for score in (False, True):
+                        forward = per_element, 0.1 * per_element, seed, 2, *prior, of_samples, score
+                        if name == "mixture_kl":
+                            yield forward
+                            continue
+                        z, grad_kl, *saved = operators["composite"].mixture_kl(*forward)
+                        for wanted in (
+                            (True, True, True, True),
+                            (True, False, False, False),
+                            (False, True, False, True),
+                        ):
+                            grad_z = torch.randn_like(z) if all(wanted) else None
+                            sampled = per_element, seed, M > 1, z, *saved
+                            yield grad_z, grad_kl, *sampled, *prior, of_samples, True, *wanted
 
 
 @pytest.mark.parametrize("name", operators["composite"]._fields)

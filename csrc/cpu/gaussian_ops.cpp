@@ -1,7 +1,7 @@
 // gaussian_rsample and gaussian_kl on the CPU, with their gradients: checks, tasks, registration.
 #include <string>
 
-#include "host.h"
+#include "operators.h"
 
 namespace fastvae {
 namespace {
@@ -16,6 +16,8 @@ uint64_t seed_of(const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "fastvae: want one int64 seed");
   return uint64_t(*input<int64_t>(seed));
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> gaussian_rsample(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                                             int64_t num_samples) {
@@ -48,6 +50,8 @@ std::tuple<Tensor, Tensor> gaussian_rsample_backward(const Tensor& grad_z, const
   });
   return {dmu, dlogvar};
 }
+
+namespace {
 
 Tensor gaussian_kl(const Tensor& mu, const Tensor& logvar) {
   check_pair(mu, logvar);

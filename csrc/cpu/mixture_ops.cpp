@@ -4,6 +4,7 @@
 // and sums, or their parts of dz); groups of rows each have their own parts of the parameters' gradients.  Where a cut
 // changes the order of a sum it depends on the shapes alone, and merging goes in order: the same input gives the same
 // bits, whatever the threads.
+#include "operators.h"
 #include "prepared.h"
 
 namespace fastvae {
@@ -198,8 +199,10 @@ void backward(const Kernels<T>& kernels, Backward<T> job, const Rows<T>& rows, i
   sum_parts(out.dweights, dweights.data(), parts, K);
 }
 
+}  // namespace
+
 Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
-                        const std::optional<Tensor>& log_weights, const std::optional<Tensor>& exclude) {
+                        const OptionalTensor& log_weights, const OptionalTensor& exclude) {
   check_mixture(z, mu, logvar, log_weights, exclude);
   const int64_t M = z.size(0);
   Tensor log_prob = new_result(z, {M});
@@ -213,8 +216,8 @@ Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
 }
 
 std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Tensor& mu, const Tensor& logvar,
-                                                      const std::optional<Tensor>& log_weights,
-                                                      const std::optional<Tensor>& exclude) {
+                                                      const OptionalTensor& log_weights,
+                                                      const OptionalTensor& exclude) {
   check_mixture(z, mu, logvar, log_weights, exclude);
   const int64_t M = z.size(0);
   Tensor log_prob = new_result(z, {M}), score = new_result(z, {M, z.size(1)});
@@ -229,7 +232,7 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
     const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu, const Tensor& logvar,
-    const std::optional<Tensor>& log_weights, const std::optional<Tensor>& exclude, bool dense, bool need_z,
+    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_z,
     bool need_mu, bool need_logvar, bool need_log_weights) {
   check_mixture(z, mu, logvar, log_weights, exclude);
   check_floats({&z, &grad, &log_prob});
@@ -259,8 +262,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
   });
   return {dz, dmu, dlogvar, dweights};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
   m.impl("mixture_log_prob", TORCH_BOX(&mixture_log_prob));

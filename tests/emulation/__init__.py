@@ -45,6 +45,7 @@ def load(library: Path) -> Operators:
         torch.library.register_fake(f"fastvae_emulated::{name}", getattr(ops, f"_{name}"), lib=namespace)
     torch.ops.load_library(library)
     operators = Operators(*(getattr(torch.ops.fastvae_emulated, name).default for name in Operators._fields))
+    ops.compose(namespace, "", operators)
     _keep.append(namespace)
     return operators
 
