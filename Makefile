@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint bench gpu dist clean
+.PHONY: demo test lint bench bench-kept gpu dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
@@ -27,6 +27,12 @@ bench: .venv/ready
 	$(BIN)/python examples/score_groups.py --record benchmarks/results/groups.json
 	for part in estimators refresh memory; do $(BIN)/python -m benchmarks.bounds $$part || exit 1; done
 	$(BIN)/python -m benchmarks.tables
+
+# the targets once more with an allocator that keeps what is freed; JEMALLOC is the path of its library
+bench-kept: .venv/ready
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
+	LD_PRELOAD=$(JEMALLOC) MALLOC_CONF=oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1 $(BIN)/fastvae bench \
+		mixture gaussian --no-series --out benchmarks/results/kept
 
 # on a bare machine with PyTorch, Triton, nvcc, ninja and a GPU, without network; `make gpu DRY=1` where there is no GPU
 gpu:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .ratios import (
     times_faster,
 )
 from .record import Record, read_record
-from .targets import NOT_MEASURED, judge
+from .targets import NOT_MEASURED, Target, judge
 
 
 def write(record: Record, folder: Path) -> list[Path]:
@@ -53,7 +54,7 @@ def markdown(record: Record, pictures: list[str]) -> str:
         "",
         "## Targets",
         "",
-        target_table(record),
+        target_table(record.cases),
         "",
     ]
     for key, result in record.cases.items():
@@ -64,22 +65,22 @@ def markdown(record: Record, pictures: list[str]) -> str:
     return "\n".join(lines)
 
 
-def target_table(record: Record) -> str:
-    """Every target, what was measured, and whether it is met."""
+def target_table(cases: Mapping[str, Result], kept: Mapping[str, Result] | None = None) -> str:
+    """Every target, what was measured, and whether it is met; beside it what a record with a kept heap shows."""
     rows = []
-    for judged in judge(record.cases):
+    for judged, beside in zip(judge(cases), judge(kept or {}), strict=True):
         target = judged.target
-        write_value = words.percent if "fraction" in target.against else words.ratio
-        rows.append(
-            [
-                target.work,
-                target.against,
-                write_value(target.at_least),
-                ", ".join(map(write_value, judged.measured)),
-                judged.verdict,
-            ]
-        )
-    return words.markdown(["work", "against", "at least", "measured", ""], rows, left=2)
+        row = [target.work, target.against, _written(target, [target.at_least])]
+        row += [_written(target, judged.measured), judged.verdict]
+        rows.append(row if kept is None else [*row, _written(target, beside.measured)])
+    headings = ["work", "against", "at least", "measured", ""]
+    return words.markdown(headings if kept is None else [*headings, "heap kept"], rows, left=2)
+
+
+def _written(target: Target, values: Sequence[float | None]) -> str:
+    if all(value is None for value in values):
+        return words.NOTHING
+    return ", ".join(map(words.percent if "fraction" in target.against else words.ratio, values))
 
 
 def contender_table(result: Result) -> str:

@@ -10,6 +10,8 @@ from statistics import median, quantiles
 
 import torch
 
+from .memory import return_free_memory
+
 Run = Callable[[], object]
 
 
@@ -108,6 +110,7 @@ def interleave(
         while turn := [name for name in turn if unfinished(name)]:
             for name in turn:
                 watch(name, len(samples[name]))
+                return_free_memory()
                 if not samples[name]:
                     calls[name] = max(1, round(settings.sample_seconds / max(clock(runs[name], 1), 1e-7)))
                 elif samples[name][-1] < WARM_BELOW:
