@@ -235,15 +235,14 @@ def static_mnist(results: Results) -> str:
         found = results.read(path.name)
         rows.append(
             [
-                path.stem.removeprefix("static-mnist-"),
+                path.stem.removeprefix("static-mnist-").replace("-", ", "),
                 f"{found['log_likelihood']:.2f} +- {found['standard_error']:.2f}",
                 f"{found['elbo']:.2f}",
                 f"{found['kl']:.2f}",
                 f"{found['active_units']} of {found['latent']}",
             ]
         )
-    headings = ["prior", "test log-likelihood +- standard error", "ELBO", "KL", "active units"]
-    return words.markdown(headings, rows)
+    return words.markdown(["", "test log-likelihood +- standard error", "ELBO", "KL", "active units"], rows)
 
 
 @table("groups", "groups.json")

@@ -37,6 +37,9 @@ def root(tmp_path: Path) -> Path:
     step["contenders"]["fastvae: optimiser"] = one | {"seconds": one["seconds"] | {"median": 0.4}}
     (results / "train-step").mkdir()
     open_record(results / "train-step" / "cpu.json", "cpu", TINY).add("three", step)
+    (results / "kept").mkdir()
+    kept = mixture("forward", 1024, 10_000, 40, fastvae=1.0, expansion_compile=3.0, keops=120.0)
+    open_record(results / "kept" / "cpu.json", "cpu", TINY).add("one", kept)
     row = {"elbo": [-3.0, -3.0], "kl": [1.0, 1.0], "active_units": [4, 5]}
     priors = [{"prior": "vamp", "log_likelihood": [-1.0, -2.0], **row}]
     (results / "demo-digits.json").write_text(json.dumps({"priors": priors, "verdict": {"sentence": "vamp wins."}}))
@@ -88,6 +91,7 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
     assert line(root, "bounds-memory", "50,000")[1:] == ["at once", "1.56 GB"]
     assert line(root, "groups", "20,000 cells")[1:] == ["2", "90 s", "0.30 s", "300 x", "320 x", "2e-05"]
     text = (root / "docs" / "cpu-targets.md").read_text()
+    assert "| 6.0 x, - | not measured | 3.0 x, - |" in text
     assert "not measured" in text and text.startswith("# Page\n") and text.endswith("\n\nand more\n")
     assert main(["--check"], root) == 0
 
