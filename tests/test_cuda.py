@@ -9,11 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import emulation
 import pytest
 import torch
 from budget import Result, allowance, assert_within, diffuse_case, hard_case, run
@@ -33,9 +36,15 @@ ROOT = Path(__file__).parent.parent
 TARGETS = cuda_static.flags_and_targets()[1]
 
 
+@pytest.fixture(params=["small", "tiled"])
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operators:
+    """The kernels on the CPU, also behind impl="cuda": those for small problems where one is small, or never."""
+    use_backend("cuda-emulated-tiled" if request.param == "tiled" else "cuda-emulated", monkeypatch)
+    return emulated_cuda()
+
+
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Operators:
-    """The kernels on the CPU, also behind impl="cuda"."""
+def small(monkeypatch: pytest.MonkeyPatch) -> Operators:
     use_backend("cuda-emulated", monkeypatch)
     return emulated_cuda()
 
@@ -161,6 +170,25 @@ def test_operators_check_what_they_are_given(emulated: Operators) -> None:
         emulated.gaussian_rsample(z, z, torch.zeros(1), 1)
     with pytest.raises(RuntimeError, match="want grad_z"):
         emulated.gaussian_rsample_backward(torch.zeros(2, 4, 3), torch.zeros(2, 5), z, seed, False)
+    for args, told in (
+        ((z, z[:4], seed, 1, mu, logvar, None, None), "want mu and logvar"),
+        ((z, z, seed, 1, mu[:, :2].clone(), logvar[:, :2].clone(), None, None), "want z"),
+        ((z, z, seed, 2, mu, logvar, None, index), "want contiguous int64 exclude"),
+        ((z, z, torch.zeros(1), 1, mu, logvar, None, None), "int64 seed"),
+    ):
+        with pytest.raises(RuntimeError, match=told):
+            emulated.mixture_kl(*args, False)
+    for grad_z, grad_kl, log_prob, score in (
+        (None, z[:4, 0].clone(), z[:, 0].clone(), z),
+        (None, z[:, 0].clone(), z[:4, 0].clone(), z),
+        (None, z[:, 0].clone(), z[:, 0].clone(), z[:4]),
+        (z[:4], z[:, 0].clone(), z[:, 0].clone(), z),
+    ):
+        with pytest.raises(RuntimeError, match=r"want z and grad_z \[S, M, D\]"):
+            emulated.mixture_kl_backward(
+                *(grad_z, grad_kl, z, seed, False, z[None], log_prob, score, mu, logvar, None, None),
+                *(False, True, True, True, True),
+            )
 
 
 @pytest.mark.parametrize("name", Operators._fields)
@@ -184,6 +212,10 @@ def everything(ops: Operators, M: int, K: int, D: int, dtype: torch.dtype) -> li
         log_prob, score = ops.mixture_log_prob_and_score(*args)
         gradients = ops.mixture_log_prob_backward(case.grad, log_prob, *args, False, True, True, True, True)
         results += [log_prob, score, *gradients]
+        spread = case.z.clamp(-1, 1)
+        together = ops.mixture_kl(case.z, spread, seed, 1, *args[1:], True)
+        saved = spread, seed, False, together[0], *together[2:], *args[1:]
+        results += [*together, *ops.mixture_kl_backward(None, together[1], *saved, False, True, True, True, True)]
     z, log_q = ops.gaussian_rsample(case.mu, case.logvar, seed, 2)
     results += [z, log_q, *ops.gaussian_rsample_backward(z, log_q, case.logvar, seed, True)]
     kl = ops.gaussian_kl(case.mu, case.logvar)
@@ -201,6 +233,102 @@ def test_no_thread_depends_on_when_another_runs(
         results[order] = everything(emulated, 130, 300, 37, dtype)
     for got in (results["descending"], results["shuffled"]):
         assert all(torch.equal(a, b) for a, b in zip(got, results["ascending"], strict=True))
+
+
+def launches(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call gives, and how many kernels it took."""
+    before = emulation.launches()
+    return call(), emulation.launches() - before
+
+
+@pytest.mark.parametrize("D", [7, 40])
+def test_a_small_problem_takes_one_launch(small: Operators, D: int) -> None:
+    """And its gradients two; where the components share logvar one or two more are for their sum."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulation counts launches, a GPU does not")
+    M, K, seed = 100, 500, torch.tensor([3])
+    case = diffuse_case(M, K, D)
+    args = case.z, case.mu, case.logvar, None, None
+    log_prob, taken = launches(lambda: small.mixture_log_prob(*args))
+    assert taken == 1
+    (_, score), taken = launches(lambda: small.mixture_log_prob_and_score(*args))
+    assert taken == 1
+    everything = False, True, True, True, True
+    assert launches(lambda: small.mixture_log_prob_backward(case.grad, log_prob, *args, *everything))[1] == 2
+    together, taken = launches(lambda: small.mixture_kl(case.z, case.z, seed, 1, *args[1:], True))
+    assert taken == 1
+    saved = case.z, seed, False, together[0], *together[2:], *args[1:], *everything
+    assert launches(lambda: small.mixture_kl_backward(together[0], together[1], *saved))[1] == 2
+    shared = case.z, case.mu, case.logvar[:1].clone(), None, None
+    assert launches(lambda: small.mixture_log_prob(*shared))[1] == 1
+    assert launches(lambda: small.mixture_log_prob_backward(case.grad, log_prob, *shared, *everything))[1] == 3
+
+
+def test_what_is_small_is_what_the_documentation_says(small: Operators) -> None:
+    """M <= 528, K <= 1024, D <= 512 and K D <= 65,536: at the limits one launch, beyond them more."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulation counts launches, a GPU does not")
+    for M, K, D in ((528, 3, 1), (1, 1024, 2), (2, 2, 512), (1, 1024, 64)):
+        assert launches(lambda: small.mixture_log_prob(*arguments(M, K, D)))[1] == 1, (M, K, D)
+    for M, K, D in ((529, 3, 1), (1, 1025, 2), (2, 2, 513), (1, 1023, 65)):
+        assert launches(lambda: small.mixture_log_prob(*arguments(M, K, D)))[1] > 1, (M, K, D)
+
+
+def arguments(M: int, K: int, D: int) -> tuple[Tensor | None, ...]:
+    case = hard_case(M, K, D)
+    return case.z, case.mu, case.logvar, case.log_weights, None
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
+def test_small_problems_around_every_edge(dtype: torch.dtype, shared: bool) -> None:
+    """A row, or component, a block and several; one turn of a block through the other side, and two; D of one vector
+    and not of whole vectors, of one block and more; a component left out for each row."""
+    for M, K, D in ((132, 255, 1), (133, 256, 7), (3, 257, 40), (257, 133, 4), (2, 132, 130), (5, 9, 300), (528, 5, 2)):
+        case = hard_case(M, K, D, dtype=dtype)
+        case = replace(case, exclude=torch.arange(M) % (K + 1) - 1)
+        if shared:
+            case = replace(case, logvar=case.logvar[0].clone())
+        for dense in (False, True):
+            assert_within(run(case, "cuda", dense), *allowance(case, dense), f"M={M} K={K} D={D} dense={dense}")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_small_and_tiled_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A problem on either side of the limit differs by roundings, which both keep within their budget: here on a mixture
+    whose density and gradients are of size one."""
+    case = diffuse_case(40, 90, 10, dtype=dtype)
+    results = []
+    for tiles in ("0", "1"):
+        monkeypatch.setenv("FASTVAE_CUDA_TILES", tiles)
+        results.append(run(case, "cuda"))
+    want, allowed = allowance(case)
+    for got in results:
+        assert_within(got, want, allowed)
+    assert not torch.equal(results[0].log_prob, results[1].log_prob)  # else the variable does nothing
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_drawing_in_the_kernel_is_drawing_before_it(dtype: torch.dtype) -> None:
+    """z, kl and all gradients: the bits of sampling and density in turn, for one row a block and for several."""
+    for B, S, K, D in ((3, 2, 9, 130), (60, 3, 140, 7), (7, 1, 300, 40), (1, 1, 1, 1)):
+        q, prior = diffuse_case(B, 1, D, dtype=dtype).z, hard_case(1, K, D, dtype=dtype)
+        exclude = torch.arange(S * B).reshape(S, B) % (K + 1) - 1
+        results = []
+        for together in (True, False):
+            leaves = [v.clone().requires_grad_() for v in (q, 0.3 * q, prior.mu, prior.logvar, prior.log_weights)]
+            torch.manual_seed(2)
+            if together:
+                z, kl = fastvae.mixture_kl(*leaves, S, exclude=exclude, impl="cuda")
+            else:
+                z, log_q = fastvae.gaussian_rsample(*leaves[:2], S, impl="cuda")
+                kl = log_q - fastvae.mixture_log_prob(z, *leaves[2:], exclude=exclude, impl="cuda")
+            loss = (kl.nan_to_num(0, 0, 0) * torch.linspace(-1, 1, B, dtype=dtype)).sum() + z.square().sum()
+            results.append((z, kl, *torch.autograd.grad(loss, leaves)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (B, S, K, D)
 
 
 @pytest.mark.usefixtures("emulated")

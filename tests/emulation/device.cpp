@@ -1,4 +1,6 @@
 // In place of csrc/cuda/device.cpp: the CPU is the device.
+#include <cuda_runtime.h>
+
 #include "host.h"
 
 namespace fastvae::cuda {
@@ -6,3 +8,5 @@ namespace fastvae::cuda {
 OnDeviceOf::OnDeviceOf(const Tensor&) : stream_(nullptr) {}
 
 }  // namespace fastvae::cuda
+
+extern "C" int64_t emulated_launches() { return emulation::launches; }
