@@ -6,6 +6,7 @@ Their values are tested with every other backend's, where "cuda-emulated" runs t
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import emulation
@@ -26,14 +26,16 @@ from test_skipping import concentrated, responsibilities
 from torch import Tensor
 
 import fastvae
-from benchmarks import cuda_static
-from benchmarks.cuda_static import Kernel
+from benchmarks.static_report import disassembly, limits
+from benchmarks.static_report.disassembly import Code
+from benchmarks.static_report.families import cuda_family
+from benchmarks.static_report.kernel import Kernel
 from fastvae import backends
-from fastvae.app.errors import ConfigError
 from fastvae.ops import Operators
 
 ROOT = Path(__file__).parent.parent
-TARGETS = cuda_static.flags_and_targets()[1]
+ARCHES = list(cuda_family.flags_and_targets()[1])
+SIDES = ("rows", "components")
 
 
 @pytest.fixture(params=["small", "tiled"])
@@ -53,49 +55,74 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Operators:
 
 
 @cache
-def compiled_for(target: str) -> list[Kernel]:
-    try:
-        cuda_static.tools()
-    except ConfigError as error:
-        pytest.skip(str(error))
-    with TemporaryDirectory() as folder:
-        return list(cuda_static.compile_kernels(target, Path(folder)))
+def compiled_for(arch: int) -> list[tuple[Kernel, Code]]:
+    if why := cuda_family.missing():
+        pytest.skip(why)
+    return [(kernel, disassembly.read(kernel)) for kernel in cuda_family.kernels(arch, re.compile(""))]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles_without_spills(target: str) -> None:
-    kernels = compiled_for(target)
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_compiles_without_spills(arch: int) -> None:
+    """The compiler stops at a spill: it is told that warnings are errors."""
     wanted = ("forward<", "backward<rows", "backward<components", "pack_rows", "rsample<", "rsample_backward", "kl<")
-    for dtype in ("float", "double"):
-        for name in wanted:
-            assert any(k.name.startswith(name) and dtype in k.name for k in kernels), f"{name} for {dtype} is not there"
-    for kernel in kernels:
-        assert kernel.registers <= 255
-        assert (kernel.spills, kernel.stack, kernel.local) == (0, 0, 0), f"{kernel.name}: {kernel}"
-        if kernel.name.startswith("forward<"):  # so that two blocks run at a time
-            assert kernel.registers <= 128
+    names = [kernel.name for kernel, _ in compiled_for(arch)]
+    for dtype, several in (("float", 4), ("double", 2)):
+        small = [f"small_{side}<{dtype}, {v}, {n}>" for side in SIDES for v in ("true", "false") for n in (1, several)]
+        for name in (*wanted, *small):
+            assert any(n.startswith(name) and dtype in n for n in names), f"{name} for {dtype} is not there"
+    for kernel, code in compiled_for(arch):
+        assert code.registers <= 255
+        assert (code.stack, code.local, code.local_accesses) == (0, 0, 0), f"{kernel.name}: {code}"
+        if kernel.name.startswith(("forward<", "small_")):  # so that two blocks run at a time
+            assert code.registers <= 128
+        if kernel.name in cuda_family.SHARED:
+            two = kernel.name.startswith(("forward<", "small_")) and arch != 80
+            assert limits.blocks_at_once(arch, code.registers, kernel.threads, kernel.shared) >= 1 + two, kernel.name
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_multiply_adds_take_the_issue_slots(target: str) -> None:
+@pytest.mark.parametrize("arch", ARCHES)
+def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
     """Of the innermost loop, at any D; what it loads, it loads 16 bytes at a time."""
-    for kernel in compiled_for(target):
+    for kernel, code in compiled_for(arch):
         if kernel.name not in ("forward<float>", "backward<rows, float>", "backward<components, float>"):
             continue
-        loop = kernel.loops[0]
+        loop = code.loops[0]
         assert loop.share("FFMA") >= 0.8, f"{kernel.name}: {loop}"
         assert loop.kinds["LDS.128"] > 0 and not {"LDS.32", "LDS.64"} & set(loop.kinds), f"{kernel.name}: {loop}"
         # copies to shared memory are asynchronous and 16 bytes wide
-        assert kernel.kinds["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(kernel.kinds), kernel.name
+        assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
         if kernel.name != "forward<float>":  # the second pass
-            assert any(k.kinds.get("LDG.128", 0) for k in kernel.loops), kernel.name
+            assert any(k.kinds["LDG.128"] for k in code.loops), kernel.name
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_sampler_moves_16_bytes_at_a_time(target: str) -> None:
-    for kernel in compiled_for(target):
+@pytest.mark.parametrize("arch", ARCHES)
+def test_small_problems_and_samples_move_16_bytes_at_a_time(arch: int) -> None:
+    for kernel, code in compiled_for(arch):
         if kernel.name in ("rsample<float, true>", "rsample_backward<float, true>", "kl<float, true>"):
-            assert kernel.kinds["LDG.128"] > 0 and kernel.kinds["STG.128"] > 0, kernel.name
+            assert code.memory["LDG.128"] > 0 and code.memory["STG.128"] > 0, kernel.name
+        if kernel.name.startswith("small_") and "true" in kernel.name:
+            assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
+            assert code.memory["LDS.128"] > 0, kernel.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtype: torch.dtype) -> None:
+    """What the machine code does not tell is a table of the report: it must be what is launched."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulation tells what is launched, a GPU does not")
+    tiled = os.environ["FASTVAE_CUDA_TILES"] == "1"
+    name, several = {4: ("float", 4), 8: ("double", 2)}[dtype.itemsize]
+    for n, own in ((2, 1), (140, several)):
+        for D, whole in ((4, "true"), (3, "false")):
+            case = hard_case(n, n, D, dtype=dtype)
+            args = case.z, case.mu, case.logvar, None, None
+            emulation.largest_shared()
+            log_prob = emulated.mixture_log_prob(*args)
+            rows = "forward<{}>" if tiled else f"small_rows<{{}}, {whole}, {own}>"
+            assert emulation.largest_shared() == cuda_family.SHARED[rows.format(name)]
+            emulated.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
+            components = "backward<components, {}>" if tiled else f"small_components<{{}}, {whole}, {own}>"
+            assert emulation.largest_shared() == cuda_family.SHARED[components.format(name)]
 
 
 # The host side.
@@ -235,10 +262,10 @@ def test_no_thread_depends_on_when_another_runs(
         assert all(torch.equal(a, b) for a, b in zip(got, results["ascending"], strict=True))
 
 
-def launches(call: Callable[[], Any]) -> tuple[Any, int]:
-    """What a call gives, and how many kernels it took."""
+def launches(operator: Callable[..., Any], *args: Any) -> tuple[Any, int]:
+    """What an operator gives, and how many kernels it took."""
     before = emulation.launches()
-    return call(), emulation.launches() - before
+    return operator(*args), emulation.launches() - before
 
 
 @pytest.mark.parametrize("D", [7, 40])
@@ -249,19 +276,19 @@ def test_a_small_problem_takes_one_launch(small: Operators, D: int) -> None:
     M, K, seed = 100, 500, torch.tensor([3])
     case = diffuse_case(M, K, D)
     args = case.z, case.mu, case.logvar, None, None
-    log_prob, taken = launches(lambda: small.mixture_log_prob(*args))
+    log_prob, taken = launches(small.mixture_log_prob, *args)
     assert taken == 1
-    (_, score), taken = launches(lambda: small.mixture_log_prob_and_score(*args))
+    _, taken = launches(small.mixture_log_prob_and_score, *args)
     assert taken == 1
     everything = False, True, True, True, True
-    assert launches(lambda: small.mixture_log_prob_backward(case.grad, log_prob, *args, *everything))[1] == 2
-    together, taken = launches(lambda: small.mixture_kl(case.z, case.z, seed, 1, *args[1:], True))
+    assert launches(small.mixture_log_prob_backward, case.grad, log_prob, *args, *everything)[1] == 2
+    together, taken = launches(small.mixture_kl, case.z, case.z, seed, 1, *args[1:], True)
     assert taken == 1
     saved = case.z, seed, False, together[0], *together[2:], *args[1:], *everything
-    assert launches(lambda: small.mixture_kl_backward(together[0], together[1], *saved))[1] == 2
+    assert launches(small.mixture_kl_backward, together[0], together[1], *saved)[1] == 2
     shared = case.z, case.mu, case.logvar[:1].clone(), None, None
-    assert launches(lambda: small.mixture_log_prob(*shared))[1] == 1
-    assert launches(lambda: small.mixture_log_prob_backward(case.grad, log_prob, *shared, *everything))[1] == 3
+    assert launches(small.mixture_log_prob, *shared)[1] == 1
+    assert launches(small.mixture_log_prob_backward, case.grad, log_prob, *shared, *everything)[1] == 3
 
 
 def test_what_is_small_is_what_the_documentation_says(small: Operators) -> None:
@@ -269,9 +296,9 @@ def test_what_is_small_is_what_the_documentation_says(small: Operators) -> None:
     if torch.cuda.is_available():
         pytest.skip("the emulation counts launches, a GPU does not")
     for M, K, D in ((528, 3, 1), (1, 1024, 2), (2, 2, 512), (1, 1024, 64)):
-        assert launches(lambda: small.mixture_log_prob(*arguments(M, K, D)))[1] == 1, (M, K, D)
+        assert launches(small.mixture_log_prob, *arguments(M, K, D))[1] == 1, (M, K, D)
     for M, K, D in ((529, 3, 1), (1, 1025, 2), (2, 2, 513), (1, 1023, 65)):
-        assert launches(lambda: small.mixture_log_prob(*arguments(M, K, D)))[1] > 1, (M, K, D)
+        assert launches(small.mixture_log_prob, *arguments(M, K, D))[1] > 1, (M, K, D)
 
 
 def arguments(M: int, K: int, D: int) -> tuple[Tensor | None, ...]:
@@ -297,8 +324,7 @@ def test_small_problems_around_every_edge(dtype: torch.dtype, shared: bool) -> N
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_small_and_tiled_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A problem on either side of the limit differs by roundings, which both keep within their budget: here on a mixture
-    whose density and gradients are of size one."""
+    """A problem on either side of the limit differs by roundings, and on both it is within its budget."""
     case = diffuse_case(40, 90, 10, dtype=dtype)
     results = []
     for tiles in ("0", "1"):

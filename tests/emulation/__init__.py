@@ -53,9 +53,18 @@ def load(library: Path) -> Operators:
 
 def launches() -> int:
     """How many kernels were launched so far."""
-    count = _keep[1].emulated_launches
-    count.restype = ctypes.c_int64
-    return int(count())
+    return _ask("emulated_launches")
+
+
+def largest_shared() -> int:
+    """The most shared memory that a block had of any launch since this was last asked, in bytes."""
+    return _ask("emulated_largest_shared")
+
+
+def _ask(name: str) -> int:
+    question = getattr(_keep[1], name)
+    question.restype = ctypes.c_int64
+    return int(question())
 
 
 _keep: list[Any] = []
