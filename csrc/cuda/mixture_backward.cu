@@ -360,8 +360,8 @@ void mixture_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* scra
     reduce_all<false>(mix.logvar, mix.log_weights, mix.K, mix.D, plan.reduced, plan.widest, stream);
   pack<T>(mix, wanted.log_prob, plan.steepness ? plan.widest : nullptr, packed, stream);
 
-  const T negligible = log_negligible<T>(mix.K);
-  Task<T> task{mix, packed, wanted.log_prob, wanted.grad, wanted.negated, wanted.dense, negligible, 0, nullptr, nullptr, nullptr, nullptr};
+  Task<T> task{mix, packed, wanted.log_prob, wanted.grad, wanted.negated, wanted.dense, log_negligible<T>(mix.K),
+               0,   nullptr, nullptr,        nullptr,     nullptr};
   if (wanted.dz) {
     task.splits = plan.splits_z;
     task.dz = plan.dz ? plan.dz : wanted.dz;

@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl(const Tensor& mu, const Te
   by_dtype(mu, [&](auto zero) {
     using T = decltype(zero);
     const Mixture<T> mix = mixture_of<T>(rows, prior_mu, prior_logvar, log_weights, exclude);
-    const Sample<T> sample{input<T>(mu), input<T>(logvar), seed_of(seed), num_samples,
-                           M,            D,                output<T>(z),  output<T>(kl)};  // log q, until log p is known
+    T* log_q = output<T>(kl);  // until log p is known
+    const Sample<T> sample{input<T>(mu), input<T>(logvar), seed_of(seed), num_samples, M, D, output<T>(z), log_q};
     if (is_small(mix.M, mix.K, mix.D))
       return small_forward<T>({mix, &sample, output<T>(kl), output<T>(log_prob), score.data<T>()}, device.stream());
     gaussian_rsample(sample, device.stream());

@@ -124,8 +124,8 @@ __device__ __forceinline__ T largest_exponent(const Mixture<T>& mix, double unif
   return T((mix.log_weights ? double(log_weight) : uniform) - 0.5 * (logvar_sum + double(mix.D) * kLog2Pi));
 }
 
-// A block's sums over items, for dimensions d: 256 threads are as many dimensions as there are, and as many slices of the
-// items as there is room for.
+// A block's sums over items, for dimensions d: 256 threads are as many dimensions as there are, and as many slices of
+// the items as there is room for.
 struct Slices {
   int width, count, mine, d;
   __device__ Slices(int begin, int D) {

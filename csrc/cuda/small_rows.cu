@@ -2,9 +2,9 @@
 //
 //   l_m = logsumexp_k a_mk      dz_md = -sum_k w_mk u v      with u = z_md - mu_kd, v = 1 / sigma_kd^2
 //
-// and z itself where it is to be drawn.  A block owns one row or a few and goes through all components twice, if z has a
-// gradient: first a thread has a component, with the exponentials of its variances made on the way; then a thread has a
-// dimension, with the weights w in shared memory.  Nothing is packed and nothing is left to merge.
+// and z itself where it is to be drawn.  A block owns one row or a few and goes through all components, twice where the
+// gradient is wanted: first a thread has a component, with the exponentials of its variances made on the way; then a
+// thread has a dimension, with the weights w in shared memory.  Nothing is packed and nothing is left to merge.
 #include "small.cuh"
 
 namespace fastvae::cuda {
@@ -197,8 +197,9 @@ void launch_rows(const Task<T>& task, Stream stream) {
 
 template <class T>
 void small_forward(const SmallForward<T>& given, Stream stream) {
-  launch_rows<T>({given.mix, given.sample ? *given.sample : Sample<T>{}, -std::log(double(given.mix.K)), nullptr, nullptr,
-                  false, given.kl, given.log_prob, given.score},
+  const Sample<T> sample = given.sample ? *given.sample : Sample<T>{};
+  launch_rows<T>({given.mix, sample, -std::log(double(given.mix.K)), nullptr, nullptr, false, given.kl, given.log_prob,
+                  given.score},
                  stream);
 }
 
