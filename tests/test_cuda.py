@@ -19,7 +19,7 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from budget import Result, allowance, assert_within, diffuse_case, hard_case, run
+from budget import Case, Result, allowance, assert_within, diffuse_case, hard_case, run
 from conftest import emulated_cuda, use_backend
 from test_operators import inputs
 from test_skipping import concentrated, responsibilities
@@ -336,24 +336,31 @@ def test_small_and_tiled_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     assert not torch.equal(results[0].log_prob, results[1].log_prob)  # else the variable does nothing
 
 
+def kl_and_gradients(q: Tensor, prior: Case, S: int, exclude: Tensor | None) -> list[tuple[Tensor, ...]]:
+    """z, kl and the gradients of mixture_kl, and of its parts called in turn; q [2, B, D] is mu and three logvar."""
+    results = []
+    for together in (True, False):
+        leaves = [v.clone().requires_grad_() for v in (q[0], q[1] / 3, prior.mu, prior.logvar, prior.log_weights)]
+        torch.manual_seed(2)
+        if together:
+            z, kl = fastvae.mixture_kl(*leaves, S, exclude=exclude, impl="cuda")
+        else:
+            z, log_q = fastvae.gaussian_rsample(*leaves[:2], S, impl="cuda")
+            kl = log_q - fastvae.mixture_log_prob(z, *leaves[2:], exclude=exclude, impl="cuda")
+        upstream = torch.linspace(-1, 1, kl.shape[1], dtype=q.dtype, device=q.device)
+        loss = (kl.nan_to_num(0, 0, 0) * upstream).sum() + z.square().sum()
+        results.append((z, kl, *torch.autograd.grad(loss, leaves)))
+    return results
+
+
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_drawing_in_the_kernel_is_drawing_before_it(dtype: torch.dtype) -> None:
     """z, kl and all gradients: the bits of sampling and density in turn, for one row a block and for several."""
     for B, S, K, D in ((3, 2, 9, 130), (60, 3, 140, 7), (7, 1, 300, 40), (1, 1, 1, 1)):
-        q, prior = diffuse_case(B, 1, D, dtype=dtype).z, hard_case(1, K, D, dtype=dtype)
+        q = torch.stack([diffuse_case(B, 1, D, seed, dtype).z for seed in (0, 1)])
         exclude = torch.arange(S * B).reshape(S, B) % (K + 1) - 1
-        results = []
-        for together in (True, False):
-            leaves = [v.clone().requires_grad_() for v in (q, 0.3 * q, prior.mu, prior.logvar, prior.log_weights)]
-            torch.manual_seed(2)
-            if together:
-                z, kl = fastvae.mixture_kl(*leaves, S, exclude=exclude, impl="cuda")
-            else:
-                z, log_q = fastvae.gaussian_rsample(*leaves[:2], S, impl="cuda")
-                kl = log_q - fastvae.mixture_log_prob(z, *leaves[2:], exclude=exclude, impl="cuda")
-            loss = (kl.nan_to_num(0, 0, 0) * torch.linspace(-1, 1, B, dtype=dtype)).sum() + z.square().sum()
-            results.append((z, kl, *torch.autograd.grad(loss, leaves)))
+        results = kl_and_gradients(q, hard_case(1, K, D, dtype=dtype), S, exclude)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (B, S, K, D)
 
 
@@ -399,16 +406,21 @@ def test_far_from_the_origin_the_difference_comes_first() -> None:
         assert float(error_at(offset).abs().max()) < 2e-5, offset
 
 
-def test_a_gpu_gives_what_the_emulation_gives() -> None:
+@pytest.mark.parametrize("tiles", ["0", "1"], ids=["small", "tiled"])
+def test_a_gpu_gives_what_the_emulation_gives(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first thing to look at on a machine with a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     if (why := backends._missing_cuda()) is not None:
         pytest.skip(f"no CUDA kernels: {why}")
+    monkeypatch.setenv("FASTVAE_CUDA_TILES", tiles)
     for dtype in (torch.float32, torch.float64):
-        for M, K, D in ((1, 1, 1), (130, 300, 37), (600, 3, 66), (5, 2000, 8)):
+        for M, K, D in ((1, 1, 1), (130, 300, 37), (300, 100, 40), (600, 3, 66), (5, 2000, 8)):
             case = hard_case(M, K, D, dtype=dtype)
             want, allowed = allowance(case, dense_backward=True)
             there = {f.name: value.cuda() for f in fields(case) if (value := getattr(case, f.name)) is not None}
             got = run(replace(case, **there), "cuda", True)
             assert_within(Result(*(g.cpu() for g in got)), want, allowed, f"M={M} K={K} D={D}")
+            q = torch.randn(2, M, D, dtype=dtype, device="cuda")
+            together, apart = kl_and_gradients(q, replace(case, **there), 1, None)
+            assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True)), f"M={M} K={K} D={D}"

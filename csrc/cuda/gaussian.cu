@@ -7,6 +7,8 @@
 //
 //   dmu = sum_s (g_z - g_log_q eps / sigma)      dlogvar = 1/2 sum_s (g_z sigma eps - g_log_q eps^2)
 //
+// and g_z is what arrives at z, of which log p may be a part: -g_log_q score, where kl = log q - log p.
+//
 // A row belongs to a group of 8, 16 or 32 lanes, a lane works on four neighbouring numbers at a time: one block of
 // Philox where D is a multiple of four.  These kernels move bytes, so full quads go as vectors where they are aligned.
 #include "launch.cuh"
