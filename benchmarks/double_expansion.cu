@@ -1,5 +1,5 @@
 // The expansion sum_d z^2 v - 2 z mu v as a matrix product in double precision on tensor cores: what the inner loop of
-// such a kernel would be.  It is compiled for benchmarks/cuda_static.py and never run; docs/cuda-kernels.md has the
+// such a kernel would be.  It is compiled for the static report and never run; docs/cuda-kernels.md has the
 // conclusion.
 //
 // A warp has 64 rows x 32 components: with [z^2, z] and [v, -2 mu v] in shared memory, four dimensions are eight loads a

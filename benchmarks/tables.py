@@ -20,7 +20,7 @@ from typing import Any
 from fastvae.app.atomic import whole_file
 from fastvae.app.errors import AppError, ConfigError
 
-from . import cuda_static, precision, words
+from . import precision, words
 from .gpu import targets as gpu_targets
 from .ratios import (
     OURS,
@@ -34,6 +34,7 @@ from .ratios import (
 from .record import Record, read_record
 from .report import target_table
 from .static_report import report as static_report
+from .static_report.families import cuda_family
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
@@ -201,13 +202,13 @@ _PARTS = (
 @table("cuda-static", "cuda-static.json")
 def cuda_static_kernels(results: Results) -> str:
     """What the compiler makes of the CUDA kernels."""
-    return cuda_static.kernel_table(results.read("cuda-static.json"))
+    return cuda_family.markdown(results.read("cuda-static.json")["kernels"])
 
 
 @table("cuda-floors", "cuda-static.json")
 def cuda_floors(results: Results) -> str:
     """The least time that the CUDA kernels can take on an H200, by its data sheet."""
-    return cuda_static.floor_table(results.read("cuda-static.json"))
+    return cuda_family.floors(results.read("cuda-static.json")["kernels"])
 
 
 @table("demo", "demo-digits.json")

@@ -52,11 +52,17 @@ def _differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gr
     return wrapper
 
 
+def _apart(backend: str) -> bool:
+    """Whether its kernels compute the gradient of z apart from those of the parameters: then forward may as well."""
+    return backend.startswith(("triton", "cuda"))
+
+
 class MixtureLogProb(torch.autograd.Function):
     """(log p(z) [M], score [M, D]); the score is empty unless it was asked for, and is never differentiable.
 
     The score is dl/dz.  Where z alone needs a gradient, forward computes it on the way and backward is one product.
-    With Triton so it is wherever z needs one: its kernels compute the gradients of z and of the parameters apart.
+    With Triton and CUDA so it is wherever z needs one: their kernels compute the gradients of z and of the parameters
+    apart.
     """
 
     @staticmethod
@@ -73,8 +79,7 @@ class MixtureLogProb(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         op = operators[backend]
         need_z, *need_parameters = ctx.needs_input_grad[:4]
-        apart = backend.startswith("triton") or not any(need_parameters)
-        if with_score or (need_z and apart):
+        if with_score or (need_z and (_apart(backend) or not any(need_parameters))):
             log_prob, score = op.mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude)
         else:
             log_prob, score = op.mixture_log_prob(z, mu, logvar, log_weights, exclude), z.new_empty(0)
@@ -208,7 +213,7 @@ class MixtureKL(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         need_q, need_prior = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:5])
-        with_score = need_q and (backend.startswith("triton") or not need_prior)
+        with_score = need_q and (_apart(backend) or not need_prior)
         z, kl, log_prob, score = operators[backend].mixture_kl(
             mu, logvar, seed, num_samples or 1, prior_mu, prior_logvar, log_weights, exclude, with_score
         )

@@ -23,7 +23,7 @@ import fastvae
 from fastvae import backends, ops, triton_kernels
 
 ISAS = ("baseline", "avx2", "avx512")
-BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS), "triton", "cuda-emulated")
+BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS), "triton", "cuda-emulated", "cuda-emulated-tiled")
 LEVEL = {"avx2": 1, "avx512": 2}
 
 
@@ -80,11 +80,13 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make `name` (composite, cpu-avx2, cuda-emulated, ...) the one that runs; its `impl`."""
     impl, _, isa = name.partition("-")
-    if name == "cuda-emulated":
+    if impl == "cuda":
         require_cpu()  # who has no C++ compiler has no emulation either
         real = torch.cuda.is_available() and backends._missing_cuda() is None
         monkeypatch.setitem(ops.operators, "cuda", through_gpu(ops.native) if real else emulated_cuda())
         monkeypatch.setattr(backends, "choose", cuda_on_the_cpu(backends.choose))
+        # the kernels for small problems, which the tests' are, or those that large ones take
+        monkeypatch.setenv("FASTVAE_CUDA_TILES", "1" if name.endswith("tiled") else "0")
     if impl == "triton":
         use_triton(monkeypatch)
     if impl == "cpu":

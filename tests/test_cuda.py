@@ -6,36 +6,47 @@ Their values are tested with every other backend's, where "cuda-emulated" runs t
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
+import emulation
 import pytest
 import torch
-from budget import Result, allowance, assert_within, diffuse_case, hard_case, run
+from budget import Case, Result, allowance, assert_within, diffuse_case, hard_case, run
 from conftest import emulated_cuda, use_backend
 from test_operators import inputs
 from test_skipping import concentrated, responsibilities
 from torch import Tensor
 
 import fastvae
-from benchmarks import cuda_static
-from benchmarks.cuda_static import Kernel
+from benchmarks.static_report import disassembly, limits
+from benchmarks.static_report.disassembly import Code
+from benchmarks.static_report.families import cuda_family
+from benchmarks.static_report.kernel import Kernel
 from fastvae import backends
-from fastvae.app.errors import ConfigError
 from fastvae.ops import Operators
 
 ROOT = Path(__file__).parent.parent
-TARGETS = cuda_static.flags_and_targets()[1]
+ARCHES = list(cuda_family.flags_and_targets()[1])
+SIDES = ("rows", "components")
+
+
+@pytest.fixture(params=["small", "tiled"])
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operators:
+    """The kernels on the CPU, also behind impl="cuda": those for small problems where one is small, or never."""
+    use_backend("cuda-emulated-tiled" if request.param == "tiled" else "cuda-emulated", monkeypatch)
+    return emulated_cuda()
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Operators:
-    """The kernels on the CPU, also behind impl="cuda"."""
+def small(monkeypatch: pytest.MonkeyPatch) -> Operators:
     use_backend("cuda-emulated", monkeypatch)
     return emulated_cuda()
 
@@ -44,49 +55,74 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Operators:
 
 
 @cache
-def compiled_for(target: str) -> list[Kernel]:
-    try:
-        cuda_static.tools()
-    except ConfigError as error:
-        pytest.skip(str(error))
-    with TemporaryDirectory() as folder:
-        return list(cuda_static.compile_kernels(target, Path(folder)))
+def compiled_for(arch: int) -> list[tuple[Kernel, Code]]:
+    if why := cuda_family.missing():
+        pytest.skip(why)
+    return [(kernel, disassembly.read(kernel)) for kernel in cuda_family.kernels(arch, re.compile(""))]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles_without_spills(target: str) -> None:
-    kernels = compiled_for(target)
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_compiles_without_spills(arch: int) -> None:
+    """The compiler stops at a spill: it is told that warnings are errors."""
     wanted = ("forward<", "backward<rows", "backward<components", "pack_rows", "rsample<", "rsample_backward", "kl<")
-    for dtype in ("float", "double"):
-        for name in wanted:
-            assert any(k.name.startswith(name) and dtype in k.name for k in kernels), f"{name} for {dtype} is not there"
-    for kernel in kernels:
-        assert kernel.registers <= 255
-        assert (kernel.spills, kernel.stack, kernel.local) == (0, 0, 0), f"{kernel.name}: {kernel}"
-        if kernel.name.startswith("forward<"):  # so that two blocks run at a time
-            assert kernel.registers <= 128
+    names = [kernel.name for kernel, _ in compiled_for(arch)]
+    for dtype, several in (("float", 4), ("double", 2)):
+        small = [f"small_{side}<{dtype}, {v}, {n}>" for side in SIDES for v in ("true", "false") for n in (1, several)]
+        for name in (*wanted, *small):
+            assert any(n.startswith(name) and dtype in n for n in names), f"{name} for {dtype} is not there"
+    for kernel, code in compiled_for(arch):
+        assert code.registers <= 255
+        assert (code.stack, code.local, code.local_accesses) == (0, 0, 0), f"{kernel.name}: {code}"
+        if kernel.name.startswith(("forward<", "small_")):  # so that two blocks run at a time
+            assert code.registers <= 128
+        if kernel.name in cuda_family.SHARED:
+            two = kernel.name.startswith(("forward<", "small_")) and arch != 80
+            assert limits.blocks_at_once(arch, code.registers, kernel.threads, kernel.shared) >= 1 + two, kernel.name
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_multiply_adds_take_the_issue_slots(target: str) -> None:
+@pytest.mark.parametrize("arch", ARCHES)
+def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
     """Of the innermost loop, at any D; what it loads, it loads 16 bytes at a time."""
-    for kernel in compiled_for(target):
+    for kernel, code in compiled_for(arch):
         if kernel.name not in ("forward<float>", "backward<rows, float>", "backward<components, float>"):
             continue
-        loop = kernel.loops[0]
+        loop = code.loops[0]
         assert loop.share("FFMA") >= 0.8, f"{kernel.name}: {loop}"
         assert loop.kinds["LDS.128"] > 0 and not {"LDS.32", "LDS.64"} & set(loop.kinds), f"{kernel.name}: {loop}"
         # copies to shared memory are asynchronous and 16 bytes wide
-        assert kernel.kinds["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(kernel.kinds), kernel.name
+        assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
         if kernel.name != "forward<float>":  # the second pass
-            assert any(k.kinds.get("LDG.128", 0) for k in kernel.loops), kernel.name
+            assert any(k.kinds["LDG.128"] for k in code.loops), kernel.name
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_sampler_moves_16_bytes_at_a_time(target: str) -> None:
-    for kernel in compiled_for(target):
+@pytest.mark.parametrize("arch", ARCHES)
+def test_small_problems_and_samples_move_16_bytes_at_a_time(arch: int) -> None:
+    for kernel, code in compiled_for(arch):
         if kernel.name in ("rsample<float, true>", "rsample_backward<float, true>", "kl<float, true>"):
-            assert kernel.kinds["LDG.128"] > 0 and kernel.kinds["STG.128"] > 0, kernel.name
+            assert code.memory["LDG.128"] > 0 and code.memory["STG.128"] > 0, kernel.name
+        if kernel.name.startswith("small_") and "true" in kernel.name:
+            assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
+            assert code.memory["LDS.128"] > 0, kernel.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtype: torch.dtype) -> None:
+    """What the machine code does not tell is a table of the report: it must be what is launched."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulation tells what is launched, a GPU does not")
+    tiled = os.environ["FASTVAE_CUDA_TILES"] == "1"
+    name, several = {4: ("float", 4), 8: ("double", 2)}[dtype.itemsize]
+    for n, own in ((2, 1), (140, several)):
+        for D, whole in ((4, "true"), (3, "false")):
+            case = hard_case(n, n, D, dtype=dtype)
+            args = case.z, case.mu, case.logvar, None, None
+            emulation.largest_shared()
+            log_prob = emulated.mixture_log_prob(*args)
+            rows = "forward<{}>" if tiled else f"small_rows<{{}}, {whole}, {own}>"
+            assert emulation.largest_shared() == cuda_family.SHARED[rows.format(name)]
+            emulated.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
+            components = "backward<components, {}>" if tiled else f"small_components<{{}}, {whole}, {own}>"
+            assert emulation.largest_shared() == cuda_family.SHARED[components.format(name)]
 
 
 # The host side.
@@ -161,6 +197,25 @@ def test_operators_check_what_they_are_given(emulated: Operators) -> None:
         emulated.gaussian_rsample(z, z, torch.zeros(1), 1)
     with pytest.raises(RuntimeError, match="want grad_z"):
         emulated.gaussian_rsample_backward(torch.zeros(2, 4, 3), torch.zeros(2, 5), z, seed, False)
+    for args, told in (
+        ((z, z[:4], seed, 1, mu, logvar, None, None), "want mu and logvar"),
+        ((z, z, seed, 1, mu[:, :2].clone(), logvar[:, :2].clone(), None, None), "want z"),
+        ((z, z, seed, 2, mu, logvar, None, index), "want contiguous int64 exclude"),
+        ((z, z, torch.zeros(1), 1, mu, logvar, None, None), "int64 seed"),
+    ):
+        with pytest.raises(RuntimeError, match=told):
+            emulated.mixture_kl(*args, False)
+    for grad_z, grad_kl, log_prob, score in (
+        (None, z[:4, 0].clone(), z[:, 0].clone(), z),
+        (None, z[:, 0].clone(), z[:4, 0].clone(), z),
+        (None, z[:, 0].clone(), z[:, 0].clone(), z[:4]),
+        (z[:4], z[:, 0].clone(), z[:, 0].clone(), z),
+    ):
+        with pytest.raises(RuntimeError, match=r"want z and grad_z \[S, M, D\]"):
+            emulated.mixture_kl_backward(
+                *(grad_z, grad_kl, z, seed, False, z[None], log_prob, score, mu, logvar, None, None),
+                *(False, True, True, True, True),
+            )
 
 
 @pytest.mark.parametrize("name", Operators._fields)
@@ -184,6 +239,10 @@ def everything(ops: Operators, M: int, K: int, D: int, dtype: torch.dtype) -> li
         log_prob, score = ops.mixture_log_prob_and_score(*args)
         gradients = ops.mixture_log_prob_backward(case.grad, log_prob, *args, False, True, True, True, True)
         results += [log_prob, score, *gradients]
+        spread = case.z.clamp(-1, 1)
+        together = ops.mixture_kl(case.z, spread, seed, 1, *args[1:], True)
+        saved = spread, seed, False, together[0], *together[2:], *args[1:]
+        results += [*together, *ops.mixture_kl_backward(None, together[1], *saved, False, True, True, True, True)]
     z, log_q = ops.gaussian_rsample(case.mu, case.logvar, seed, 2)
     results += [z, log_q, *ops.gaussian_rsample_backward(z, log_q, case.logvar, seed, True)]
     kl = ops.gaussian_kl(case.mu, case.logvar)
@@ -201,6 +260,108 @@ def test_no_thread_depends_on_when_another_runs(
         results[order] = everything(emulated, 130, 300, 37, dtype)
     for got in (results["descending"], results["shuffled"]):
         assert all(torch.equal(a, b) for a, b in zip(got, results["ascending"], strict=True))
+
+
+def launches(operator: Callable[..., Any], *args: Any) -> tuple[Any, int]:
+    """What an operator gives, and how many kernels it took."""
+    before = emulation.launches()
+    return operator(*args), emulation.launches() - before
+
+
+@pytest.mark.parametrize("D", [7, 40])
+def test_a_small_problem_takes_one_launch(small: Operators, D: int) -> None:
+    """And its gradients two; where the components share logvar one or two more are for their sum."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulation counts launches, a GPU does not")
+    M, K, seed = 100, 500, torch.tensor([3])
+    case = diffuse_case(M, K, D)
+    args = case.z, case.mu, case.logvar, None, None
+    log_prob, taken = launches(small.mixture_log_prob, *args)
+    assert taken == 1
+    _, taken = launches(small.mixture_log_prob_and_score, *args)
+    assert taken == 1
+    everything = False, True, True, True, True
+    assert launches(small.mixture_log_prob_backward, case.grad, log_prob, *args, *everything)[1] == 2
+    together, taken = launches(small.mixture_kl, case.z, case.z, seed, 1, *args[1:], True)
+    assert taken == 1
+    saved = case.z, seed, False, together[0], *together[2:], *args[1:], *everything
+    assert launches(small.mixture_kl_backward, together[0], together[1], *saved)[1] == 2
+    shared = case.z, case.mu, case.logvar[:1].clone(), None, None
+    assert launches(small.mixture_log_prob, *shared)[1] == 1
+    assert launches(small.mixture_log_prob_backward, case.grad, log_prob, *shared, *everything)[1] == 3
+
+
+def test_what_is_small_is_what_the_documentation_says(small: Operators) -> None:
+    """M <= 528, K <= 1024, D <= 512 and K D <= 65,536: at the limits one launch, beyond them more."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulation counts launches, a GPU does not")
+    for M, K, D in ((528, 3, 1), (1, 1024, 2), (2, 2, 512), (1, 1024, 64)):
+        assert launches(small.mixture_log_prob, *arguments(M, K, D))[1] == 1, (M, K, D)
+    for M, K, D in ((529, 3, 1), (1, 1025, 2), (2, 2, 513), (1, 1023, 65)):
+        assert launches(small.mixture_log_prob, *arguments(M, K, D))[1] > 1, (M, K, D)
+
+
+def arguments(M: int, K: int, D: int) -> tuple[Tensor | None, ...]:
+    case = hard_case(M, K, D)
+    return case.z, case.mu, case.logvar, case.log_weights, None
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
+def test_small_problems_around_every_edge(dtype: torch.dtype, shared: bool) -> None:
+    """A row, or component, a block and several; one turn of a block through the other side, and two; D of one vector
+    and not of whole vectors, of one block and more; a component left out for each row."""
+    for M, K, D in ((132, 255, 1), (133, 256, 7), (3, 257, 40), (257, 133, 4), (2, 132, 130), (5, 9, 300), (528, 5, 2)):
+        case = hard_case(M, K, D, dtype=dtype)
+        case = replace(case, exclude=torch.arange(M) % (K + 1) - 1)
+        if shared:
+            case = replace(case, logvar=case.logvar[0].clone())
+        for dense in (False, True):
+            assert_within(run(case, "cuda", dense), *allowance(case, dense), f"M={M} K={K} D={D} dense={dense}")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_small_and_tiled_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A problem on either side of the limit differs by roundings, and on both it is within its budget."""
+    case = diffuse_case(40, 90, 10, dtype=dtype)
+    results = []
+    for tiles in ("0", "1"):
+        monkeypatch.setenv("FASTVAE_CUDA_TILES", tiles)
+        results.append(run(case, "cuda"))
+    want, allowed = allowance(case)
+    for got in results:
+        assert_within(got, want, allowed)
+    assert not torch.equal(results[0].log_prob, results[1].log_prob)  # else the variable does nothing
+
+
+def kl_and_gradients(q: Tensor, prior: Case, S: int, exclude: Tensor | None) -> list[tuple[Tensor, ...]]:
+    """z, kl and the gradients of mixture_kl, and of its parts called in turn; q [2, B, D] is mu and three logvar."""
+    results = []
+    for together in (True, False):
+        leaves = [v.clone().requires_grad_() for v in (q[0], q[1] / 3, prior.mu, prior.logvar, prior.log_weights)]
+        torch.manual_seed(2)
+        if together:
+            z, kl = fastvae.mixture_kl(*leaves, S, exclude=exclude, impl="cuda")
+        else:
+            z, log_q = fastvae.gaussian_rsample(*leaves[:2], S, impl="cuda")
+            kl = log_q - fastvae.mixture_log_prob(z, *leaves[2:], exclude=exclude, impl="cuda")
+        upstream = torch.linspace(-1, 1, kl.shape[1], dtype=q.dtype, device=q.device)
+        loss = (kl.nan_to_num(0, 0, 0) * upstream).sum() + z.square().sum()
+        results.append((z, kl, *torch.autograd.grad(loss, leaves)))
+    return results
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_drawing_in_the_kernel_is_drawing_before_it(dtype: torch.dtype) -> None:
+    """z, kl and all gradients: the bits of sampling and density in turn, for one row a block and for several."""
+    for B, S, K, D in ((3, 2, 9, 130), (60, 3, 140, 7), (7, 1, 300, 40), (1, 1, 1, 1)):
+        q = torch.stack([diffuse_case(B, 1, D, seed, dtype).z for seed in (0, 1)])
+        exclude = torch.arange(S * B).reshape(S, B) % (K + 1) - 1
+        results = kl_and_gradients(q, hard_case(1, K, D, dtype=dtype), S, exclude)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (B, S, K, D)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -245,16 +406,21 @@ def test_far_from_the_origin_the_difference_comes_first() -> None:
         assert float(error_at(offset).abs().max()) < 2e-5, offset
 
 
-def test_a_gpu_gives_what_the_emulation_gives() -> None:
+@pytest.mark.parametrize("tiles", ["0", "1"], ids=["small", "tiled"])
+def test_a_gpu_gives_what_the_emulation_gives(tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first thing to look at on a machine with a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     if (why := backends._missing_cuda()) is not None:
         pytest.skip(f"no CUDA kernels: {why}")
+    monkeypatch.setenv("FASTVAE_CUDA_TILES", tiles)
     for dtype in (torch.float32, torch.float64):
-        for M, K, D in ((1, 1, 1), (130, 300, 37), (600, 3, 66), (5, 2000, 8)):
+        for M, K, D in ((1, 1, 1), (130, 300, 37), (300, 100, 40), (600, 3, 66), (5, 2000, 8)):
             case = hard_case(M, K, D, dtype=dtype)
             want, allowed = allowance(case, dense_backward=True)
             there = {f.name: value.cuda() for f in fields(case) if (value := getattr(case, f.name)) is not None}
             got = run(replace(case, **there), "cuda", True)
             assert_within(Result(*(g.cpu() for g in got)), want, allowed, f"M={M} K={K} D={D}")
+            q = torch.randn(2, M, D, dtype=dtype, device="cuda")
+            together, apart = kl_and_gradients(q, replace(case, **there), 1, None)
+            assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True)), f"M={M} K={K} D={D}"

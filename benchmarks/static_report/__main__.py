@@ -1,6 +1,6 @@
 """Compile every kernel for every architecture and print what their machine code holds.
 
-python -m benchmarks.static_report [--family triton] [--arch 80,90,100] [--match REGEX] [--out FILE.json]
+python -m benchmarks.static_report [--family triton,cuda] [--arch 80,90,100] [--match REGEX] [--out FILE.json]
 """
 
 from __future__ import annotations

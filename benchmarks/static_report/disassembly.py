@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from fastvae.app.errors import ConfigError
@@ -18,8 +19,25 @@ from .kernel import Kernel
 
 MATRIX = ("HGMMA", "HMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "QGMMA")
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.M)
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+_MEMORY = ("LDG", "STG", "LDGSTS", "LDS", "STS", "LDL", "STL")
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop: how many instructions it has, and of which kinds: FFMA, MUFU, LDS.128, ..."""
+
+    instructions: int
+    kinds: Counter[str]
+
+    def share(self, kind: str) -> float:
+        return self.kinds[kind] / self.instructions
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(self.kinds[kind] for kind in ("FFMA", "DFMA", "DMMA"))
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,8 @@ class Code:
         loads, stores: of global memory, by width in bytes of a thread; asynchronous copies are loads.
         local_accesses: loads from and stores to local memory.
         exp2: exponentials.
+        memory: what touches memory, by opcode and width in bits of a thread: LDS.128, LDG.32, ...
+        loops: those that multiply and add, most of these first.
     """
 
     registers: int
@@ -44,6 +64,8 @@ class Code:
     stores: Counter[int]
     local_accesses: int
     exp2: int
+    memory: Counter[str]
+    loops: list[Loop]
 
     @property
     def matrix(self) -> dict[str, int]:
@@ -63,20 +85,19 @@ def read(kernel: Kernel) -> Code:
     Raises:
         ConfigError: there is no cuobjdump, or it cannot read the machine code.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.cubin)
-        usage, listing = _run("-res-usage", path), _run("-sass", path)
+    usage, listing = _listings(kernel.cubin)
     found = {match[1]: [int(n) for n in match.groups()[1:]] for match in _USAGE.finditer(usage)}
     name = kernel.function or next(iter(found), None)
     if name is None or name not in found or (kernel.function is None and len(found) != 1):
         held = ", ".join(found) or "none"
         raise ConfigError(f"{kernel.name}: the machine code should hold one kernel, it has {held}")
     registers, stack, _, local = found[name]
-    opcodes = _INSTRUCTION.findall(_of_function(listing, name))
-    if not opcodes:
+    instructions = _INSTRUCTION.findall(_of_function(listing, name))
+    if not instructions:
         raise ConfigError(f"{kernel.name}: cuobjdump shows no instructions")
-    parts = [opcode.split(".") for opcode in opcodes]
+    parts = [opcode.split(".") for _, opcode, _ in instructions]
+    kinds = [_kind(*each) for each in parts]
+    loops = sorted(_inner_loops(instructions, kinds), key=lambda loop: -loop.multiply_adds)
     return Code(
         registers,
         stack,
@@ -86,7 +107,37 @@ def read(kernel: Kernel) -> Code:
         _widths(parts, "STG"),
         sum(head in ("LDL", "STL") for head, *_ in parts),
         sum(head == "MUFU" and "EX2" in rest for head, *rest in parts),
+        Counter(kind for (head, *_), kind in zip(parts, kinds, strict=True) if head in _MEMORY),
+        [loop for loop in loops if loop.multiply_adds],
     )
+
+
+@lru_cache(maxsize=4)
+def _listings(cubin: bytes) -> tuple[str, str]:
+    """What cuobjdump says of all kernels: their resources, their instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return _run("-res-usage", path), _run("-sass", path)
+
+
+def _kind(head: str, *modifiers: str) -> str:
+    if head not in _MEMORY:
+        return head
+    return f"{head}.{next((m for m in modifiers if m in ('64', '128', '256')), '32')}"
+
+
+def _inner_loops(instructions: list[tuple[str, str, str]], kinds: list[str]) -> Iterator[Loop]:
+    """Backward jumps that have none of another loop between them and their target."""
+    place = {int(address, 16): i for i, (address, _, _) in enumerate(instructions)}
+    jumps = []
+    for i, (_, opcode, operands) in enumerate(instructions):
+        target = _TARGET.search(operands) if opcode.split(".")[0] == "BRA" else None
+        if target and (begin := place[int(target[1], 16)]) < i:
+            jumps.append((begin, i))
+    for begin, end in jumps:
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in jumps):
+            yield Loop(end + 1 - begin, Counter(kinds[begin : end + 1]))
 
 
 def _of_function(listing: str, name: str) -> str:

@@ -14,7 +14,7 @@ from fastvae.app.errors import ConfigError
 
 from .. import words
 from . import disassembly, limits
-from .families import all_families
+from .families import all_families, cuda_family
 from .kernel import Kernel
 
 
@@ -51,6 +51,7 @@ def entry(kernel: Kernel) -> dict[str, Any]:
     """What the report holds of one kernel."""
     code = disassembly.read(kernel)
     bound = limits.floor(kernel.work)
+    loop = code.loops[0] if code.loops else None
     return {
         "kernel": kernel.name,
         "case": kernel.case,
@@ -70,6 +71,8 @@ def entry(kernel: Kernel) -> dict[str, Any]:
         "loads": {str(width): count for width, count in sorted(code.loads.items())},
         "stores": {str(width): count for width, count in sorted(code.stores.items())},
         "wide_loads": code.wide_loads,
+        "memory": dict(sorted(code.memory.items())),
+        "loop": {"instructions": loop.instructions, "kinds": dict(sorted(loop.kinds.items()))} if loop else None,
         "instructions": code.instructions.total(),
         "work": dict(kernel.work),
         "floor_seconds": bound[0] if bound else None,
@@ -81,6 +84,8 @@ def _versions() -> dict[str, str]:
     versions = {"torch": str(torch.__version__)}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["triton"] = importlib.metadata.version("triton")
+    if cuda_family.missing() is None:
+        versions["nvcc"] = cuda_family.version()
     return versions
 
 
@@ -109,4 +114,4 @@ def markdown(kernels: Iterable[Mapping[str, Any]]) -> str:
 
 def _floor(kernel: Mapping[str, Any]) -> str:
     seconds = kernel["floor_seconds"]
-    return words.NOTHING if seconds is None else f"{1e6 * seconds:.0f} us, {kernel['bound_by']}"
+    return words.NOTHING if seconds is None else f"{words.duration(seconds)}, {kernel['bound_by']}"

@@ -114,6 +114,31 @@ FASTVAE_HOST_DEVICE float exp_term(float x) {
 }
 FASTVAE_HOST_DEVICE double exp_term(double x) { return exp(x); }
 
+// logvar, but for variances so small that 1 / sigma^2 is no number.
+template <class T>
+FASTVAE_HOST_DEVICE T bounded(T logvar) {
+  return logvar < -Limits<T>::kExpLimit ? -Limits<T>::kExpLimit : logvar;
+}
+
+// x y rounded, also where the compiler would rather make a multiply-add of it and the sum that it goes into: what one
+// kernel does then has the bits of what two do in turn.
+FASTVAE_HOST_DEVICE float rounded_product(float x, float y) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(x, y);
+#else
+  const volatile float product = x * y;
+  return product;
+#endif
+}
+FASTVAE_HOST_DEVICE double rounded_product(double x, double y) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(x, y);
+#else
+  const volatile double product = x * y;
+  return product;
+#endif
+}
+
 // sum exp(x) over what was added, as total * exp(top); top is the largest x so far.  It starts at the lowest number and
 // not at -inf, because -inf minus -inf is NaN.
 template <class T>

@@ -7,20 +7,17 @@
 //
 //   dmu = sum_s (g_z - g_log_q eps / sigma)      dlogvar = 1/2 sum_s (g_z sigma eps - g_log_q eps^2)
 //
+// and g_z is what arrives at z, of which log p may be a part: -g_log_q score, where kl = log q - log p.
+//
 // A row belongs to a group of 8, 16 or 32 lanes, a lane works on four neighbouring numbers at a time: one block of
 // Philox where D is a multiple of four.  These kernels move bytes, so full quads go as vectors where they are aligned.
-#include "device_math.h"
 #include "launch.cuh"
+#include "row.cuh"
 
 namespace fastvae::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// The lanes that share a row of D numbers.
-inline int group_width(int64_t D) { return D <= 32 ? 8 : D <= 64 ? 16 : 32; }
-
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 struct Place {
   int64_t row;
@@ -32,68 +29,12 @@ struct Place {
   }
 };
 
-template <class T>
-__device__ T group_sum(T x, int width) {
-  for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
-  return x;
-}
-
-template <class T>
-struct alignas(16) Vector {
-  T x[16 / sizeof(T)];
-};
-
-// Up to four numbers from p on; `count` of them are there.  The others are 0.
-template <bool kVectors, class T>
-__device__ void load(const T* p, int64_t count, T (&out)[4]) {
-  if constexpr (kVectors) {
-    constexpr int n = 16 / sizeof(T);
-    for (int v = 0; v < 4 / n; ++v) {
-      const Vector<T> piece = reinterpret_cast<const Vector<T>*>(p)[v];
-      for (int j = 0; j < n; ++j) out[v * n + j] = piece.x[j];
-    }
-  } else {
-    for (int j = 0; j < 4; ++j) out[j] = j < count ? p[j] : T(0);
-  }
-}
-
-template <bool kVectors, class T>
-__device__ void store(T* p, int64_t count, const T (&value)[4]) {
-  if constexpr (kVectors) {
-    constexpr int n = 16 / sizeof(T);
-    for (int v = 0; v < 4 / n; ++v) {
-      Vector<T> piece;
-      for (int j = 0; j < n; ++j) piece.x[j] = value[v * n + j];
-      reinterpret_cast<Vector<T>*>(p)[v] = piece;
-    }
-  } else {
-    for (int j = 0; j < 4; ++j)
-      if (j < count) p[j] = value[j];
-  }
-}
-
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 2) rsample(Sample<T> task, int group) {
   const Place at(group);
   const bool inside = at.row < task.S * task.M;
-  const uint64_t seed = uint64_t(*task.seed);
-  T total = 0;
-  if (inside) {
-    const int64_t from = at.row % task.M * task.D, to = at.row * task.D;
-    for (int64_t d = 4 * at.lane; d < task.D; d += 4 * at.width) {
-      T mu[4], logvar[4], eps[4], z[4];
-      load<kVectors>(task.mu + from + d, task.D - d, mu);
-      load<kVectors>(task.logvar + from + d, task.D - d, logvar);
-      normals_from(seed, to + d, eps);
-      for (int j = 0; j < 4; ++j) {
-        z[j] = T(fma(T(exp(T(0.5) * logvar[j])), eps[j], mu[j]));
-        if (d + j < task.D) total += T(fma(eps[j], eps[j], logvar[j]));
-      }
-      store<kVectors>(task.z + to + d, task.D - d, z);
-    }
-  }
-  total = group_sum(total, at.width);
-  if (inside && at.lane == 0) task.log_q[at.row] = T(-0.5) * (total + T(task.D) * T(kLog2Pi));
+  const T log_q = draw_row<kVectors>(task, inside, at.row, at.lane, at.width, [](int, const T (&)[4]) {});
+  if (inside && at.lane == 0) task.log_q[at.row] = log_q;
 }
 
 template <class T, bool kVectors>
@@ -107,10 +48,16 @@ __global__ void __launch_bounds__(kThreads, 2) rsample_backward(SampleBackward<T
     load<kVectors>(task.logvar + i, n, sigma);
     for (int j = 0; j < 4; ++j) sigma[j] = T(exp(T(0.5) * sigma[j]));
     for (int64_t s = 0; s < task.S; ++s) {
-      T eps[4], g_z[4];
-      normals_from(seed, s * task.M * task.D + i, eps);
-      load<kVectors>(task.grad_z + s * task.M * task.D + i, n, g_z);
+      const int64_t of_sample = s * task.M * task.D + i;
+      T eps[4], g_z[4] = {};
+      normals_from(seed, of_sample, eps);
+      if (task.grad_z) load<kVectors>(task.grad_z + of_sample, n, g_z);
       const T g_log_q = task.grad_log_q[s * task.M + at.row];
+      if (task.score) {
+        T score[4];
+        load<kVectors>(task.score + of_sample, n, score);
+        for (int j = 0; j < 4; ++j) g_z[j] += rounded_product(-g_log_q, score[j]);
+      }
       for (int j = 0; j < 4; ++j) {
         T d = g_z[j], less = g_log_q;
         if (task.path_derivative) {
@@ -172,8 +119,8 @@ void gaussian_rsample(const Sample<T>& task, Stream stream) {
 
 template <class T>
 void gaussian_rsample_backward(const SampleBackward<T>& task, Stream stream) {
-  const bool vectors = task.D % 4 == 0 && aligned(task.grad_z) && aligned(task.logvar) && aligned(task.dmu) &&
-                       aligned(task.dlogvar);
+  const bool vectors = task.D % 4 == 0 && aligned(task.grad_z) && aligned(task.score) && aligned(task.logvar) &&
+                       aligned(task.dmu) && aligned(task.dlogvar);
   launch_rows(task, task.M, vectors, rsample_backward<T, true>, rsample_backward<T, false>, stream);
 }
 

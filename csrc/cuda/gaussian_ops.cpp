@@ -4,12 +4,6 @@
 namespace fastvae::cuda {
 namespace {
 
-// The kernel reads it on the device, so that a captured graph draws anew at every replay.
-const int64_t* seed_of(const Tensor& seed) {
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "fastvae: want one int64 seed");
-  return input<int64_t>(seed);
-}
-
 std::tuple<Tensor, Tensor> rsample(const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples) {
   check_pair(mu, logvar);
   check_devices(mu, {&logvar, &seed});
@@ -36,7 +30,7 @@ std::tuple<Tensor, Tensor> rsample_backward(const Tensor& grad_z, const Tensor& 
   Tensor dmu = torch::stable::empty_like(logvar), dlogvar = torch::stable::empty_like(logvar);
   by_dtype(logvar, [&](auto zero) {
     using T = decltype(zero);
-    gaussian_rsample_backward<T>({input<T>(grad_z), input<T>(grad_log_q), input<T>(logvar), seed_of(seed),
+    gaussian_rsample_backward<T>({input<T>(grad_z), input<T>(grad_log_q), nullptr, input<T>(logvar), seed_of(seed),
                                   path_derivative, S, M, D, output<T>(dmu), output<T>(dlogvar)},
                                  device.stream());
   });

@@ -13,6 +13,8 @@
 
 namespace fastvae::cuda {
 
+using OptionalTensor = std::optional<Tensor>;
+
 // Makes a tensor's device the current one for as long as it lives, and knows PyTorch's current stream there.
 class OnDeviceOf {
  public:
@@ -29,6 +31,12 @@ class OnDeviceOf {
 inline void check_devices(const Tensor& first, std::initializer_list<const Tensor*> others) {
   for (const Tensor* t : others)
     STD_TORCH_CHECK(t->device() == first.device(), "fastvae: want all tensors on one device");
+}
+
+// The kernel reads it on the device, so that a captured graph draws anew at every replay.
+inline const int64_t* seed_of(const Tensor& seed) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "fastvae: want one int64 seed");
+  return input<int64_t>(seed);
 }
 
 // f(float()) or f(double()), after the dtype of a checked tensor.

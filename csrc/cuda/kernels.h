@@ -20,8 +20,9 @@ struct Sample {
 
 template <class T>
 struct SampleBackward {
-  const T* grad_z;      // [S, M, D]
+  const T* grad_z;      // [S, M, D], or null: zero
   const T* grad_log_q;  // [S, M]
+  const T* score;       // [S, M, D], of log p, where z's gradient has a part -grad_log_q score besides; or null
   const T* logvar;      // [M, D]
   const int64_t* seed;
   bool path_derivative;
@@ -55,6 +56,7 @@ template <class T>
 struct Gradients {
   const T* log_prob;  // [M]
   const T* grad;      // [M], or null: all ones
+  bool negated;       // it is -grad
   bool dense;         // leave nothing out
   T *dz, *dmu;        // [M, D], [K, D]
   T* dlogvar;         // [K, D], or [D] if shared
@@ -78,5 +80,22 @@ template <class T>
 void mixture_forward(const Mixture<T>&, T* scratch, T* log_prob, Stream);
 template <class T>
 void mixture_backward(const Mixture<T>&, const Gradients<T>&, T* scratch, Stream);
+
+// A small problem (is_small in plan.h).  Where `sample` is not null z is drawn first, to sample->z, which is mix.z, and
+// kl = log q - log p; score is null where it is not wanted.
+template <class T>
+struct SmallForward {
+  Mixture<T> mix;
+  const Sample<T>* sample;
+  T *kl, *log_prob, *score;  // [M], [M], [M, D]
+};
+
+// Each is one launch.
+template <class T>
+void small_forward(const SmallForward<T>&, Stream);
+template <class T>
+void small_backward_rows(const Mixture<T>&, const Gradients<T>&, Stream);
+template <class T>
+void small_backward_components(const Mixture<T>&, const Gradients<T>&, T* dlogvar, Stream);  // [K, D], or null
 
 }  // namespace fastvae::cuda

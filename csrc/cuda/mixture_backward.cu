@@ -30,7 +30,7 @@ struct Task {
   Mixture<T> mix;
   Packed<T> packed;
   const T *log_prob, *grad;
-  bool dense;
+  bool negated, dense;
   T negligible;      // log of what is too small a responsibility
   int splits;        // of the other side
   T* dz;             // [splits, M, D]
@@ -65,7 +65,7 @@ __device__ __forceinline__ void weigh(const Task<T>& task, int row_tile, int pan
     const T l = m < task.mix.M ? task.log_prob[m] : T(-INFINITY);
     const bool there = l != T(-INFINITY);
     const T log_prob = there ? l : T(INFINITY);
-    const T grad = !there ? T(0) : task.grad ? task.grad[m] : T(1);
+    const T grad = !there ? T(0) : gradient_at(task.grad, task.negated, m);
     const T limit = limit_of<kSide>(task, log_prob, largest_c, steep);
 #pragma unroll
     for (int c = 0; c < Shape::kOwn; ++c) q[r][c] = q[r][c] < limit ? T(0) : grad * exp_term(q[r][c] - log_prob);
@@ -314,15 +314,43 @@ struct BackwardPlan {
   }
 };
 
+// Without tiles; where logvar is shared its gradient is the sum of those of the components.
+template <class T>
+struct SmallPlan {
+  Carve<T> carve;
+  bool parameters;
+  T *dlogvar, *reduced;
+
+  SmallPlan(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory) : carve(memory) {
+    const bool shared = mix.shared && wanted.dlogvar;
+    parameters = wanted.dmu || wanted.dlogvar || wanted.dweights;
+    dlogvar = shared ? carve.take(mix.K * mix.D) : wanted.dlogvar;
+    reduced = carve.take(shared ? 2 * blocks_for(mix.K, kRowsOfAColumn) * mix.D : 0);
+  }
+};
+
+template <class T>
+void small_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* scratch, Stream stream) {
+  const SmallPlan<T> plan(mix, wanted, scratch);
+  if (wanted.dz) small_backward_rows(mix, wanted, stream);
+  if (!plan.parameters) return;
+  small_backward_components(mix, wanted, plan.dlogvar, stream);
+  if (mix.shared && wanted.dlogvar)
+    reduce_all<true, T>(plan.dlogvar, nullptr, mix.K, mix.D, plan.reduced, wanted.dlogvar, stream);
+}
+
 }  // namespace
 
 template <class T>
 int64_t backward_scratch(const Mixture<T>& mix, const Gradients<T>& wanted) {
+  if (is_small(mix.M, mix.K, mix.D)) return SmallPlan<T>(mix, wanted, nullptr).carve.size();
   return BackwardPlan<T>(mix, wanted, nullptr).carve.size();
 }
 
 template <class T>
 void mixture_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* scratch, Stream stream) {
+  if (is_small(mix.M, mix.K, mix.D)) return small_backward(mix, wanted, scratch, stream);
+  if (!wanted.dz && !wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
   const BackwardPlan<T> plan(mix, wanted, scratch);
   const Packed<T>& packed = plan.packed;
   const auto sum = [&](const T* parts, int64_t splits, int64_t n, T* out) {
@@ -332,9 +360,8 @@ void mixture_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* scra
     reduce_all<false>(mix.logvar, mix.log_weights, mix.K, mix.D, plan.reduced, plan.widest, stream);
   pack<T>(mix, wanted.log_prob, plan.steepness ? plan.widest : nullptr, packed, stream);
 
-  // K responsibilities of less than 2^-24 / K (2^-53 / K in double precision) are less than a rounding together
-  const T negligible = T(-std::log(double(mix.K)) - Limits<T>::kDigits * kLn2);
-  Task<T> task{mix, packed, wanted.log_prob, wanted.grad, wanted.dense, negligible, 0, nullptr, nullptr, nullptr, nullptr};
+  Task<T> task{mix, packed, wanted.log_prob, wanted.grad, wanted.negated, wanted.dense, log_negligible<T>(mix.K),
+               0,   nullptr, nullptr,        nullptr,     nullptr};
   if (wanted.dz) {
     task.splits = plan.splits_z;
     task.dz = plan.dz ? plan.dz : wanted.dz;

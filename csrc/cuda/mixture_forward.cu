@@ -16,13 +16,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared<float>) <= 99 * 1024 && sizeof(Shared<double>) <= 99 * 1024);
 
-template <class T>
-__device__ LogSum<T> merge_across(LogSum<T> sum, int lanes) {
-  for (int step = 1; step < lanes; step *= 2)
-    sum.merge({__shfl_xor_sync(0xFFFFFFFFu, sum.top, step), __shfl_xor_sync(0xFFFFFFFFu, sum.total, step)});
-  return sum;
-}
-
 // partial [splits, M], or null where there is one split: log_prob is then written at once.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)

@@ -1,18 +1,19 @@
-// mixture_log_prob, its score and its gradients on CUDA devices: checks, allocation, registration.
+// mixture_log_prob, its score, its gradients and mixture_kl on CUDA devices: checks, allocation, registration.
 #include "host.h"
+#include "plan.h"
 
 namespace fastvae::cuda {
 namespace {
 
-void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
-           const std::optional<Tensor>& exclude) {
+void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const OptionalTensor& log_weights,
+           const OptionalTensor& exclude) {
   check_mixture(z, mu, logvar, log_weights, exclude);
   check_devices(z, {&mu, &logvar, log_weights ? &*log_weights : &z, exclude ? &*exclude : &z});
 }
 
 template <class T>
-Mixture<T> mixture_of(const Tensor& z, const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
-                      const std::optional<Tensor>& exclude) {
+Mixture<T> mixture_of(const Tensor& z, const Tensor& mu, const Tensor& logvar, const OptionalTensor& log_weights,
+                      const OptionalTensor& exclude) {
   return {input<T>(z),
           input<T>(mu),
           input<T>(logvar),
@@ -32,71 +33,148 @@ void with_scratch(const Tensor& like, int64_t numbers, const F& f) {
 }
 
 template <class T>
-void forward(const Mixture<T>& mix, const Tensor& log_prob, const OnDeviceOf& device) {
-  with_scratch<T>(log_prob, forward_scratch(mix),
-                  [&](T* scratch) { mixture_forward(mix, scratch, output<T>(log_prob), device.stream()); });
-}
-
-template <class T>
 void backward(const Mixture<T>& mix, const Gradients<T>& wanted, const Tensor& like, const OnDeviceOf& device) {
   with_scratch<T>(like, backward_scratch(mix, wanted),
                   [&](T* scratch) { mixture_backward(mix, wanted, scratch, device.stream()); });
 }
 
-Tensor log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar, const std::optional<Tensor>& log_weights,
-                const std::optional<Tensor>& exclude) {
+// The score is the gradient in z for a gradient of one.
+template <class T>
+void make_score(const Mixture<T>& mix, const Tensor& log_prob, T* score, const OnDeviceOf& device) {
+  backward(mix, {input<T>(log_prob), nullptr, false, false, score, nullptr, nullptr, nullptr}, log_prob, device);
+}
+
+// log p, and the score where it is not null.
+template <class T>
+void forward(const Mixture<T>& mix, const Tensor& log_prob, T* score, const OnDeviceOf& device) {
+  if (is_small(mix.M, mix.K, mix.D))
+    return small_forward<T>({mix, nullptr, nullptr, output<T>(log_prob), score}, device.stream());
+  with_scratch<T>(log_prob, forward_scratch(mix),
+                  [&](T* scratch) { mixture_forward(mix, scratch, output<T>(log_prob), device.stream()); });
+  if (score) make_score(mix, log_prob, score, device);
+}
+
+Tensor log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar, const OptionalTensor& log_weights,
+                const OptionalTensor& exclude) {
   check(z, mu, logvar, log_weights, exclude);
   const OnDeviceOf device(z);
   Tensor result = empty(z, {z.size(0)});
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    forward(mixture_of<T>(z, mu, logvar, log_weights, exclude), result, device);
+    forward<T>(mixture_of<T>(z, mu, logvar, log_weights, exclude), result, nullptr, device);
   });
   return result;
 }
 
-// The score is the gradient in z for a gradient of one.
 std::tuple<Tensor, Tensor> log_prob_and_score(const Tensor& z, const Tensor& mu, const Tensor& logvar,
-                                              const std::optional<Tensor>& log_weights,
-                                              const std::optional<Tensor>& exclude) {
+                                              const OptionalTensor& log_weights, const OptionalTensor& exclude) {
   check(z, mu, logvar, log_weights, exclude);
   const OnDeviceOf device(z);
   Tensor result = empty(z, {z.size(0)}), score = torch::stable::empty_like(z);
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    const Mixture<T> mix = mixture_of<T>(z, mu, logvar, log_weights, exclude);
-    forward(mix, result, device);
-    backward(mix, {input<T>(result), nullptr, false, output<T>(score), nullptr, nullptr, nullptr}, z, device);
+    forward(mixture_of<T>(z, mu, logvar, log_weights, exclude), result, output<T>(score), device);
   });
   return {result, score};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad, const Tensor& log_prob,
-                                                             const Tensor& z, const Tensor& mu, const Tensor& logvar,
-                                                             const std::optional<Tensor>& log_weights,
-                                                             const std::optional<Tensor>& exclude, bool dense,
-                                                             bool need_z, bool need_mu, bool need_logvar,
-                                                             bool need_log_weights) {
+// A gradient of the given size, or without elements where it is not wanted.
+struct Wanted {
+  Tensor tensor;
+  bool needed;
+
+  Wanted(const Tensor& like, bool needed, std::vector<int64_t> size)
+      : tensor(empty(like, needed ? size : std::vector<int64_t>{0})), needed(needed) {}
+  template <class T>
+  T* data() const {
+    return needed ? output<T>(tensor) : nullptr;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(
+    const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu, const Tensor& logvar,
+    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_z, bool need_mu,
+    bool need_logvar, bool need_log_weights) {
   check(z, mu, logvar, log_weights, exclude);
   check_floats({&z, &grad, &log_prob});
   check_devices(z, {&grad, &log_prob});
   const int64_t M = z.size(0), K = mu.size(0), D = mu.size(1);
   STD_TORCH_CHECK(grad.numel() == M && log_prob.numel() == M, "fastvae: want grad and log_prob [M]");
   const OnDeviceOf device(z);
-  const auto wanted = [&](bool need, std::vector<int64_t> size) {
-    return empty(z, need ? size : std::vector<int64_t>{0});
-  };
-  Tensor dz = wanted(need_z, {M, D}), dmu = wanted(need_mu, {K, D}), dlogvar = wanted(need_logvar, {logvar.size(0), D}),
-         dweights = wanted(need_log_weights, {K});
+  const Wanted dz(z, need_z, {M, D}), dmu(z, need_mu, {K, D}), dlogvar(z, need_logvar, {logvar.size(0), D}),
+      dweights(z, need_log_weights, {K});
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    backward(mixture_of<T>(z, mu, logvar, log_weights, exclude),
-             {input<T>(log_prob), input<T>(grad), dense, need_z ? output<T>(dz) : nullptr,
-              need_mu ? output<T>(dmu) : nullptr, need_logvar ? output<T>(dlogvar) : nullptr,
-              need_log_weights ? output<T>(dweights) : nullptr},
-             z, device);
+    backward<T>(mixture_of<T>(z, mu, logvar, log_weights, exclude),
+                {input<T>(log_prob), input<T>(grad), false, dense, dz.data<T>(), dmu.data<T>(), dlogvar.data<T>(),
+                 dweights.data<T>()},
+                z, device);
   });
-  return {dz, dmu, dlogvar, dweights};
+  return {dz.tensor, dmu.tensor, dlogvar.tensor, dweights.tensor};
+}
+
+// Samples as the rows of a mixture: [S, M, D] -> [S M, D].
+Tensor flat(const Tensor& z) { return torch::stable::view(z, {z.size(0) * z.size(1), z.size(2)}); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
+                                                      int64_t num_samples, const Tensor& prior_mu,
+                                                      const Tensor& prior_logvar, const OptionalTensor& log_weights,
+                                                      const OptionalTensor& exclude, bool with_score) {
+  check_pair(mu, logvar);
+  check_devices(mu, {&logvar, &seed});
+  const int64_t M = mu.size(0), D = mu.size(1);
+  Tensor z = empty(mu, {num_samples, M, D}), kl = empty(mu, {num_samples, M});
+  const Tensor rows = flat(z), log_prob = empty(mu, {num_samples * M});
+  check(rows, prior_mu, prior_logvar, log_weights, exclude);
+  const OnDeviceOf device(mu);
+  const Wanted score(mu, with_score, {num_samples * M, D});
+  by_dtype(mu, [&](auto zero) {
+    using T = decltype(zero);
+    const Mixture<T> mix = mixture_of<T>(rows, prior_mu, prior_logvar, log_weights, exclude);
+    T* log_q = output<T>(kl);  // until log p is known
+    const Sample<T> sample{input<T>(mu), input<T>(logvar), seed_of(seed), num_samples, M, D, output<T>(z), log_q};
+    if (is_small(mix.M, mix.K, mix.D))
+      return small_forward<T>({mix, &sample, output<T>(kl), output<T>(log_prob), score.data<T>()}, device.stream());
+    gaussian_rsample(sample, device.stream());
+    forward(mix, log_prob, score.data<T>(), device);
+    kl = torch::stable::subtract(kl, torch::stable::view(log_prob, {num_samples, M}));
+  });
+  return {z, kl, log_prob, score.tensor};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
+    const OptionalTensor& grad_z, const Tensor& grad_kl, const Tensor& logvar, const Tensor& seed, bool path_derivative,
+    const Tensor& z, const Tensor& log_prob, const Tensor& score, const Tensor& prior_mu, const Tensor& prior_logvar,
+    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_q, bool need_mu,
+    bool need_logvar, bool need_log_weights) {
+  check_floats({&z, &grad_kl, &logvar, &log_prob, &score, grad_z ? &*grad_z : &z});
+  check_devices(z, {&grad_kl, &logvar, &seed, &log_prob, &score, grad_z ? &*grad_z : &z});
+  STD_TORCH_CHECK(z.dim() == 3, "fastvae: want z [S, M, D]");
+  const int64_t S = z.size(0), M = z.size(1), D = z.size(2), K = prior_mu.size(0);
+  STD_TORCH_CHECK(grad_kl.numel() == S * M && log_prob.numel() == S * M && logvar.numel() == M * D &&
+                      (!grad_z || grad_z->numel() == z.numel()) && (score.numel() == 0 || score.numel() == z.numel()),
+                  "fastvae: want z and grad_z [S, M, D], grad_kl [S, M], log_prob [S M] and score [S M, D]");
+  const Tensor rows = flat(z);
+  check(rows, prior_mu, prior_logvar, log_weights, exclude);
+  const OnDeviceOf device(z);
+  const Wanted dmu(z, need_q, {M, D}), dlogvar(z, need_q, {M, D}), dprior_mu(z, need_mu, {K, D}),
+      dprior_logvar(z, need_logvar, {prior_logvar.size(0), D}), dlog_weights(z, need_log_weights, {K});
+  const Wanted own_score(z, need_q && score.numel() == 0, {S * M, D});  // forward made none
+  by_dtype(z, [&](auto zero) {
+    using T = decltype(zero);
+    const Mixture<T> mix = mixture_of<T>(rows, prior_mu, prior_logvar, log_weights, exclude);
+    if (own_score.needed) make_score(mix, log_prob, own_score.data<T>(), device);
+    if (need_q)
+      gaussian_rsample_backward<T>(
+          {input<T>(grad_z), input<T>(grad_kl), input<T>(own_score.needed ? own_score.tensor : score),
+           input<T>(logvar), seed_of(seed), path_derivative, S, M, D, output<T>(dmu.tensor), output<T>(dlogvar.tensor)},
+          device.stream());
+    backward<T>(mix,
+                {input<T>(log_prob), input<T>(grad_kl), true, dense, nullptr, dprior_mu.data<T>(),
+                 dprior_logvar.data<T>(), dlog_weights.data<T>()},
+                z, device);
+  });
+  return {dmu.tensor, dlogvar.tensor, dprior_mu.tensor, dprior_logvar.tensor, dlog_weights.tensor};
 }
 
 }  // namespace
@@ -105,6 +183,8 @@ FASTVAE_REGISTER(FASTVAE_CUDA_LIBRARY, FASTVAE_CUDA_KEY, m) {
   m.impl("mixture_log_prob", TORCH_BOX(&log_prob));
   m.impl("mixture_log_prob_and_score", TORCH_BOX(&log_prob_and_score));
   m.impl("mixture_log_prob_backward", TORCH_BOX(&log_prob_backward));
+  m.impl("mixture_kl", TORCH_BOX(&mixture_kl));
+  m.impl("mixture_kl_backward", TORCH_BOX(&mixture_kl_backward));
 }
 
 }  // namespace fastvae::cuda

@@ -47,7 +47,6 @@ __global__ void __launch_bounds__(Tile<T>::kSide) pack_components(Mixture<T> mix
   const int64_t panel = blockIdx.x, first = panel * side, k = first + threadIdx.x;
   const auto present = [&](int64_t k) { return k < mix.K && !(mix.log_weights && mix.log_weights[k] == T(-INFINITY)); };
   const auto logvar = [&](int64_t k, int d) { return mix.logvar[(mix.shared ? 0 : k * mix.D) + d]; };
-  const auto bounded = [](T x) { return x < -Limits<T>::kExpLimit ? -Limits<T>::kExpLimit : x; };  // 1 / sigma^2 is finite
   const bool there = present(k);
 
   double logvar_sum = 0;

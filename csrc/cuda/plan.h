@@ -2,8 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 
+#include "device_math.h"
 #include "kernels.h"
 
 namespace fastvae::cuda {
@@ -24,6 +27,32 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // Blocks that a device runs at a time are taken to be those of an H200, so that how sums are cut, and with it the last
 // bit of a result, does not depend on the device.
 constexpr int64_t kMultiprocessors = 132;
+
+// The log of a responsibility so small, 2^-24 / K (2^-53 / K in double precision), that K of them are less than a
+// rounding together.
+template <class T>
+T log_negligible(int64_t K) {
+  return T(-std::log(double(K)) - Limits<T>::kDigits * kLn2);
+}
+
+// Problems that take one launch and no tiles.  With so few rows the tiled kernels' blocks, one for 128 rows or
+// components, would leave most multiprocessors without work, and a launch costs more than the work does.  The limits
+// are those of the blocks' shared memory, and K D such that a block is through all parameters about as soon as the
+// launches that it saves would be.  FASTVAE_CUDA_TILES=1 takes tiles at any size: for the tests.
+constexpr int kSmallRows = 4 * int(kMultiprocessors), kSmallComponents = 1024, kSmallDimensions = 512;
+constexpr int64_t kSmallParameters = 1 << 16;
+
+inline bool is_small(int64_t M, int64_t K, int64_t D) {
+  const char* tiles = std::getenv("FASTVAE_CUDA_TILES");
+  return M <= kSmallRows && K <= kSmallComponents && D <= kSmallDimensions && K * D <= kSmallParameters &&
+         !(tiles && tiles[0] == '1');
+}
+
+// How many rows, or components, a block of theirs owns: one where each can have a multiprocessor.
+template <class T>
+int small_share(int64_t n) {
+  return n <= kMultiprocessors ? 1 : Tile<T>::kVector;
+}
 
 // In how many parts `tiles` are cut where `others` blocks, times the parts, run `at_a_time`: the fewest steps, then the
 // fewest parts.  The parts of all blocks are kept until they are merged, hence the limit.

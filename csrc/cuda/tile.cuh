@@ -13,15 +13,11 @@
 #include "device_math.h"
 #include "launch.cuh"
 #include "plan.h"
+#include "row.cuh"
 
 namespace fastvae::cuda {
 
 alignas(16) extern __shared__ unsigned char shared_memory[];
-
-template <class T>
-struct alignas(16) Vector {
-  T x[Tile<T>::kVector];
-};
 
 template <class T, int kDepth>
 struct alignas(16) Stage {
@@ -90,6 +86,13 @@ __device__ __forceinline__ void add_squares(const Stage<T, kDepth>& stage, int d
       }
     }
   }
+}
+
+// What arrives at log p of row m.
+template <class T>
+__device__ __forceinline__ T gradient_at(const T* grad, bool negated, int64_t m) {
+  const T given = grad ? grad[m] : T(1);
+  return negated ? -given : given;
 }
 
 // Where the i-th of `parts` parts of n begins; they differ in length by one at most.

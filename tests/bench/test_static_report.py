@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.static_report import limits
+from benchmarks.static_report import disassembly, limits
 from benchmarks.static_report.__main__ import main
-from benchmarks.static_report.families import all_families
+from benchmarks.static_report.families import all_families, cuda_family
 from benchmarks.static_report.report import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +121,51 @@ def test_the_table_has_a_line_for_each(kernels: list[dict[str, Any]]) -> None:
 def test_bad_arguments_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("_ZN7fastvae4cuda12_GLOBAL__N_17forwardIfEEvNS0_7MixtureIT_EE", "forward<float>"),
+        ("_ZN7fastvae4cuda12_GLOBAL__N_18backwardILNS1_4SideE1EdEEvNS1_4TaskIT0_EE", "backward<components, double>"),
+        ("_ZN7fastvae4cuda12_GLOBAL__N_17rsampleIfLb1EEEvNS0_6SampleIT_EEi", "rsample<float, true>"),
+        ("_ZN7fastvae4cuda12_GLOBAL__N_110small_rowsIdLb0ELi2EEEvNS1_4TaskIT_EE", "small_rows<double, false, 2>"),
+    ],
+)
+def test_cuda_kernels_are_called_what_the_source_calls_them(symbol: str, name: str) -> None:
+    assert cuda_family.readable(symbol) == name
+
+
+def test_a_loop_within_a_loop_is_the_innermost() -> None:
+    """By its jump back; a jump forward is no loop."""
+    operands = ["", "", " `(.L) 0x30", "", " 0x10", " P1, 0x0", ""]
+    opcodes = ["MOV", "FFMA", "BRA", "FADD", "BRA", "BRA.U", "EXIT"]
+    instructions = [(f"{16 * i:04x}", *both) for i, both in enumerate(zip(opcodes, operands, strict=True))]
+    (loop,) = disassembly._inner_loops(instructions, opcodes)
+    assert (loop.instructions, loop.multiply_adds, loop.share("FFMA")) == (4, 1, 0.25)
+
+
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cuda_family.shutil, "which", lambda name: None)
+    assert main(["--family", "cuda"]) == 2
+    assert "--family cuda: there is no nvcc" in capsys.readouterr().err
+
+
+def test_one_command_reports_both_families(tmp_path: Path) -> None:
+    """A Triton kernel and a CUDA kernel that do the same, in one table."""
+    for family in all_families().values():
+        if (why := family.missing()) is not None and "TRITON_INTERPRET" not in why:
+            pytest.skip(why)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.static_report", "--arch", "90"]
+    command += ["--match", r"^(gaussian\.kl_kernel|kl<float, true>)", "--out", str(tmp_path / "both.json")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
+    found = json.loads((tmp_path / "both.json").read_text())
+    assert [k["kernel"] for k in found["kernels"]] == ["kl<float, true>", "gaussian.kl_kernel"]
+    assert {"nvcc", "triton"} <= set(found["versions"])
+    # both read mu and logvar once, 16 bytes at a time
+    assert all(k["bound_by"] == "memory" and k["loads"]["16"] > 0 for k in found["kernels"])
+    assert len({k["floor_seconds"] for k in found["kernels"]}) == 1
 
 
 def test_the_interpreter_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ it cannot show is what only a GPU has: its memory model, its timing, its exp and
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -45,9 +47,24 @@ def load(library: Path) -> Operators:
         torch.library.register_fake(f"fastvae_emulated::{name}", getattr(ops, f"_{name}"), lib=namespace)
     torch.ops.load_library(library)
     operators = Operators(*(getattr(torch.ops.fastvae_emulated, name).default for name in Operators._fields))
-    ops.compose(namespace, "", operators)
-    _keep.append(namespace)
+    _keep.extend((namespace, ctypes.CDLL(str(library))))
     return operators
 
 
-_keep: list[torch.library.Library] = []
+def launches() -> int:
+    """How many kernels were launched so far."""
+    return _ask("emulated_launches")
+
+
+def largest_shared() -> int:
+    """The most shared memory that a block had of any launch since this was last asked, in bytes."""
+    return _ask("emulated_largest_shared")
+
+
+def _ask(name: str) -> int:
+    question = getattr(_keep[1], name)
+    question.restype = ctypes.c_int64
+    return int(question())
+
+
+_keep: list[Any] = []

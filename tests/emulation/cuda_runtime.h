@@ -146,6 +146,8 @@ struct Block {
 };
 
 inline Block block;
+inline int64_t launches = 0;       // so far
+inline size_t largest_shared = 0;  // bytes of a block, of any launch since somebody asked
 
 inline void Block::enter() {
   (*block.body)();
@@ -169,6 +171,8 @@ inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::fu
   if (shared_bytes > fastvae::cuda::kSharedLimit) fail("more shared memory than every device has");
   if (threads.x % 32 || threads.x > 1024 || threads.y * threads.z != 1) fail("an odd block size");
   if (!grid.x || !grid.y || grid.y > 65535 || grid.z != 1) fail("an impossible grid");
+  ++launches;
+  largest_shared = std::max(largest_shared, shared_bytes);
   gridDim = grid;
   blockDim = threads;
   std::vector<unsigned> order(threads.x);
