@@ -30,9 +30,8 @@ LARGEST_STREAM = 2**16  # K D: what one program reads
 WIDEST = 256  # D
 MULTIPROCESSORS = 132  # rows are shared by more programs than that only from MOST_ROWS on
 MOST_ROWS = 4  # of a program: with more, a thread's place in a tile would be narrower than 16 bytes
-FORWARD_ELEMENTS, FORWARD_WARPS = 4096, 8  # of a tile: 16 a thread
-BACKWARD_ELEMENTS, BACKWARD_WARPS = 2048, 4
 BACKWARD_ROWS = 16
+ELEMENTS = 16  # of a tile, for each thread
 
 
 def fits(M: int, K: int, D: int) -> bool:
@@ -73,7 +72,7 @@ def forward_kernel(
     log_prob, score: may be None; grad: where not None, what the score is multiplied by.
     """
     if QUADS:
-        D = D // 4 * 4  # says that rows start at multiples of 16 bytes
+        D = D // 4 * 4  # see `sample_rows`
     first = tl.program_id(0) * ROWS
     if seed is not None:
         own, end = first.to(tl.int64) + tl.arange(0, SAMPLED), tl.minimum(first + ROWS, N)
@@ -89,7 +88,7 @@ def forward_kernel(
     top = tl.full((ROWS, COLUMNS), lowest(dtype), dtype)
     total = tl.zeros((ROWS, COLUMNS), dtype)
     weighted = tl.zeros((ROWS, COLUMNS, DIMS if score is not None else 1), dtype)
-    for start in tl.range(0, K, COLUMNS):
+    for start in range(0, K, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
         log_w = log_weight(log_weights, k, K, dtype)
         m, lv = _components(
@@ -188,7 +187,9 @@ def _posterior(
     for _ in range(0, S):
         place = (row * D)[:, None] + dims[None, :]
         g = tl.load(grad_kl + row, m < M, 0.0)[:, None]
-        g_z = -g * tl.load(score + place, inside, 0.0)
+        of_score = tl.load(score + place, inside, 0.0)
+        # rounded by itself, as where `gaussian.py` is handed it: a product would fuse with what is added to it
+        g_z = tl.fma(tl.broadcast_to(-g, of_score.shape), of_score, tl.zeros_like(of_score))
         if grad_z is not None:
             g_z += tl.load(grad_z + place, inside, 0.0)
         eps = noise_of_rows(key, row * D, QUADS, DIMS).to(sigma.dtype)
@@ -212,7 +213,7 @@ def backward_kernel(
     OF_KL: grad is that of kl = log q - log p, not of log p.  dq_mu and dq_logvar: None where q has no gradient.
     """
     if QUADS:
-        D = D // 4 * 4
+        D = D // 4 * 4  # see `sample_rows`
     block = tl.program_id(0)
     if block < BLOCKS:
         _parameters(
@@ -233,16 +234,17 @@ class _Sizes(NamedTuple):
     ROWS: int
     COLUMNS: int
     DIMS: int
-    SAMPLED: int  # rows of q at a time: four elements a thread, as `gaussian.py` has them, so that log q has its bits
+    SAMPLED: int  # rows of q at a time: four elements a thread, laid out as in `gaussian.py`: log q has the same bits
+    num_warps: int
 
 
 def _sizes(M: int, D: int, forward: bool) -> _Sizes:
     dims = max(4, tiles.next_power_of_2(D))
-    elements, warps = (FORWARD_ELEMENTS, FORWARD_WARPS) if forward else (BACKWARD_ELEMENTS, BACKWARD_WARPS)
-    rows = BACKWARD_ROWS
-    if forward:
-        rows = min(MOST_ROWS, tiles.next_power_of_2(tiles.cdiv(M, MULTIPROCESSORS)))
-    return _Sizes(min(rows, elements // dims), max(1, elements // (rows * dims)), dims, 4 * 32 * warps // dims)
+    warps = 8 if forward and dims <= 128 else 4  # 8 may share a row of 256 that has 4 in `gaussian.py`
+    elements = ELEMENTS * 32 * warps
+    rows = min(MOST_ROWS, tiles.next_power_of_2(tiles.cdiv(M, MULTIPROCESSORS))) if forward else BACKWARD_ROWS
+    rows = min(rows, elements // dims)
+    return _Sizes(rows, elements // (rows * dims), dims, 4 * 32 * warps // dims, warps)
 
 
 class Sampled(NamedTuple):
@@ -276,7 +278,7 @@ def forward(
     forward_kernel[(tiles.cdiv(N, sizes.ROWS),)](
         q_mu, q_logvar, seed, z, kl, mu, logvar, log_weights, exclude, grad, log_prob, score,
         1 if q_mu is None else len(q_mu), N, K, D,
-        QUADS=D % 4 == 0, SHARED=len(logvar) != K, **sizes._asdict(), num_warps=FORWARD_WARPS,
+        QUADS=D % 4 == 0, SHARED=len(logvar) != K, **sizes._asdict(), enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -325,7 +327,7 @@ def backward(
             grad, log_prob, z, mu, logvar, log_weights, exclude, dmu, dlogvar, dlog_weights,
             *(posterior or (None,) * 6), blocks, N // M if M else 0, M, N, K, D,
             OF_KL=of_kl, PATH=path_derivative, QUADS=D % 4 == 0, SHARED=len(logvar) != K, **sizes._asdict(),
-            num_warps=BACKWARD_WARPS, enable_fp_fusion=False,  # so that q's gradients have the bits of `gaussian.py`
+            enable_fp_fusion=True,
         )  # fmt: skip
     if dlogvar is not None and len(logvar) != K:
         dlogvar = dlogvar.sum(0, keepdim=True)

@@ -27,7 +27,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     running = []
     large = r"^(difference|product).*, high\w*, general"
-    for arch, match in (("90", "general|^gaussian"), ("80", large), ("100", large)):
+    for arch, match in (("90", "general|^gaussian|^small"), ("80", large), ("100", large)):
         command = [sys.executable, "-m", "benchmarks.static_report", "--family", "triton", "--arch", arch]
         command += ["--match", match, "--out", str(folder / f"{arch}.json")]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -76,6 +76,14 @@ def test_loads_are_wide(kernels: list[dict[str, Any]]) -> None:
     for name in ("difference.", "product.", "gaussian."):
         for k in of(kernels, name):
             assert k["wide_loads"] >= 0.75, (k["kernel"], k["case"], k["arch"], k["loads"])
+
+
+def test_small_problems_load_their_operands_wide(kernels: list[dict[str, Any]]) -> None:
+    """Components forward, rows backward: what the loops read; the rest are numbers of rows and components."""
+    for k in of(kernels, "small.forward_kernel"):
+        assert k["wide_loads"] >= 0.75, (k["case"], k["loads"])
+    (backward,) = of(kernels, "small.backward_kernel")
+    assert backward["loads"]["16"] >= 4, backward["loads"]
 
 
 def test_the_difference_form_is_multiply_adds(kernels: list[dict[str, Any]]) -> None:
