@@ -241,10 +241,12 @@ class _Sizes(NamedTuple):
 def _sizes(M: int, D: int, forward: bool) -> _Sizes:
     dims = max(4, tiles.next_power_of_2(D))
     warps = 8 if forward and dims <= 128 else 4  # 8 may share a row of 256 that has 4 in `gaussian.py`
-    elements = ELEMENTS * 32 * warps
-    rows = min(MOST_ROWS, tiles.next_power_of_2(tiles.cdiv(M, MULTIPROCESSORS))) if forward else BACKWARD_ROWS
-    rows = min(rows, elements // dims)
-    return _Sizes(rows, elements // (rows * dims), dims, 4 * 32 * warps // dims, warps)
+    elements, sampled = ELEMENTS * 32 * warps, 4 * 32 * warps // dims
+    if forward:
+        rows = min(MOST_ROWS, sampled, tiles.next_power_of_2(tiles.cdiv(M, MULTIPROCESSORS)))
+    else:
+        rows = min(BACKWARD_ROWS, elements // dims)
+    return _Sizes(rows, elements // (rows * dims), dims, sampled, warps)
 
 
 class Sampled(NamedTuple):
