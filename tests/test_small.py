@@ -88,6 +88,31 @@ def test_the_density_is_one_launch_each_way(precision: str) -> None:
     assert launched == BACKWARD
 
 
+def test_launches_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of docs/triton-kernels.md."""
+    small, counts = triton_kernels.load("small"), []
+    for largest in (small.LARGEST, -1):
+        monkeypatch.setattr(small, "LARGEST", largest)
+        leaves = arguments()
+        z, _, *prior = leaves
+        found = []
+        for call in (fastvae.mixture_log_prob, fastvae.mixture_log_prob_and_score):
+            with recorded() as launched:
+                call(z.detach(), *prior, impl="triton")
+            found.append(len(launched))
+        log_prob = fastvae.mixture_log_prob(z, *prior, impl="triton")
+        with recorded() as launched:
+            torch.autograd.grad(log_prob.sum(), (z, *prior))
+        found.append(len(launched))
+        with recorded() as launched:
+            _, kl = fastvae.mixture_kl(*leaves, impl="triton")
+        found.append(len(launched))
+        with recorded() as launched:
+            torch.autograd.grad(kl.sum(), leaves)
+        counts.append([*found, len(launched)])
+    assert counts == [[1, 1, 1, 1, 1], [4, 6, 4, 7, 5]]
+
+
 def test_every_precision_has_the_same_bits() -> None:
     """The difference form serves them all."""
     results = []
