@@ -28,8 +28,8 @@ from .packing import HALF_LOG_2_PI, log_weight
 LARGEST = 2**24  # M K D: about where tiles of 128 x 128 are as fast, launches included; so offsets have 32 bits
 LARGEST_STREAM = 2**16  # K D: what one program reads
 WIDEST = 256  # D
-MULTIPROCESSORS = 132  # rows are shared by more programs than that only from MOST_ROWS on
-MOST_ROWS = 4  # of a program: with more, a thread's place in a tile would be narrower than 16 bytes
+MULTIPROCESSORS = 132  # as many programs run before any takes a second row
+MOST_ROWS = 4  # of a program: with more, a thread would load less than 16 bytes at a time
 BACKWARD_ROWS = 16
 ELEMENTS = 16  # of a tile, for each thread
 
