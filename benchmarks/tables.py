@@ -313,9 +313,10 @@ def triton_precision(results: Results) -> str:
 
 @table("triton-static", "triton-static.json")
 def triton_static(results: Results) -> str:
-    """The large Triton kernels' machine code on each architecture."""
+    """The large Triton kernels' machine code on each architecture, in the general case."""
     kernels = results.read("triton-static.json")["kernels"]
-    return static_report.markdown([k for k in kernels if not k["kernel"].startswith(("packing", "merge"))])
+    large = [k for k in kernels if not k["kernel"].startswith(("packing", "merge"))]
+    return static_report.markdown([k for k in large if "shared" not in k["case"]])
 
 
 @table("triton-targets", "*")  # also where nothing is recorded, which is what it then says

@@ -161,6 +161,13 @@ def _groups(
         yield (mu[k], own_logvar, None if log_weights is None else log_weights[k]) if stop > start else None
 
 
+def _without_samples(result: Tensor) -> Tensor:
+    """A result [1, ...] as [...]: itself, not a view, which could not be changed in place."""
+    if torch.compiler.is_compiling():  # PyTorch 2.11 compiles squeeze_ here to wrong gradients
+        return result.squeeze(0)
+    return result.squeeze_(0)
+
+
 class GaussianRsample(torch.autograd.Function):
     """(z [S, M, D], log q [S, M]), or without the S where num_samples is None; backward draws the noise again."""
 
@@ -177,7 +184,7 @@ class GaussianRsample(torch.autograd.Function):
         ctx.save_for_backward(logvar, seed)
         ctx.path_derivative, ctx.backend, ctx.one = path_derivative, backend, num_samples is None
         z, log_q = operators[backend].gaussian_rsample(mu, logvar, seed, num_samples or 1)
-        return (z.squeeze_(0), log_q.squeeze_(0)) if ctx.one else (z, log_q)
+        return (_without_samples(z), _without_samples(log_q)) if ctx.one else (z, log_q)
 
     @staticmethod
     @_differentiable_once
@@ -219,7 +226,7 @@ class MixtureKL(torch.autograd.Function):
         )
         ctx.one = num_samples is None
         if ctx.one:
-            z, kl = z.squeeze_(0), kl.squeeze_(0)
+            z, kl = _without_samples(z), _without_samples(kl)
         ctx.save_for_backward(logvar, seed, z, log_prob, score, prior_mu, prior_logvar, log_weights, exclude)
         ctx.path_derivative, ctx.dense, ctx.backend = path_derivative, dense, backend
         ctx.set_materialize_grads(False)

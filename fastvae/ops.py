@@ -167,4 +167,7 @@ for _name in _SCHEMAS:
 compose(_library, "", native)
 compose(_library, "composite_", plain)
 for _backend in ("triton", "triton-high", "triton-medium"):
-    compose(_library, _backend.replace("-", "_") + "_", operators[_backend])
+    for _name in ("mixture_kl", "mixture_kl_backward"):
+        _composed = partial(getattr(composition, _name), operators[_backend])
+        _implementation = triton_kernels.launcher("mixture_kl", _name, _composed)
+        _library.impl(f"{_backend.replace('-', '_')}_{_name}", _implementation, "CompositeExplicitAutograd")

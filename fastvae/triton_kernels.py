@@ -19,7 +19,7 @@ def load(module: str) -> ModuleType:
     return importlib.import_module(f"{_PACKAGE}.{module}")
 
 
-def launcher(module: str, name: str, *leading: str) -> Callable[..., Any]:
+def launcher(module: str, name: str, *leading: Any) -> Callable[..., Any]:
     """A function of the kernels, imported at its first call, with its leading arguments."""
 
     def call(*arguments: Any) -> Any:

@@ -28,7 +28,7 @@ WIDEST = 1024  # piece of a row
 
 
 @triton.jit
-def _noise(seed, first, QUADS: tl.constexpr, DIMS: tl.constexpr):
+def noise_of_rows(seed, first, QUADS: tl.constexpr, DIMS: tl.constexpr):
     """Numbers first ... first + DIMS - 1 of the stream, for each first; QUADS: these are multiples of 4."""
     if QUADS:
         return normals_of_quads(seed, (first >> 2)[:, None] + tl.arange(0, DIMS // 4)[None, :])
@@ -37,22 +37,39 @@ def _noise(seed, first, QUADS: tl.constexpr, DIMS: tl.constexpr):
 
 
 @triton.jit
-def sample_kernel(mu, logvar, seed, z, log_q, M, D, N, QUADS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
-    """ROWS of the N = S M rows of z."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def sample_rows(mu, logvar, seed, z, row, end, M, D, QUADS: tl.constexpr, DIMS: tl.constexpr):
+    """Write those rows (int64) of z that are below `end`; their log q."""
+    if QUADS:
+        D = D // 4 * 4  # tells the compiler that rows start at multiples of 16 bytes
     of_mu = (row % M) * D
     key = tl.load(seed)
-    total = tl.zeros((ROWS, DIMS), mu.dtype.element_ty)
+    total = tl.zeros((row.shape[0], DIMS), mu.dtype.element_ty)
     for d in range(0, D, DIMS):
         dims = d + tl.arange(0, DIMS)
-        inside = (row < N)[:, None] & (dims < D)[None, :]
+        inside = (row < end)[:, None] & (dims < D)[None, :]
         at = of_mu[:, None] + dims[None, :]
         m = tl.load(mu + at, inside, 0.0)
         lv = tl.load(logvar + at, inside, 0.0)
-        eps = _noise(key, row * D + d, QUADS, DIMS).to(m.dtype)
+        eps = noise_of_rows(key, row * D + d, QUADS, DIMS).to(m.dtype)
         tl.store(z + (row * D)[:, None] + dims[None, :], m + exp(0.5 * lv) * eps, inside)
         total += tl.where(inside, eps * eps + lv, 0.0)
-    tl.store(log_q + row, -0.5 * (tl.sum(total, 1) + D * tl.full((ROWS,), LOG_2_PI, total.dtype)), row < N)
+    return -0.5 * (tl.sum(total, 1) + D * tl.full((row.shape[0],), LOG_2_PI, total.dtype))
+
+
+@triton.jit
+def sample_kernel(mu, logvar, seed, z, log_q, M, D, N, QUADS: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):
+    """ROWS of the N = S M rows of z."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(log_q + row, sample_rows(mu, logvar, seed, z, row, N, M, D, QUADS, DIMS), row < N)
+
+
+@triton.jit
+def sample_gradients(g_z, g_q, eps, sigma, PATH: tl.constexpr):
+    """What one sample adds to dmu and to 2 dlogvar."""
+    if PATH:
+        return g_z - g_q * eps / sigma, eps * (g_z * sigma - g_q * eps)
+    else:
+        return g_z, g_z * sigma * eps - g_q
 
 
 @triton.jit
@@ -74,13 +91,10 @@ def sample_backward_kernel(
     for _ in range(0, S):
         g_z = tl.load(grad_z + (row * D)[:, None] + dims[None, :], inside, 0.0)
         g_q = tl.load(grad_log_q + row, m < M, 0.0)[:, None]
-        eps = _noise(key, row * D + d, QUADS, DIMS).to(sigma.dtype)
-        if PATH:
-            sum_mu += g_z - g_q * eps / sigma
-            sum_logvar += eps * (g_z * sigma - g_q * eps)
-        else:
-            sum_mu += g_z
-            sum_logvar += g_z * sigma * eps - g_q
+        eps = noise_of_rows(key, row * D + d, QUADS, DIMS).to(sigma.dtype)
+        of_mu, of_logvar = sample_gradients(g_z, g_q, eps, sigma, PATH)
+        sum_mu += of_mu
+        sum_logvar += of_logvar
         row += M
     tl.store(dmu + at, sum_mu, inside)
     tl.store(dlogvar + at, 0.5 * sum_logvar, inside)
@@ -126,7 +140,7 @@ def gaussian_rsample(mu: Tensor, logvar: Tensor, seed: Tensor, num_samples: int)
     if log_q.numel():
         tile, rows = _tile(D), num_samples * M
         sample_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-            mu, logvar, seed, z, log_q, M, D, rows, QUADS=D % 4 == 0, **tile
+            mu, logvar, seed, z, log_q, M, D, rows, QUADS=D % 4 == 0, **tile, enable_fp_fusion=True
         )
     return z, log_q
 
@@ -140,8 +154,9 @@ def gaussian_rsample_backward(
     if M:
         tile = _tile(D)
         sample_backward_kernel[(triton.cdiv(M, tile["ROWS"]), triton.cdiv(D, tile["DIMS"]))](
-            grad_z, grad_log_q, logvar, seed, dmu, dlogvar, S, M, D, PATH=path_derivative, QUADS=D % 4 == 0, **tile
-        )
+            grad_z, grad_log_q, logvar, seed, dmu, dlogvar, S, M, D, PATH=path_derivative, QUADS=D % 4 == 0, **tile,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return dmu, dlogvar
 
 

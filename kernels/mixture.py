@@ -1,4 +1,4 @@
-"""The mixture density and its gradients: packing, the kernel of the precision, merging.
+"""The mixture density and its gradients: packing, the kernel of the precision, merging; or `small.py` alone.
 
     l_m = logsumexp_k a_mk     score_md = dl_m / dz_md     dL/dmu, dL/dlogvar, dL/dlog w by S0, S1, S2 (`merge.py`)
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import difference, merge, packing, product, tiles
+from . import difference, merge, packing, product, small, tiles
 from .launch import on_device_of
 from .tiles import Tile, cdiv, round_up
 
@@ -163,6 +163,9 @@ def _forward(
 ) -> None:
     """Fill log_prob [M] and score [M, D], of which either may be None; the score times grad [M], if that is given."""
     (M, D), K = z.shape, len(mu)
+    if small.fits(M, K, D):
+        small.forward(z, mu, logvar, log_weights, exclude, log_prob=log_prob, score=score, grad=grad)
+        return
     tile = tiles.tile_for("forward" if score is None else "score", precision, D, tiles.capability(z.device))
     shared = logvar if len(logvar) != K else None
     wants_survey = precision != "highest" or (score is not None and not dense)
@@ -299,6 +302,9 @@ def mixture_log_prob_backward(
         return dz, *zeros
     if need_z:
         _forward(z, mu, logvar, log_weights, exclude, precision, score=dz, grad=grad, dense=dense)
+    if small.fits(len(z), *mu.shape):
+        need = need_mu, need_logvar, need_log_weights
+        return dz, *small.backward(grad, log_prob, z, mu, logvar, log_weights, exclude, *need)
     dmu = torch.empty_like(mu) if need_mu else None
     dlogvar = torch.empty_like(mu) if need_logvar else None
     dlog_weights = mu.new_empty(K) if need_log_weights else None

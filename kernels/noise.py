@@ -55,8 +55,9 @@ def direction(w):
 def four_normals(seed, block):
     """Numbers 4 j ... 4 j + 3 of the stream, for each block j."""
     w0, w1, w2, w3 = words(seed, block)
-    r, (c, s) = radius(w0), direction(w1)
-    r2, (c2, s2) = radius(w2), direction(w3)
+    c, s = direction(w1)
+    c2, s2 = direction(w3)
+    r, r2 = radius(w0), radius(w2)
     return r * c, r * s, r2 * c2, r2 * s2
 
 

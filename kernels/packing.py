@@ -23,7 +23,7 @@ CHUNK = tl.constexpr(16)  # dimensions at a time
 
 
 @triton.jit
-def _log_weight(log_weights, k, K, dtype: tl.constexpr):
+def log_weight(log_weights, k, K, dtype: tl.constexpr):
     """log w [k]; -log K where none are given, -inf beyond K."""
     if log_weights is None:
         value = -log(tl.full(k.shape, K, dtype))
@@ -59,7 +59,7 @@ def survey_kernel(
     mean = tl.zeros((CHUNK,), dtype)
     for start in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), COLUMNS):
         k = start + tl.arange(0, COLUMNS)
-        absent = _log_weight(log_weights, k, K, dtype) == float("-inf")
+        absent = log_weight(log_weights, k, K, dtype) == float("-inf")
         m, lv, there = _parameters(mu, logvar, absent, k, d, D, SHARED)
         s = tl.where(there, exp(-0.5 * lv), 0.0)
         widest = tl.maximum(widest, tl.max(tl.where(there, lv, lowest(dtype)), 0))
@@ -98,7 +98,7 @@ def components_difference_kernel(
 ):  # fmt: skip
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     dtype: tl.constexpr = mu.dtype.element_ty
-    log_w = _log_weight(log_weights, k, K, dtype)
+    log_w = log_weight(log_weights, k, K, dtype)
     absent = log_w == float("-inf")
     logvar_sum = tl.zeros((COLUMNS,), dtype)
     steep = logvar_sum
@@ -123,7 +123,7 @@ def components_product_kernel(
     SHARED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    log_w = _log_weight(log_weights, k, K, tl.float32)
+    log_w = log_weight(log_weights, k, K, tl.float32)
     absent = log_w == float("-inf")
     logvar_sum = tl.zeros((COLUMNS,), tl.float32)
     mu_square = logvar_sum

@@ -23,7 +23,8 @@ import fastvae
 from fastvae import backends, ops, triton_kernels
 
 ISAS = ("baseline", "avx2", "avx512")
-BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS), "triton", "cuda-emulated", "cuda-emulated-tiled")
+_GPU_BACKENDS = ("triton", "triton-small", "cuda-emulated", "cuda-emulated-tiled")  # each by tiles, or in one launch
+BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS), *_GPU_BACKENDS)
 LEVEL = {"avx2": 1, "avx512": 2}
 
 
@@ -54,10 +55,15 @@ def cuda_on_the_cpu(choose: Callable[..., str]) -> Callable[..., str]:
     return lambda impl, device: "cuda" if impl == "cuda" else choose(impl, device)
 
 
-def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, so that small shapes straddle them; on the GPU if there is one, else interpreted."""
+def use_triton(monkeypatch: pytest.MonkeyPatch, small: bool = False) -> None:
+    """Small tiles, so that small shapes straddle them; on the GPU if there is one, else interpreted.
+
+    small: leave small problems to the kernels made for them; otherwise these have the tiles of large ones.
+    """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
+    if not small:
+        monkeypatch.setattr(triton_kernels.load("small"), "LARGEST", -1)
     if not triton_kernels.load("launch").INTERPRETED:
         for name in ("triton", "triton-high", "triton-medium"):
             monkeypatch.setitem(ops.operators, name, through_gpu(ops.operators[name]))
@@ -65,13 +71,14 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     patch_once(monkeypatch)
     monkeypatch.setattr(triton_kernels.load("gaussian"), "ELEMENTS", 2**14)  # an interpreter likes large tiles
+    monkeypatch.setattr(triton_kernels.load("small"), "MULTIPROCESSORS", 4)
     tiles = triton_kernels.load("tiles")
     monkeypatch.setattr(tiles, "PROGRAMS", 4)
     real = tiles.tile_for
-    small = {"forward": (16, 64), "score": (16, 64), "parameters": (64, 16)}
+    sizes = {"forward": (16, 64), "score": (16, 64), "parameters": (64, 16)}
 
     def tile_for(kind: str, precision: str, D: int, arch: int):
-        rows, columns = small[kind]
+        rows, columns = sizes[kind]
         return real(kind, precision, D, arch)._replace(rows=rows, columns=columns)
 
     monkeypatch.setattr(tiles, "tile_for", tile_for)
@@ -88,7 +95,7 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         # the kernels for small problems, which the tests' are, or those that large ones take
         monkeypatch.setenv("FASTVAE_CUDA_TILES", "1" if name.endswith("tiled") else "0")
     if impl == "triton":
-        use_triton(monkeypatch)
+        use_triton(monkeypatch, small=isa == "small")
     if impl == "cpu":
         require_cpu()
         if machine_level() < LEVEL.get(isa, 0):
@@ -110,14 +117,15 @@ def cpu_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return use_backend(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["composite", "cpu", "triton"])
+@pytest.fixture(params=["composite", "cpu", "triton", "triton-small"])
 def each_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend once, the compiled one with the instruction set it chooses by itself."""
     if request.param == "cpu":
         require_cpu()
-    if request.param == "triton":
-        use_triton(monkeypatch)
-    return request.param
+    impl, _, small = request.param.partition("-")
+    if impl == "triton":
+        use_triton(monkeypatch, bool(small))
+    return impl
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Measure what `targets.py` asks for: python -m benchmarks.gpu.measure --out DIR [--dry-run]
 
-A dry run does the same work, smaller and interpreted on the CPU: that it runs is all it tells, so its figures are kept
-apart and no target is judged by them.  Writes measure.json after each figure and targets.md at the end.
+A dry run does the same work by the same kernels, smaller and interpreted on the CPU: that it runs is all it tells, so
+its figures are kept apart and no target is judged by them.  Writes measure.json after each figure and targets.md at
+the end.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from fastvae.app.atomic import whole_file, write_json
 from ..inputs import diffuse
 from ..memory import extra_peak
 from ..peers.expansion import log_prob as expansion
+from ..precision import tiles_alone
 from ..timing import CudaClock, cpu_clock
 from . import ceilings, targets
 
@@ -62,7 +65,9 @@ class Measurement:
         yield "rsample", lambda: self.median(self.sampler("triton"))
         yield "peak memory", self.peak_memory
         if not self.dry:
-            yield "graph", self.graph
+            yield "graph", lambda: self.graph(self.density_step())
+            yield "small", partial(self.small, "triton")
+            yield "KL graph", lambda: self.graph(self.kl_step())
             yield "error cuda", partial(self.error, "highest", "cuda")
             yield "forward cuda", partial(self.ours, "highest", backward=False, impl="cuda")
             yield "both cuda", partial(self.ours, "highest", backward=True, impl="cuda")
@@ -125,10 +130,19 @@ class Measurement:
         run()
         return float(extra_peak(run, self.device) or 0)
 
-    def graph(self) -> float:
-        """Seconds of one replay of forward + backward, (100, 500, 40)."""
+    def density_step(self) -> Run:
+        """Forward + backward, (100, 500, 40)."""
         arguments = self.arguments((100, 500, 40), True)
-        run = self.work(lambda *given: fastvae.mixture_log_prob(*given, impl="triton"), arguments)
+        return self.work(lambda *given: fastvae.mixture_log_prob(*given, impl="triton"), arguments)
+
+    def kl_step(self) -> Run:
+        """The same of mixture_kl, for rows of q as many as these, sigma 1."""
+        z, *prior = self.arguments((100, 500, 40), True)
+        logvar = torch.zeros_like(z).requires_grad_()
+        return self.work(lambda *given: fastvae.mixture_kl(*given, impl="triton")[1], [z, logvar, *prior])
+
+    def graph(self, run: Run) -> float:
+        """Seconds of one replay."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -159,7 +173,8 @@ def main(arguments: list[str]) -> int:
     for name, measure in measurement.figures():
         start = time.perf_counter()
         try:
-            figures[name] = measure()
+            with tiles_alone() if options.dry_run else nullcontext():
+                figures[name] = measure()
             print(f"{name}: {figures[name]:.4g} ({time.perf_counter() - start:.1f} s)", flush=True)
         except Exception as error:  # one figure's failure, of whatever kind, must not cost the others
             failed[name] = f"{type(error).__name__}: {error}"

@@ -27,7 +27,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     running = []
     large = r"^(difference|product).*, high\w*, general"
-    for arch, match in (("90", "general|^gaussian"), ("80", large), ("100", large)):
+    for arch, match in (("90", "general|^gaussian|^small"), ("80", large), ("100", large)):
         command = [sys.executable, "-m", "benchmarks.static_report", "--family", "triton", "--arch", arch]
         command += ["--match", match, "--out", str(folder / f"{arch}.json")]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -76,6 +76,45 @@ def test_loads_are_wide(kernels: list[dict[str, Any]]) -> None:
     for name in ("difference.", "product.", "gaussian."):
         for k in of(kernels, name):
             assert k["wide_loads"] >= 0.75, (k["kernel"], k["case"], k["arch"], k["loads"])
+
+
+def test_small_problems_load_their_operands_wide(kernels: list[dict[str, Any]]) -> None:
+    """Components forward, rows backward: what the loops read; the rest are numbers of rows and components."""
+    for k in of(kernels, "small.forward_kernel"):
+        assert k["wide_loads"] >= 0.75, (k["case"], k["loads"])
+    (backward,) = of(kernels, "small.backward_kernel")
+    assert backward["loads"]["16"] >= 4, backward["loads"]
+
+
+def test_log_q_is_summed_in_the_samplers_order() -> None:
+    """The layout along a row, compiled, of `small.py` and `gaussian.py`: so the bits of log q agree on a GPU too."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", LAYOUTS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    layouts = done.stdout.split()
+    assert len(layouts) == 8 and layouts[::2] == layouts[1::2]
+
+
+LAYOUTS = """
+import re
+import torch
+from benchmarks.static_report.families.triton_family import compile_launch, launches
+from fastvae import triton_kernels
+gaussian, kl = triton_kernels.load("gaussian"), triton_kernels.load("mixture_kl")
+seed = torch.empty(1, dtype=torch.int64, device="meta")
+for D in (40, 7, 130, 256):
+    q, prior = torch.empty(100, D, device="meta"), torch.empty(200, D, device="meta")
+    for call in (
+        lambda: gaussian.gaussian_rsample(q, q, seed, 1),
+        lambda: kl.mixture_kl(None, q, q, seed, 1, prior, prior, None, None, True),
+    ):
+        (launch,) = launches(call)
+        code = compile_launch(launch, 90).asm["ttgir"]
+        name = re.search(r"tensor<\\d+x\\d+xf32, (#\\w+)>\\) ->", code[code.index('"tt.reduce"'):])[1]
+        layout = re.search(rf"^{name} = (.*)$", code, re.M)[1]
+        print("-".join(re.findall(r"\\[\\d+, (\\d+)\\]", layout)))  # of dimension 1: a thread's, a warp's, a block's
+"""
 
 
 def test_the_difference_form_is_multiply_adds(kernels: list[dict[str, Any]]) -> None:

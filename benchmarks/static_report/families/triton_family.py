@@ -15,9 +15,11 @@ from torch import Tensor
 from fastvae import triton_kernels
 
 from ..kernel import Family, Kernel
+from ..limits import MULTIPROCESSORS
 
 M, K, D = 4096, 50_000, 64
 GAUSSIAN = (16_384, 256)
+SMALL = (100, 500, 40)
 PRECISIONS = ("highest", "high", "medium")
 
 
@@ -113,6 +115,14 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 backward = partial(mixture.mixture_log_prob_backward, precision, *given)
                 yield f"{case}, backward", partial(backward, False, False, True, True, True)
     mu, seed = _empty(*GAUSSIAN), torch.empty(1, dtype=torch.int64, device="meta")
+    rows, components = _empty(SMALL[0], SMALL[2]), _empty(*SMALL[1:])
+    yield "density, forward", partial(mixture.mixture_log_prob, "highest", rows, components, components, None, None)
+    prior, of_rows = (components, components, None, None), _empty(SMALL[0])
+    kl = triton_kernels.load("mixture_kl")
+    yield "KL, forward", lambda: kl.mixture_kl(None, rows, rows, seed, 1, *prior, True)
+    saved = rows[None], of_rows, rows, *prior
+    backward = partial(kl.mixture_kl_backward, None, rows[None], of_rows[None], rows, seed, False, *saved)
+    yield "KL, backward", partial(backward, False, True, True, True, True)
     per_row = _empty(GAUSSIAN[0])
     yield "forward", lambda: gaussian.gaussian_rsample(mu, mu, seed, 1)
     yield "backward", lambda: gaussian.gaussian_rsample_backward(mu[None], per_row[None], mu, seed, False)
@@ -156,6 +166,8 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
         rows, dims = GAUSSIAN
         arrays = {"sample_kernel": 3, "sample_backward_kernel": 4, "kl_kernel": 2, "kl_backward_kernel": 4}[kernel]
         return {"memory": 4.0 * rows * dims * arrays}
+    if module == "small":
+        return _small_work(kernel, arguments)
     if module not in ("difference", "product"):
         return {}
     pairs = arguments["M_PADDED"] * arguments["K_PADDED"]
@@ -173,6 +185,26 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
     products = 3 if arguments["PARTS"] == 2 else 1
     second = arguments["F"] * score if kernel == "forward_kernel" else arguments["D_PADDED"] * (gradients - 1)
     return counted | {"tf32": 2.0 * pairs * (arguments["F"] + second) * products}
+
+
+EXP = 19  # fp32 instructions of s = exp(-logvar / 2), see kernels/arithmetic.py
+
+
+def _small_work(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """As if every multiprocessor had as many programs as the busiest: their cycles are what a launch takes.
+
+    A row's element is a subtraction, a product, a multiply-add and the sum's addition, and three more for the score; as
+    many backward, for S1 and S2.
+    """
+    rows, columns = arguments["ROWS"], arguments["COLUMNS"]
+    of_rows, of_components = (-(-arguments["N"] // rows), -(-arguments["K"] // columns))
+    if kernel == "forward_kernel":
+        programs, tiles = of_rows, of_components
+        element = EXP / rows + 4 + 3 * (arguments["score"] is not None)
+    else:
+        programs, tiles, element = of_components, of_rows, 7
+    busiest = -(-programs // MULTIPROCESSORS) * MULTIPROCESSORS
+    return {"fp32": float(busiest * tiles * rows * columns * arguments["DIMS"] * element)}
 
 
 FAMILY = Family("triton", missing, kernels)
