@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint bench bench-kept gpu dist clean
+.PHONY: demo test lint bench bench-alone gpu dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
@@ -28,11 +28,13 @@ bench: .venv/ready
 	for part in estimators refresh memory; do $(BIN)/python -m benchmarks.bounds $$part || exit 1; done
 	$(BIN)/python -m benchmarks.tables
 
-# the targets once more with an allocator that keeps what is freed; JEMALLOC is the path of its library
-bench-kept: .venv/ready
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
-	LD_PRELOAD=$(JEMALLOC) MALLOC_CONF=oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1 $(BIN)/fastvae bench \
-		mixture gaussian --no-series --out benchmarks/results/kept
+# beside the best peer alone, each shape in a process of its own: see "What is fair" in docs/benchmarking.md
+ALONE := 1024,10000,40 256,50000,64 1024,10000,2 1024,10000,8 1024,10000,16
+bench-alone: .venv/ready
+	for shape in $(ALONE); do $(BIN)/fastvae bench mixture --shapes $$shape --peers expansion-compile \
+		--out benchmarks/results/alone || exit 1; done
+	test -z "$$FASTVAE_DATA" || $(BIN)/fastvae bench mixture --inputs $$FASTVAE_DATA/mnist_latents.npz \
+		--shapes 1024,25000,40 --peers expansion-compile --out benchmarks/results/alone
 
 # on a bare machine with PyTorch, Triton, nvcc, ninja and a GPU, without network; `make gpu DRY=1` where there is no GPU
 gpu:

@@ -24,7 +24,7 @@ def extra_peak(run: Callable[[], object], device: str) -> int | None:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    return_free_memory()
+    _return_free_memory()
     try:
         _CLEAR.write_text("5")  # 5: the high-water mark becomes what is resident now
         before = _resident("VmRSS")
@@ -52,12 +52,8 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def return_free_memory() -> None:
-    """Make the C library give back what it keeps, so that a call cannot live on what an earlier one left.
-
-    An array of M x K numbers is then fresh memory, whose pages have to be touched for the first time, or lies where the
-    contender's own call before left one; what others left decides nothing.
-    """
+def _return_free_memory() -> None:
+    """Make the C library give back what it keeps, so that a call cannot live on what an earlier one left."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # not glibc

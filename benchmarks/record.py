@@ -109,7 +109,6 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "vector": torch.backends.cpu.get_cpu_capability(),
         "system": platform.system(),
-        "allocator": _allocator(),
     }
     if device.startswith("cuda"):
         described["gpu"] = torch.cuda.get_device_name(device)
@@ -159,13 +158,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def _allocator() -> str:
-    """Who allocates memory: what is preloaded, with its settings, or the C library."""
-    preloaded = [Path(name).name for name in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()]
-    settings = os.environ.get("MALLOC_CONF")
-    return ", ".join([*preloaded, *([settings] if settings else [])]) or "of the C library"
 
 
 def _cpu_name() -> str:

@@ -65,16 +65,16 @@ def markdown(record: Record, pictures: list[str]) -> str:
     return "\n".join(lines)
 
 
-def target_table(cases: Mapping[str, Result], kept: Mapping[str, Result] | None = None) -> str:
-    """Every target, what was measured, and whether it is met; beside it what a record with a kept heap shows."""
+def target_table(cases: Mapping[str, Result], alone: Mapping[str, Result] | None = None) -> str:
+    """Every target, what was measured, and whether it is met; beside it what `alone` shows."""
     rows = []
-    for judged, beside in zip(judge(cases), judge(kept or {}), strict=True):
+    for judged, beside in zip(judge(cases), judge(alone or {}), strict=True):
         target = judged.target
         row = [target.work, target.against, _written(target, [target.at_least])]
         row += [_written(target, judged.measured), judged.verdict]
-        rows.append(row if kept is None else [*row, _written(target, beside.measured)])
+        rows.append(row if alone is None else [*row, _written(target, beside.measured)])
     headings = ["work", "against", "at least", "measured", ""]
-    return words.markdown(headings if kept is None else [*headings, "heap kept"], rows, left=2)
+    return words.markdown(headings if alone is None else [*headings, "alone"], rows, left=2)
 
 
 def _written(target: Target, values: Sequence[float | None]) -> str:

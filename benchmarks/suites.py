@@ -31,7 +31,6 @@ class Plan:
         peers: names or paths of files; fastvae takes part whoever is named.  None means all that come by default.
         isas: instruction sets of fastvae to measure beside the best one, everywhere.
         quick: small problems and few rounds: it tells that all works, not how fast it is.
-        series: growth in M, K and D too.
     """
 
     suites: tuple[str, ...] = SUITES
@@ -41,7 +40,6 @@ class Plan:
     peers: tuple[str, ...] | None = None
     isas: tuple[str, ...] = ()
     quick: bool = False
-    series: bool = True
 
     def __post_init__(self) -> None:
         for suite in self.suites:
@@ -89,8 +87,6 @@ class Plan:
                 yield case(BACKWARD, source, (128, 1000, 16), [*peers, dense, *isas])
             yield case(BACKWARD_Z, "diffuse", (128, 1000, 16), peers)
             yield case(FORWARD, "diffuse", (128, 1000, 16), [ours], shared=True)
-            if not self.series:
-                return
             yield from growth.against_k(peers, self.device, (100, 1000), M=64, D=8)
             yield from growth.alone(ours, self.device, decades=1)
             yield from growth.roofline([ours, known["expansion"]], self.device, 1000, 8, (1, 64))
@@ -109,8 +105,6 @@ class Plan:
             yield case(FORWARD, "diffuse", (1024, 10_000, D), peers)
         yield case(FORWARD, "diffuse", larger, [ours], shared=True)
         yield case(BACKWARD, "diffuse", larger, [ours], shared=True)
-        if not self.series:
-            return
         yield from growth.against_k(peers, self.device, (100, 1000, 10_000, 100_000, 1_000_000))
         yield from growth.alone(ours, self.device, decades=4)
         yield from growth.roofline([ours, known["expansion"]], self.device, 200_000, 64, (1, 4, 16, 64, 256))

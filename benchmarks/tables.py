@@ -77,7 +77,7 @@ def table(name: str, source: str) -> Callable[[Table], Table]:
 def cpu_targets(results: Results) -> str:
     """Every target, and whether it is met."""
     cases = results.bench("cpu").cases | results.bench("train-step/cpu").cases
-    return target_table(cases, results.bench("kept/cpu").cases)
+    return target_table(cases, results.bench("alone/cpu").cases)
 
 
 @table("speed", "cpu.json")

@@ -10,8 +10,6 @@ from statistics import median, quantiles
 
 import torch
 
-from .memory import return_free_memory
-
 Run = Callable[[], object]
 
 
@@ -32,7 +30,7 @@ class Settings:
 
 
 FULL, QUICK = Settings(), Settings(seconds=0.1, max_rounds=5)
-WARM_BELOW = 0.05  # seconds; a call shorter than this runs once, untimed, before each sample: caches are warm
+WARM_BELOW = 0.05  # seconds; if a call is shorter, a sample is preceded by as many calls untimed: caches are warm
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
@@ -110,12 +108,11 @@ def interleave(
         while turn := [name for name in turn if unfinished(name)]:
             for name in turn:
                 watch(name, len(samples[name]))
-                return_free_memory()
                 if not samples[name]:
                     calls[name] = max(1, round(settings.sample_seconds / max(clock(runs[name], 1), 1e-7)))
                 elif samples[name][-1] < WARM_BELOW:
                     time.sleep(0.002)  # threads of whoever ran before may still spin, waiting for work
-                    runs[name]()
+                    clock(runs[name], calls[name])
                 seconds = clock(runs[name], calls[name])
                 samples[name].append(seconds)
                 spent[name] += seconds * calls[name]

@@ -60,9 +60,6 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Small problems and few rounds: whether it works, not how fast.")
     ] = False,
-    series: Annotated[
-        bool, typer.Option(help="The suite mixture measures growth in M, K and D too, which the plots show.")
-    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin the record in --out anew.")] = False,
 ) -> None:
     """Measure fastvae beside what one would use instead: time, peak memory, and error in nats.
@@ -78,7 +75,6 @@ def bench(
         peers=None if peers is None else _names(peers),
         isas=() if isa is None else suites.ISAS if isa == "all" else _names(isa),
         quick=quick,
-        series=series,
     )
     cases = plan.cases()
     settings = timing.QUICK if quick else timing.FULL

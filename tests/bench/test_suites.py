@@ -42,15 +42,6 @@ def test_every_target_is_among_the_cases_of_a_full_run(monkeypatch: pytest.Monke
             assert selector.find(found), f"{target.work}: {selector.facts}"
 
 
-def test_series_can_be_left_out() -> None:
-    for quick in (False, True):
-        with_series, without = (
-            Plan(suites=("mixture",), quick=quick, series=series).cases() for series in (True, False)
-        )
-        assert [case.key for case in without] == [c.key for c in with_series if "series" not in c.facts]
-        assert len(without) < len(with_series)
-
-
 def test_shapes_and_inputs_replace_the_suite() -> None:
     cases = Plan(suites=("mixture",), shapes=((5, 7, 3), (2, 9, 4)), peers=("eager",), isas=("baseline",)).cases()
     assert [case.facts["work"] for case in cases] == [*WORKS, *WORKS]

@@ -37,9 +37,9 @@ def root(tmp_path: Path) -> Path:
     step["contenders"]["fastvae: optimiser"] = one | {"seconds": one["seconds"] | {"median": 0.4}}
     (results / "train-step").mkdir()
     open_record(results / "train-step" / "cpu.json", "cpu", TINY).add("three", step)
-    (results / "kept").mkdir()
-    kept = mixture("forward", 1024, 10_000, 40, fastvae=1.0, expansion_compile=3.0, keops=120.0)
-    open_record(results / "kept" / "cpu.json", "cpu", TINY).add("one", kept)
+    (results / "alone").mkdir()
+    alone = mixture("forward", 1024, 10_000, 40, fastvae=1.0, expansion_compile=3.0, keops=120.0)
+    open_record(results / "alone" / "cpu.json", "cpu", TINY).add("one", alone)
     row = {"elbo": [-3.0, -3.0], "kl": [1.0, 1.0], "active_units": [4, 5]}
     priors = [{"prior": "vamp", "log_likelihood": [-1.0, -2.0], **row}]
     (results / "demo-digits.json").write_text(json.dumps({"priors": priors, "verdict": {"sentence": "vamp wins."}}))

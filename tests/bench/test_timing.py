@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks import timing
 from benchmarks.case import Case, Contender, Prepared, measure
 from benchmarks.memory import extra_peak
 from benchmarks.probe import copy_meter, multiply_add_meter
@@ -35,18 +34,6 @@ def test_contenders_take_turns_until_each_has_its_rounds() -> None:
     # While both run neither has two samples of the other's between: slow's runs are spread over the first rounds.
     places = [i for i, name in enumerate(order) if name == "slow"]
     assert any(order[i + 1] == "fast" for i in places[:-1])
-
-
-def test_free_memory_is_given_back_before_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(timing, "return_free_memory", lambda: events.append("returned"))
-
-    def clock(run: object, calls: int) -> float:
-        events.append("run")
-        return 1.0
-
-    interleave({"a": print, "b": print}, clock, Settings(min_rounds=2), already={"a": [1.0], "b": [1.0]})
-    assert events == ["returned", "run"] * 2
 
 
 def test_the_clock_and_the_spread() -> None:
