@@ -73,7 +73,7 @@ def label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, f
             (0, 9, "center", "bottom"),
             (0, -9, "center", "top"),
         ]
-        sides += [(9, dy, "left", "center") for dy in (16, -16, 28, -28)]
+        sides += [(dx, dy, ha, "center") for dy in (16, -16, 28, -28) for dx, ha in ((9, "left"), (-9, "right"))]
         for dx, dy, ha, va in sides:
             text = axes.annotate(
                 name, point, (dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=9,
