@@ -30,7 +30,7 @@ from benchmarks.static_report import disassembly, limits
 from benchmarks.static_report.disassembly import Code
 from benchmarks.static_report.families import cuda_family
 from benchmarks.static_report.kernel import Kernel
-from fastvae import backends
+from fastvae import backends, ops
 from fastvae.ops import Operators
 
 ROOT = Path(__file__).parent.parent
@@ -223,6 +223,22 @@ def test_opcheck(emulated: Operators, name: str) -> None:
     """Schema, aliasing and fakes agree with what the host side returns."""
     for args in inputs(name):
         torch.library.opcheck(getattr(emulated, name), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_cpu_kernels_compute_what_device_math_does(emulated: Operators, dtype: torch.dtype) -> None:
+    """Philox and Box-Muller, the density and its online logsumexp, from two sources: only roundings differ."""
+    case, seed = hard_case(70, 90, 37, dtype=dtype), torch.tensor([11])
+    components = case.mu, case.logvar, case.log_weights, None
+    of_cpu, of_header = (
+        (*kernels.gaussian_rsample(case.mu, case.logvar, seed, 3), kernels.mixture_log_prob(case.z, *components))
+        for kernels in (ops.native, emulated)
+    )
+    rounding, sigma = torch.finfo(dtype).eps, (0.5 * case.logvar).exp()
+    noise = 4 * 2.0**-23 * 6  # some roundings of float32, in which all noise is made; below 6 there is all of it
+    assert bool(((of_cpu[0] - of_header[0]).abs() <= noise * sigma + rounding * case.mu.abs()).all())
+    torch.testing.assert_close(of_cpu[1], of_header[1], rtol=16 * rounding, atol=37 * 6 * noise)
+    torch.testing.assert_close(of_cpu[2], of_header[2], rtol=64 * rounding, atol=64 * rounding)
 
 
 # The kernels, beyond what all backends are tested for.
