@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from benchmarks.case import measure, problems
 from benchmarks.inputs import MixtureInputs, concentrated, diffuse
 from benchmarks.mixture import BACKWARD, BACKWARD_Z, FORWARD, Verification, mixture_case
 from benchmarks.peers import all_peers, eager, load_peers
+from fastvae import reference
 from fastvae.app.errors import ConfigError
 
 from .conftest import TINY
@@ -48,6 +51,24 @@ def test_a_peer_agrees_with_float64(name: str, source: str) -> None:
             {FORWARD: (), BACKWARD: ("z", "mu", "logvar", "log_weights"), BACKWARD_Z: ("z",)}[work]
         )
         assert entry["seconds"]["rounds"] == 3 and entry["seconds"]["median"] > 0
+
+
+def test_flash_gmm_is_given_what_its_documentation_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a module in its place, since it runs on a GPU alone: data, means, log variances [K, D], log weights."""
+    stand_in = ModuleType("flash_gmm_diag_h100")
+
+    def estep(x: Tensor, mu: Tensor, log_sigma_sq: Tensor, log_pi: Tensor) -> tuple[Tensor, ...]:
+        assert log_sigma_sq.shape == mu.shape and log_sigma_sq.is_contiguous()
+        return reference.mixture_log_prob(x, mu, log_sigma_sq, log_pi), log_pi, mu, mu
+
+    monkeypatch.setattr(stand_in, "flash_gmm_estep_diag", estep, raising=False)
+    monkeypatch.setitem(sys.modules, "flash_gmm_diag_h100", stand_in)
+    peer = PEERS["flash-gmm"]
+    assert peer.unfit("cpu", *SHAPE, False, 10**9) and peer.unfit("cuda", *SHAPE, True, 10**9)
+    data = diffuse(*SHAPE)
+    for logvar in (data.logvar, data.logvar[:1]):
+        want = reference.mixture_log_prob(data.z, data.mu, logvar, data.log_weights)
+        assert torch.equal(peer.log_prob(data.z, data.mu, logvar, data.log_weights), want)
 
 
 def _machine_level() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..stage import Context, Stage
 
 OURS = [f"fastvae-triton-{precision}" for precision in ("highest", "high", "medium")]
-PEERS = [*OURS, "fastvae-cuda", "eager", "expansion", "expansion-compile", "expansion-tf32", "keops"]
+PEERS = [*OURS, "fastvae-cuda", "eager", "expansion", "expansion-compile", "expansion-tf32", "keops", "flash-gmm"]
 SHAPES = [(4096, 50_000, 64), (100, 500, 40)]
 
 
