@@ -62,8 +62,7 @@ def use_triton(monkeypatch: pytest.MonkeyPatch, small: bool = False) -> None:
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    if not small:
-        monkeypatch.setattr(triton_kernels.load("small"), "LARGEST", -1)
+    monkeypatch.setenv("FASTVAE_TILES", "0" if small else "1")
     if not triton_kernels.load("launch").INTERPRETED:
         for name in ("triton", "triton-high", "triton-medium"):
             monkeypatch.setitem(ops.operators, name, through_gpu(ops.operators[name]))
@@ -93,7 +92,7 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setitem(ops.operators, "cuda", through_gpu(ops.native) if real else emulated_cuda())
         monkeypatch.setattr(backends, "choose", cuda_on_the_cpu(backends.choose))
         # the kernels for small problems, which the tests' are, or those that large ones take
-        monkeypatch.setenv("FASTVAE_CUDA_TILES", "1" if name.endswith("tiled") else "0")
+        monkeypatch.setenv("FASTVAE_TILES", "1" if name.endswith("tiled") else "0")
     if impl == "triton":
         use_triton(monkeypatch, small=isa == "small")
     if impl == "cpu":

@@ -110,7 +110,7 @@ def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtyp
     """What the machine code does not tell is a table of the report: it must be what is launched."""
     if torch.cuda.is_available():
         pytest.skip("the emulation tells what is launched, a GPU does not")
-    tiled = os.environ["FASTVAE_CUDA_TILES"] == "1"
+    tiled = os.environ["FASTVAE_TILES"] == "1"
     name, several = {4: ("float", 4), 8: ("double", 2)}[dtype.itemsize]
     for n, own in ((2, 1), (140, several)):
         for D, whole in ((4, "true"), (3, "false")):
@@ -344,7 +344,7 @@ def test_small_and_tiled_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     case = diffuse_case(40, 90, 10, dtype=dtype)
     results = []
     for tiles in ("0", "1"):
-        monkeypatch.setenv("FASTVAE_CUDA_TILES", tiles)
+        monkeypatch.setenv("FASTVAE_TILES", tiles)
         results.append(run(case, "cuda"))
     want, allowed = allowance(case)
     for got in results:
@@ -429,7 +429,7 @@ def test_a_gpu_gives_what_the_emulation_gives(tiles: str, monkeypatch: pytest.Mo
         pytest.skip("there is no GPU")
     if (why := backends._missing_cuda()) is not None:
         pytest.skip(f"no CUDA kernels: {why}")
-    monkeypatch.setenv("FASTVAE_CUDA_TILES", tiles)
+    monkeypatch.setenv("FASTVAE_TILES", tiles)
     for dtype in (torch.float32, torch.float64):
         for M, K, D in ((1, 1, 1), (130, 300, 37), (300, 100, 40), (600, 3, 66), (5, 2000, 8)):
             case = hard_case(M, K, D, dtype=dtype)

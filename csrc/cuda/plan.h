@@ -38,12 +38,12 @@ T log_negligible(int64_t K) {
 // Problems that take one launch and no tiles.  With so few rows the tiled kernels' blocks, one for 128 rows or
 // components, would leave most multiprocessors without work, and a launch costs more than the work does.  The limits
 // are those of the blocks' shared memory, and K D such that a block is through all parameters about as soon as the
-// launches that it saves would be.  FASTVAE_CUDA_TILES=1 takes tiles at any size: for the tests.
+// launches that it saves would be.  FASTVAE_TILES=1 takes tiles at any size: for the tests.
 constexpr int kSmallRows = 4 * int(kMultiprocessors), kSmallComponents = 1024, kSmallDimensions = 512;
 constexpr int64_t kSmallParameters = 1 << 16;
 
 inline bool is_small(int64_t M, int64_t K, int64_t D) {
-  const char* tiles = std::getenv("FASTVAE_CUDA_TILES");
+  const char* tiles = std::getenv("FASTVAE_TILES");
   return M <= kSmallRows && K <= kSmallComponents && D <= kSmallDimensions && K * D <= kSmallParameters &&
          !(tiles && tiles[0] == '1');
 }
