@@ -2,6 +2,7 @@
 // are best taken, so that tiles which do not matter are many and known early.  Any order is right.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -28,6 +29,7 @@ class Prepared {
     const bool apart = M * K >= kSmall && order_dimensions();
     mixture.place = place_.data();
     if (apart && !everything && M >= kFewRows && K >= kFewComponents) {
+      grow_tree();
       order_ = in_order(mixture.mu, K, begins_);
       mixture.order = order_.data();
     }
@@ -37,44 +39,90 @@ class Prepared {
     }
   }
 
-  // The order of n rows [n, D] in which neighbours lie on the same side of the mean in as many of the first dimensions
-  // as can be, by counting; and where in that order a code begins, into `begins`.
+  // The order of n rows [n, D] leaf by leaf of the tree, by counting; and where in it a leaf begins, into `begins`.
   std::vector<int64_t> in_order(const T* rows, int64_t n, std::vector<int64_t>& begins) const {
-    std::vector<uint16_t> code(static_cast<size_t>(n));
+    std::vector<uint16_t> leaf(static_cast<size_t>(n));
     const int64_t parts = std::clamp<int64_t>(n / 1024, 1, 64);
     run_tasks(parts, [&](int64_t part) {
-      for (int64_t i = cut(n, parts, part); i < cut(n, parts, part + 1); ++i) code[i] = code_of(rows + i * mixture.D);
+      for (int64_t i = cut(n, parts, part); i < cut(n, parts, part + 1); ++i) leaf[i] = leaf_of(rows + i * mixture.D);
     });
-    begins.assign((size_t(1) << first_.size()) + 1, 0);
-    for (const uint16_t c : code) ++begins[c + 1];
-    for (size_t c = 1; c < begins.size(); ++c) begins[c] += begins[c - 1];
+    begins.assign(kLeaves + 1, 0);
+    for (const uint16_t l : leaf) ++begins[l + 1];
+    for (int64_t l = 0; l < kLeaves; ++l) begins[l + 1] += begins[l];
     std::vector<int64_t> next = begins, order(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) order[next[code[i]]++] = i;
+    for (int64_t i = 0; i < n; ++i) order[next[leaf[i]]++] = i;
     return order;
   }
 
   // About where in the order the components are that are near to a row [D].
-  int64_t place_near(const T* row) const { return begins_[code_of(row)]; }
+  int64_t place_near(const T* row) const { return begins_[leaf_of(row)]; }
 
  private:
   static constexpr int64_t kSmall = 1 << 16;  // rows times components, below which finding an order takes too long
   // Below these sorting and looking for a large term take longer than the tiles that they save.
   static constexpr int64_t kFewRows = 32, kFewComponents = 1024;
-  static constexpr int64_t kBits = 10;
+  static constexpr int64_t kDepth = 10, kLeaves = 1 << kDepth, kSample = 1024;  // of the tree
   // Nats by which two components differ on average in the first kFew dimensions for ordering to be worth its time: some
   // more than a term has to lie below the largest to be left out.
   static constexpr int64_t kFew = 8;
   static constexpr double kApart = 40;
 
-  std::vector<int32_t> place_;
-  std::vector<int64_t> order_, begins_, first_;
-  std::vector<T> widest_, mean_;  // mean_ of dimensions first_
+  // Where a node of the tree sends a row: to the right if it is greater than the threshold in that dimension.
+  struct Fork {
+    int32_t dimension;
+    T threshold;
+  };
+  using Few = std::array<T, kFew>;  // of a component's mean, the first dimensions
 
-  // A Gray code: which side of the mean, dimension by dimension.
-  uint16_t code_of(const T* row) const {
-    unsigned code = 0;
-    for (size_t b = 0; b < first_.size(); ++b) code = code << 1 | ((row[first_[b]] > mean_[b]) ^ (code & 1));
-    return uint16_t(code);
+  std::vector<int32_t> place_;
+  std::vector<int64_t> order_, begins_;
+  std::vector<T> widest_;
+  std::vector<int32_t> first_;    // the first few dimensions
+  std::vector<double> precision_;  // of these, on average
+  std::vector<Fork> forks_;       // the children of node i are 2 i and 2 i + 1, the root is 1
+
+  uint16_t leaf_of(const T* row) const {
+    size_t node = 1;
+    for (int64_t level = 0; level < kDepth; ++level)
+      node = 2 * node + (row[forks_[node].dimension] > forks_[node].threshold);
+    return uint16_t(node - kLeaves);
+  }
+
+  // A k-d tree over a sample of the components: each node halves its own at their mean in that one of the first few
+  // dimensions in which they lie furthest apart, in standard deviations of the components.
+  void grow_tree() {
+    std::vector<Few> sample;
+    const int64_t step = std::max<int64_t>(1, mixture.K / kSample);
+    for (int64_t k = 0; k < mixture.K; k += step) {
+      if (absent(k)) continue;
+      Few& x = sample.emplace_back();
+      for (size_t i = 0; i < first_.size(); ++i) x[i] = mixture.mu[k * mixture.D + first_[i]];
+    }
+    forks_.assign(kLeaves, {first_[0], T(INFINITY)});  // where there is nothing to halve, all go left
+    grow(1, sample.data(), sample.data() + sample.size());
+  }
+
+  void grow(int64_t node, Few* begin, Few* end) {
+    if (node >= kLeaves || end - begin < 2) return;
+    std::array<double, kFew> sum{}, square{};
+    for (const Few* x = begin; x < end; ++x) {
+      for (size_t i = 0; i < first_.size(); ++i) {
+        sum[i] += (*x)[i];
+        square[i] += double((*x)[i]) * (*x)[i];
+      }
+    }
+    const double count = double(end - begin);
+    size_t widest = 0;
+    double most = 0;
+    for (size_t i = 0; i < first_.size(); ++i) {
+      const double spread = (square[i] - sum[i] * sum[i] / count) * precision_[i];
+      if (spread > most) widest = i, most = spread;
+    }
+    const T threshold = T(sum[widest] / count);
+    forks_[node] = {first_[widest], threshold};
+    Few* middle = std::partition(begin, end, [&](const Few& x) { return !(x[widest] > threshold); });
+    grow(2 * node, begin, middle);
+    grow(2 * node + 1, middle, end);
   }
 
   bool absent(int64_t k) const { return mixture.log_weights && mixture.log_weights[k] == T(-INFINITY); }
@@ -105,10 +153,10 @@ class Prepared {
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return telling[a] > telling[b]; });
     for (int64_t i = 0; i < D; ++i) place_[order[i]] = int32_t(i);
     double nats = 0;
-    for (int64_t i = 0; i < std::min(D, kFew); ++i) nats += std::exp(telling[order[i]]);
-    for (int64_t i = 0; i < std::min(D, kBits); ++i) {
+    for (int64_t i = 0; i < std::min(D, kFew); ++i) {
+      nats += std::exp(telling[order[i]]);
       first_.push_back(order[i]);
-      mean_.push_back(T(sum[order[i]] / count));
+      precision_.push_back(std::exp(-logvar[order[i]] / count));
     }
     return nats > kApart;
   }
