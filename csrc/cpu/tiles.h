@@ -6,8 +6,8 @@
 namespace FASTVAE_ISA {
 
 // Dimensions are summed in registers a block at a time, which keeps the rounding error small, with looks at whether the
-// tile still matters.
-constexpr int kBlock = 64, kFirstLook = 8, kLook = 16;
+// tile still matters: after the first few dimensions, after as many more, and then after every kLook.
+constexpr int kBlock = 64, kFirstLook = 4, kLook = 16;
 
 // What a may be and its term still be left out.  The sum, whose logarithm or largest a is `reference`, does not see K
 // terms that are `negligible` below it.  The gradient in z is a sum of r t s: there a term counts t s / s' times as
@@ -79,42 +79,42 @@ class Tiles {
     return true;
   }
 
-  // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2: the innermost loop.  False if that leaves no
-  // exponent of the tile that matters.  A v that is the same everywhere is multiplied with once.
+  // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2.  False if that leaves no exponent of the tile
+  // that matters.  A v that is the same everywhere is multiplied with once.
   template <bool kIsotropic>
   bool subtract_squares(int64_t begin, int64_t end, bool look, const T (&limit)[R]) {
-    const T *z = scratch_.z, *mu = scratch_.mu + scratch_.at(next_), *v = scratch_.v + scratch_.v_at(next_);
+    const T* v = scratch_.v + scratch_.v_at(next_);
     const T* from = begin ? tile[count] : scratch_.c + next_ * kPanel<T>;
     const int64_t stride = begin ? kPanel<T> : 0;
     const auto minus = [v](const T* from, Vec<T> sum) {
       return kIsotropic ? fma<T>(-sum, load<T>(v), load<T>(from)) : load<T>(from) - sum;
     };
     Vec<T> sum[R][2] = {};
-    for (int64_t d = begin, stop; d < end;) {
-      for (stop = look ? least(end, d + (d < kLook ? kFirstLook : kLook)) : end; d < stop; ++d) {
-        const Vec<T> v0 = load<T>(v + d * kPanel<T>), v1 = load<T>(v + d * kPanel<T> + W);
-        const Vec<T> mu0 = load<T>(mu + d * kPanel<T>), mu1 = load<T>(mu + d * kPanel<T> + W);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const Vec<T> x = broadcast<T>(z[d * R + r]);
-          const Vec<T> u0 = x - mu0, u1 = x - mu1;
-          sum[r][0] = kIsotropic ? fma<T>(u0, u0, sum[r][0]) : fma<T>(u0 * u0, v0, sum[r][0]);
-          sum[r][1] = kIsotropic ? fma<T>(u1, u1, sum[r][1]) : fma<T>(u1 * u1, v1, sum[r][1]);
-        }
-      }
-      if (!look && end < D_) continue;
-      bool matters = false;  // mostly row 0 has an exponent that is not below the limit, or is NaN; or none has
+    // Whether an exponent is not below its limit, or is NaN: mostly one of row 0 is, or none is.
+    const auto matters = [&] {
+      const T steep = scratch_.steep[next_];
+      Mask<T> m[2] = {kEveryLane<T>, kEveryLane<T>};
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        if (matters) continue;
-        const T lowered = limit[r] - scratch_.steep[next_];
-        const Mask<T> m = below(minus(from + r * stride, sum[r][0]), lowered, kEveryLane<T>);
-        matters = !every_lane<T>(below(minus(from + r * stride + W, sum[r][1]), lowered, m));
+        for (int i = 0; i < 2; ++i)
+          m[i] = below(minus(from + r * stride + i * W, sum[r][i]), limit[r] - steep, m[i]);
+        if (r == 0 && !every_lane<T>(m[0] & m[1])) return true;
       }
-      if (!matters) {
-        idle_ = d < D_ ? 0 : idle_ + look;
-        return false;
+      return !every_lane<T>(m[0] & m[1]);
+    };
+    int64_t d = begin;
+    if (look && begin == 0 && end >= 2 * kFirstLook) {
+      while (d < 2 * kFirstLook) {
+        add_squares<kIsotropic>(d, d + kFirstLook, sum);  // a constant number of dimensions, unrolled
+        d += kFirstLook;
+        if (!matters()) return leave_out(d, look);
       }
+    }
+    while (d < end) {
+      const int64_t stop = look ? least(end, d + kLook) : end;
+      add_squares<kIsotropic>(d, stop, sum);
+      d = stop;
+      if ((look || end == D_) && !matters()) return leave_out(d, look);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -123,6 +123,29 @@ class Tiles {
       store<T>(a + W, minus(from + r * stride + W, sum[r][1]));
     }
     return true;
+  }
+
+  // A tile does not matter, which is known after d dimensions: whether it was worth looking.
+  bool leave_out(int64_t d, bool look) {
+    idle_ = d < D_ ? 0 : idle_ + look;
+    return false;
+  }
+
+  // The innermost loop: sum += u^2 v / 2 over dimensions [begin, end).
+  template <bool kIsotropic>
+  inline __attribute__((always_inline)) void add_squares(int64_t begin, int64_t end, Vec<T> (&sum)[R][2]) const {
+    const T *z = scratch_.z, *mu = scratch_.mu + scratch_.at(next_), *v = scratch_.v + scratch_.v_at(next_);
+    for (int64_t d = begin; d < end; ++d) {
+      const Vec<T> v0 = load<T>(v + d * kPanel<T>), v1 = load<T>(v + d * kPanel<T> + W);
+      const Vec<T> mu0 = load<T>(mu + d * kPanel<T>), mu1 = load<T>(mu + d * kPanel<T> + W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> x = broadcast<T>(z[d * R + r]);
+        const Vec<T> u0 = x - mu0, u1 = x - mu1;
+        sum[r][0] = kIsotropic ? fma<T>(u0, u0, sum[r][0]) : fma<T>(u0 * u0, v0, sum[r][0]);
+        sum[r][1] = kIsotropic ? fma<T>(u1, u1, sum[r][1]) : fma<T>(u1 * u1, v1, sum[r][1]);
+      }
+    }
   }
 
   const Scratch<T>& scratch_;
