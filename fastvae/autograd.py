@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastvae.ops import operators
 
@@ -52,13 +53,38 @@ def _differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gr
     return wrapper
 
 
+class _NoGraph:
+    """The ctx of a forward that no backward will follow."""
+
+    needs_input_grad = (False,) * 16
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply(*arguments), but for the node where nothing asks for one: it takes as long as a small operator.
+
+    Transforms (torch.func, forward mode) and the compiler always meet the function, which raises or is traced.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments))
+    ):
+        return function.apply(*arguments)
+    return function.forward(_NoGraph(), *arguments)
+
+
 def _apart(backend: str) -> bool:
     """Whether its kernels compute the gradient of z apart from those of the parameters: then forward may as well."""
     return backend.startswith(("triton", "cuda"))
 
 
 class MixtureLogProb(torch.autograd.Function):
-    """(log p(z) [M], score [M, D]); the score is empty unless it was asked for, and is never differentiable.
+    """log p(z) [M].
 
     The score is dl/dz.  Where z alone needs a gradient, forward computes it on the way and backward is one product.
     With Triton and CUDA so it is wherever z needs one: their kernels compute the gradients of z and of the parameters
@@ -74,16 +100,41 @@ class MixtureLogProb(torch.autograd.Function):
         log_weights: Tensor | None,
         exclude: Tensor | None,
         dense: bool,
-        with_score: bool,
+        backend: str,
+    ) -> Tensor:
+        need_z, *need_parameters = ctx.needs_input_grad[:4]
+        mixture, score = (z, mu, logvar, log_weights, exclude), None
+        if need_z and (_apart(backend) or not any(need_parameters)):
+            log_prob, score = operators[backend].mixture_log_prob_and_score(*mixture)
+        else:
+            log_prob = operators[backend].mixture_log_prob(*mixture)
+        ctx.save_for_backward(log_prob, score, *mixture)
+        ctx.dense, ctx.backend = dense, backend
+        return log_prob
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        return _mixture_gradients(ctx, grad)
+
+
+class MixtureLogProbAndScore(torch.autograd.Function):
+    """(log p(z) [M], score [M, D]); the score is never differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_weights: Tensor | None,
+        exclude: Tensor | None,
+        dense: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        op = operators[backend]
-        need_z, *need_parameters = ctx.needs_input_grad[:4]
-        if with_score or (need_z and (_apart(backend) or not any(need_parameters))):
-            log_prob, score = op.mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude)
-        else:
-            log_prob, score = op.mixture_log_prob(z, mu, logvar, log_weights, exclude), z.new_empty(0)
-        ctx.save_for_backward(log_prob, score, z, mu, logvar, log_weights, exclude)
+        mixture = z, mu, logvar, log_weights, exclude
+        log_prob, score = operators[backend].mixture_log_prob_and_score(*mixture)
+        ctx.save_for_backward(log_prob, score, *mixture)
         ctx.mark_non_differentiable(score)
         ctx.dense, ctx.backend = dense, backend
         return log_prob, score
@@ -91,18 +142,21 @@ class MixtureLogProb(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Gradients:
-        log_prob, score, *saved = ctx.saved_tensors
-        need = list(ctx.needs_input_grad[:4])
-        from_score = need[0] and score.numel() > 0
-        grads: list[Tensor | None] = [None] * 4
-        if from_score:
-            grads[0], need[0] = grad[:, None] * score, False
-        if any(need):
-            computed = operators[ctx.backend].mixture_log_prob_backward(
-                grad.contiguous(), log_prob, *saved, ctx.dense, *need
-            )
-            grads = [new if needed else old for old, new, needed in zip(grads, computed, need, strict=True)]
-        return (*grads, None, None, None, None)
+        return _mixture_gradients(ctx, grad)
+
+
+def _mixture_gradients(ctx: Any, grad: Tensor) -> Gradients:
+    log_prob, score, *mixture = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:4])
+    grads: list[Tensor | None] = [None] * 4
+    if need[0] and score is not None:
+        grads[0], need[0] = grad[:, None] * score, False
+    if any(need):
+        computed = operators[ctx.backend].mixture_log_prob_backward(
+            grad.contiguous(), log_prob, *mixture, ctx.dense, *need
+        )
+        grads = [new if needed else old for old, new, needed in zip(grads, computed, need, strict=True)]
+    return (*grads, None, None, None)
 
 
 class GroupedMixtureLogProb(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae import backends, reference
-from fastvae.autograd import GaussianKL, GaussianRsample, MixtureKL, MixtureLogProb
+from fastvae.autograd import GaussianKL, GaussianRsample, MixtureKL, MixtureLogProb, MixtureLogProbAndScore, call
 
 _PRECISIONS = ("highest", "high", "medium")
 
@@ -72,8 +72,7 @@ def mixture_log_prob(
         return reference.mixture_log_prob(z, mu, logvar, log_weights, exclude=exclude)
     backend = backends.at_precision(backend, precision, z.dtype)
     rows = _flat(z, mu, logvar, log_weights, exclude)
-    log_prob, _ = MixtureLogProb.apply(*rows, dense_backward, False, backend)
-    return _shaped(log_prob, z.shape[:-1])
+    return _shaped(call(MixtureLogProb, *rows, dense_backward, backend), z.shape[:-1])
 
 
 def mixture_log_prob_and_score(
@@ -106,7 +105,7 @@ def mixture_log_prob_and_score(
         return reference.mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude=exclude)
     backend = backends.at_precision(backend, precision, z.dtype)
     rows = _flat(z, mu, logvar, log_weights, exclude)
-    log_prob, score = MixtureLogProb.apply(*rows, dense_backward, True, backend)
+    log_prob, score = call(MixtureLogProbAndScore, *rows, dense_backward, backend)
     return _shaped(log_prob, z.shape[:-1]), _shaped(score, z.shape)
 
 
@@ -154,10 +153,10 @@ def gaussian_rsample(
         z, log_q = reference.gaussian_rsample(
             mu, logvar, num_samples, generator=generator, path_derivative=path_derivative
         )
-        return z.to(dtype), log_q
+        return _cast(z, dtype), log_q
     seed = reference.draw_seed(mu.device, generator)
-    z, log_q = GaussianRsample.apply(_rows(mu), _rows(logvar), seed, num_samples, path_derivative, backend)
-    return _shaped(z, (*lead, mu.shape[-1])).to(dtype), _shaped(log_q, lead)
+    z, log_q = call(GaussianRsample, _rows(mu), _rows(logvar), seed, num_samples, path_derivative, backend)
+    return _cast(_shaped(z, (*lead, mu.shape[-1])), dtype), _shaped(log_q, lead)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tensor:
@@ -184,7 +183,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tenso
     backend = backends.choose(impl, mu.device)
     if backend == "reference":
         return reference.gaussian_kl(mu, logvar)
-    return _shaped(GaussianKL.apply(_rows(mu), _rows(logvar), backend), mu.shape[:-1])
+    return _shaped(call(GaussianKL, _rows(mu), _rows(logvar), backend), mu.shape[:-1])
 
 
 def mixture_kl(
@@ -240,14 +239,15 @@ def mixture_kl(
             mu, logvar, prior_mu, prior_logvar, log_weights, num_samples, generator=generator,
             path_derivative=path_derivative, exclude=exclude,
         )  # fmt: skip
-        return z.to(dtype), kl
+        return _cast(z, dtype), kl
     seed = reference.draw_seed(mu.device, generator)
-    z, kl = MixtureKL.apply(
-        _rows(mu.to(wide)),
-        _rows(logvar.to(wide)),
-        prior_mu.to(wide).contiguous(),
-        prior_logvar.to(wide).contiguous(),
-        None if log_weights is None else log_weights.to(wide).contiguous(),
+    z, kl = call(
+        MixtureKL,
+        _rows(_cast(mu, wide)),
+        _rows(_cast(logvar, wide)),
+        _cast(prior_mu, wide).contiguous(),
+        _cast(prior_logvar, wide).contiguous(),
+        None if log_weights is None else _cast(log_weights, wide).contiguous(),
         None if exclude is None else exclude.reshape(-1).contiguous(),
         seed,
         num_samples,
@@ -255,7 +255,7 @@ def mixture_kl(
         dense_backward,
         backends.at_precision(backend, precision, wide),
     )
-    return _shaped(z, (*lead, D)).to(dtype), _shaped(kl, lead)
+    return _cast(_shaped(z, (*lead, D)), dtype), _shaped(kl, lead)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -280,6 +280,11 @@ def _result_dtype(**tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), which takes long, beside a small operator, to find out that it has nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
@@ -292,7 +297,7 @@ def _check_gaussian(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, torch.d
         raise ValueError(f"mu must be [..., D] with D >= 1, not {_shape(mu)}")
     if logvar.shape != mu.shape:
         logvar = _expand("logvar", logvar, mu.shape, "mu")
-    return mu.to(dtype), logvar.to(dtype), result
+    return _cast(mu, dtype), _cast(logvar, dtype), result
 
 
 def _check_mixture(
@@ -308,8 +313,8 @@ def _check_mixture(
         _check_tensor("exclude", exclude)
         _check_exclude(exclude, z.shape, z.device, K)
     if log_weights is not None:
-        log_weights = log_weights.to(dtype)
-    return z.to(dtype), mu.to(dtype), logvar.to(dtype), log_weights, exclude
+        log_weights = _cast(log_weights, dtype)
+    return _cast(z, dtype), _cast(mu, dtype), _cast(logvar, dtype), log_weights, exclude
 
 
 def _check_exclude(exclude: Tensor, z_shape: tuple[int, ...], device: torch.device, K: int) -> None:

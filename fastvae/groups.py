@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvae import backends, reference
 from fastvae import functional as F
-from fastvae.autograd import GroupedMixtureLogProb
+from fastvae.autograd import GroupedMixtureLogProb, call
 
 
 def grouped_mixture_log_prob(
@@ -72,7 +72,7 @@ def grouped_mixture_log_prob(
     if backend == "reference":
         return _by_reference(z, mu, logvar, log_weights, starts)
     rows, mu, logvar, log_weights, _ = F._flat(z, mu, logvar, log_weights, None)
-    log_prob = GroupedMixtureLogProb.apply(rows, mu, logvar, log_weights, starts, dense_backward, backend)
+    log_prob = call(GroupedMixtureLogProb, rows, mu, logvar, log_weights, starts, dense_backward, backend)
     return log_prob.reshape(G, *z.shape[:-1]).movedim(0, -1)
 
 

@@ -44,7 +44,21 @@ T* output(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline Tensor empty(const Tensor& like, std::vector<int64_t> size) { return torch::stable::new_empty(like, size); }
+// new_empty(like, size).  By the C function below it, which does not go through the dispatcher with boxed arguments: for
+// a small operator the allocations would else take longer than the work.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& size) {
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  for (size_t i = size.size(); i-- > 0; stride *= std::max<int64_t>(size[i], 1)) strides[i] = stride;
+  int32_t dtype, device_type, device_index;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
 
 // A result on the CPU, not yet written.  A large one is often fresh memory, and the first touch of its pages then takes
 // as long as the work; so it asks for huge ones.

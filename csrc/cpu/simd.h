@@ -204,6 +204,17 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// table[i % W] for each lane i, from a table of one number for each lane.
+#if FASTVAE_BYTES == 64
+inline Vec<uint32_t> look_up(const uint32_t* table, Vec<uint32_t> i) {
+  return (Vec<uint32_t>)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)i, (__m512i)load<uint32_t>(table));
+}
+#elif FASTVAE_BYTES == 32
+inline Vec<uint32_t> look_up(const uint32_t* table, Vec<uint32_t> i) {
+  return (Vec<uint32_t>)_mm256_permutevar8x32_epi32((__m256i)load<uint32_t>(table), (__m256i)i);
+}
+#endif
+
 // The product of the low 32 bits of each 64-bit lane, whatever the high ones hold.
 inline Vec<uint64_t> multiply_low(Vec<uint64_t> a, Vec<uint64_t> b) {
 #if FASTVAE_BYTES == 64

@@ -70,6 +70,39 @@ inline Vec<T> exp_term(Vec<T> x) {
   return x < broadcast<T>(-F::kExpLimit) ? Vec<T>{} : value;
 }
 
+#if FASTVAE_BYTES >= 32
+// With a table of 2^(j / W) in a register, one float to a lane, the polynomial is half as long.
+struct Exp2Table {
+  static constexpr int W = kWidth<float>, kSteps = W == 16 ? 4 : 3;
+  // Of 2^(r / W) on [-1/2, 1/2], minimax in relative error: 3e-8 for 8 lanes, 2e-9 for 16.
+  static constexpr float c[] = {W == 16 ? 0.04332169892f : 0.08664340178f, W == 16 ? 0.0009384151876f : 0.003754025465f,
+                                W == 16 ? 1.355032631e-5f : 1.083910586e-4f};
+  uint32_t bits[W];  // of 2^(j / W), less the j that the exponent's shift puts into the mantissa
+  constexpr Exp2Table() : bits() {
+    constexpr uint32_t sixteenths[] = {0x3f800000, 0x3f85aac3, 0x3f8b95c2, 0x3f91c3d3, 0x3f9837f0, 0x3f9ef532,
+                                      0x3fa5fed7, 0x3fad583f, 0x3fb504f3, 0x3fbd08a4, 0x3fc5672a, 0x3fce248c,
+                                      0x3fd744fd, 0x3fe0ccdf, 0x3feac0c7, 0x3ff5257d};
+    for (int j = 0; j < W; ++j) bits[j] = sixteenths[j * 16 / W] - (uint32_t(j) << (23 - kSteps));
+  }
+};
+inline constexpr Exp2Table kExp2Table;
+
+template <>
+inline Vec<float> exp_term<float>(Vec<float> x) {
+  using F = Format<float>;
+  constexpr int W = Exp2Table::W;
+  const Vec<float> scale = broadcast<float>(float(kLog2E * W)), round = broadcast<float>(F::kRound);
+  const Vec<float> y = fma<float>(x, scale, round);  // its low bits are the exponent times W, and j
+  const Vec<float> r = fma<float>(x, scale, round - y);
+  const auto low = (Vec<uint32_t>)y;
+  const Vec<uint32_t> power = (low << (F::kMantissaBits - Exp2Table::kSteps)) + look_up(kExp2Table.bits, low);
+  Vec<float> p = broadcast<float>(Exp2Table::c[2]);
+  for (int i = 1; i >= 0; --i) p = fma<float>(p, r, broadcast<float>(Exp2Table::c[i]));
+  p = fma<float>(p, r, broadcast<float>(1.0f));
+  return x < broadcast<float>(-F::kExpLimit) ? Vec<float>{} : p * (Vec<float>)power;
+}
+#endif
+
 constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
 
 template <class T>
