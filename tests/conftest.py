@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import emulation
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # Triton decides when it decorates the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from emulation import avx512, cuda
 from fast_interpreter import patch_once
 from on_gpu import through_gpu
 
@@ -41,14 +39,6 @@ def machine_level() -> int:
     """0, 1 or 2: neither, AVX2, AVX-512; as PyTorch, not the code under test, sees the machine."""
     capability = torch.backends.cpu.get_cpu_capability()
     return 2 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 0
-
-
-@cache
-def emulated_cuda() -> ops.Operators:
-    """The CUDA kernels on the CPU; built once a run, which takes a C++ compiler and some seconds.  Where there is a GPU
-    the real ones take their place."""
-    with TemporaryDirectory() as folder:
-        return emulation.load(emulation.build(Path(folder)))
 
 
 def cuda_on_the_cpu(choose: Callable[..., str]) -> Callable[..., str]:
@@ -89,7 +79,7 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if impl == "cuda":
         require_cpu()  # who has no C++ compiler has no emulation either
         real = torch.cuda.is_available() and backends._missing_cuda() is None
-        monkeypatch.setitem(ops.operators, "cuda", through_gpu(ops.native) if real else emulated_cuda())
+        monkeypatch.setitem(ops.operators, "cuda", through_gpu(ops.native) if real else cuda.operators())
         monkeypatch.setattr(backends, "choose", cuda_on_the_cpu(backends.choose))
         # the kernels for small problems, which the tests' are, or those that large ones take
         monkeypatch.setenv("FASTVAE_TILES", "1" if name.endswith("tiled") else "0")
@@ -98,6 +88,9 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if impl == "cpu":
         require_cpu()
         if machine_level() < LEVEL.get(isa, 0):
+            if isa == "avx512" and platform.machine() in ("x86_64", "AMD64"):
+                monkeypatch.setitem(ops.operators, "cpu", avx512.operators())
+                return impl
             pytest.skip(f"this machine has no {isa}")
         monkeypatch.setenv("FASTVAE_CPU_ISA", isa)
         assert torch.ops.fastvae.cpu_isa() == isa

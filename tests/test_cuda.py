@@ -16,11 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import emulation
 import pytest
 import torch
 from budget import Case, Result, allowance, assert_within, diffuse_case, hard_case, run
-from conftest import emulated_cuda, use_backend
+from conftest import use_backend
+from emulation import cuda
 from test_operators import inputs
 from test_skipping import concentrated, responsibilities
 from torch import Tensor
@@ -42,13 +42,13 @@ SIDES = ("rows", "components")
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operators:
     """The kernels on the CPU, also behind impl="cuda": those for small problems where one is small, or never."""
     use_backend("cuda-emulated-tiled" if request.param == "tiled" else "cuda-emulated", monkeypatch)
-    return emulated_cuda()
+    return cuda.operators()
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Operators:
     use_backend("cuda-emulated", monkeypatch)
-    return emulated_cuda()
+    return cuda.operators()
 
 
 # The compiler's view.
@@ -116,13 +116,13 @@ def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtyp
         for D, whole in ((4, "true"), (3, "false")):
             case = hard_case(n, n, D, dtype=dtype)
             args = case.z, case.mu, case.logvar, None, None
-            emulation.largest_shared()
+            cuda.largest_shared()
             log_prob = emulated.mixture_log_prob(*args)
             rows = "forward<{}>" if tiled else f"small_rows<{{}}, {whole}, {own}>"
-            assert emulation.largest_shared() == cuda_family.SHARED[rows.format(name)]
+            assert cuda.largest_shared() == cuda_family.SHARED[rows.format(name)]
             emulated.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
             components = "backward<components, {}>" if tiled else f"small_components<{{}}, {whole}, {own}>"
-            assert emulation.largest_shared() == cuda_family.SHARED[components.format(name)]
+            assert cuda.largest_shared() == cuda_family.SHARED[components.format(name)]
 
 
 # The host side.
@@ -280,8 +280,8 @@ def test_no_thread_depends_on_when_another_runs(
 
 def launches(operator: Callable[..., Any], *args: Any) -> tuple[Any, int]:
     """What an operator gives, and how many kernels it took."""
-    before = emulation.launches()
-    return operator(*args), emulation.launches() - before
+    before = cuda.launches()
+    return operator(*args), cuda.launches() - before
 
 
 @pytest.mark.parametrize("D", [7, 40])

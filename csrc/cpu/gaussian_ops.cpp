@@ -87,7 +87,7 @@ std::string cpu_isa() { return isa().name; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+FASTVAE_REGISTER(FASTVAE_CPU_LIBRARY, CPU, m) {
   m.impl("gaussian_rsample", TORCH_BOX(&gaussian_rsample));
   m.impl("gaussian_rsample_backward", TORCH_BOX(&gaussian_rsample_backward));
   m.impl("gaussian_kl", TORCH_BOX(&gaussian_kl));
@@ -95,6 +95,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
 }
 
 // No tensor tells its device, so it is registered for all of them.
-STABLE_TORCH_LIBRARY_IMPL(fastvae, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+FASTVAE_REGISTER(FASTVAE_CPU_LIBRARY, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 }  // namespace fastvae

@@ -24,6 +24,12 @@
 
 #include "kernels.h"
 
+// Where the operators are registered; a build for the tests, which emulates an instruction set, names another place.
+#ifndef FASTVAE_CPU_LIBRARY
+#define FASTVAE_CPU_LIBRARY fastvae
+#endif
+#define FASTVAE_REGISTER(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+
 namespace fastvae {
 
 using torch::headeronly::ScalarType;

@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+FASTVAE_REGISTER(FASTVAE_CPU_LIBRARY, CPU, m) {
   m.impl("mixture_kl", TORCH_BOX(&mixture_kl));
   m.impl("mixture_kl_backward", TORCH_BOX(&mixture_kl_backward));
 }

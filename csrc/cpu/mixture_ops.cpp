@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
   return {dz, dmu, dlogvar, dweights};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastvae, CPU, m) {
+FASTVAE_REGISTER(FASTVAE_CPU_LIBRARY, CPU, m) {
   m.impl("mixture_log_prob", TORCH_BOX(&mixture_log_prob));
   m.impl("mixture_log_prob_and_score", TORCH_BOX(&mixture_log_prob_and_score));
   m.impl("mixture_log_prob_backward", TORCH_BOX(&mixture_log_prob_backward));

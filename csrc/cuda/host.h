@@ -9,7 +9,6 @@
 #define FASTVAE_CUDA_LIBRARY fastvae
 #define FASTVAE_CUDA_KEY CUDA
 #endif
-#define FASTVAE_REGISTER(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 
 namespace fastvae::cuda {
 

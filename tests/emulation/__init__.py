@@ -1,15 +1,13 @@
-"""The CUDA kernels' own source, compiled for the CPU and registered as operators of their own: see cuda_runtime.h.
+"""Kernels' own source, compiled for a machine that cannot run them and registered as operators of their own.
 
-What runs is everything in csrc/cuda but the device guard: host checks, launches and kernels, thread by thread.  What
-it cannot show is what only a GPU has: its memory model, its timing, its exp and log.
+`cuda`: the CUDA kernels on a CPU.  `avx512`: the AVX-512 kernels on a CPU without AVX-512.
 """
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -18,53 +16,34 @@ from fastvae import ops
 from fastvae.ops import Operators
 
 HERE = Path(__file__).parent
-CUDA = HERE.parent.parent / "csrc" / "cuda"
+CSRC = HERE.parent.parent / "csrc"
 FLAGS = (
     *("-std=c++17", "-O2", "-march=native", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
-    *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFASTVAE_CUDA_LIBRARY=fastvae_emulated", "-DFASTVAE_CUDA_KEY=CPU"),
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )
 
 
-def build(folder: Path) -> Path:
-    """Compile into `folder`; the library."""
-    sources = [*CUDA.glob("*.cu"), *CUDA.glob("*_ops.cpp"), HERE / "device.cpp"]
-    includes = [f"-I{HERE}", f"-I{CUDA}", *(f"-isystem{path}" for path in include_paths())]
+def compile_library(library: Path, sources: Iterable[Path], flags: Sequence[str]) -> Path:
+    """Compile the sources, as C++ whatever their names, into `library`; its path."""
+    includes = [f"-isystem{path}" for path in include_paths()]
     objects = []
     for source in sources:
-        objects.append(folder / f"{source.stem}.o")
-        subprocess.run(["g++", *FLAGS, *includes, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
-    library = folder / "emulated.so"
+        objects.append(library.with_name(f"{library.stem}-{source.stem}.o"))
+        subprocess.run(["g++", *FLAGS, *flags, *includes, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
     paths = [f"-L{path}" for path in library_paths()]
     subprocess.run(["g++", "-shared", *objects, *paths, "-lc10", "-ltorch_cpu", "-o", library], check=True)
     return library
 
 
-def load(library: Path) -> Operators:
-    """The operators of a library that was built here."""
-    namespace = torch.library.Library("fastvae_emulated", "DEF")
+def register(library: Path, namespace: str) -> Operators:
+    """The operators that a library implements, under a namespace of their own."""
+    definitions = torch.library.Library(namespace, "DEF")
     for name, schema in ops._SCHEMAS.items():
-        namespace.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"fastvae_emulated::{name}", getattr(ops, f"_{name}"), lib=namespace)
+        definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", getattr(ops, f"_{name}"), lib=definitions)
     torch.ops.load_library(library)
-    operators = Operators(*(getattr(torch.ops.fastvae_emulated, name).default for name in Operators._fields))
-    _keep.extend((namespace, ctypes.CDLL(str(library))))
-    return operators
+    _keep.append(definitions)
+    return Operators(*(getattr(getattr(torch.ops, namespace), name).default for name in Operators._fields))
 
 
-def launches() -> int:
-    """How many kernels were launched so far."""
-    return _ask("emulated_launches")
-
-
-def largest_shared() -> int:
-    """The most shared memory that a block had of any launch since this was last asked, in bytes."""
-    return _ask("emulated_largest_shared")
-
-
-def _ask(name: str) -> int:
-    question = getattr(_keep[1], name)
-    question.restype = ctypes.c_int64
-    return int(question())
-
-
-_keep: list[Any] = []
+_keep: list[torch.library.Library] = []
