@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastvae
-from fastvae import backends
+from fastvae import autograd, backends
 from fastvae.ops import operators
 
 Operation = Callable[..., tuple[Tensor, ...]]
@@ -223,6 +224,35 @@ def test_no_grad(each_impl: str) -> None:
                 got = operation(z, mu, each_impl)
             assert not any(g.requires_grad for g in got)
             assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_node_where_nothing_asks_for_a_gradient(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small call would take twice as long; with a gradient to come the Function is called."""
+
+    def apply(*_: Any) -> None:
+        raise AssertionError("a Function was applied")
+
+    for function in vars(autograd).values():
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+            monkeypatch.setattr(function, "apply", apply)
+    z, mu = torch.randn(4, 3), torch.randn(5, 3)
+    assert not any(result.requires_grad for result in operation(z, mu, "composite"))
+    with pytest.raises(AssertionError, match="applied"):
+        operation(z.requires_grad_(), mu, "composite")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # within torch itself
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_transforms_raise_and_drop_nothing(operation: Operation) -> None:
+    """Without a node a tangent would be lost in silence."""
+    z, mu = torch.randn(4, 3), torch.randn(5, 3)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        operation(forward_ad.make_dual(z, z), mu, "composite")
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda z: operation(z, mu, "composite"), (z,), (z,))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda z: operation(z, mu, "composite")[0].sum())(z)
 
 
 def test_meta_tensors_have_shapes() -> None:
