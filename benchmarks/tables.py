@@ -96,11 +96,27 @@ def speed(results: Results) -> str:
     return words.markdown(["", "(M, K, D)", "than the best peer", "than KeOps", "than MixtureSameFamily"], rows, left=2)
 
 
+@table("avx2-targets", "avx2/cpu.json")
+def avx2_targets(results: Results) -> str:
+    """The targets on a machine whose widest vectors are those of AVX2."""
+    return target_table(results.bench("avx2/cpu").cases)
+
+
+@table("avx2-mixture", "avx2/cpu.json")
+def avx2_mixture(results: Results) -> str:
+    """As cpu-mixture, there."""
+    return _mixture(results.bench("avx2/cpu"))
+
+
 @table("cpu-mixture", "cpu.json")
 def cpu_mixture(results: Results) -> str:
     """How many times faster fastvae is than the best peer and three others, how near the limit, how exact."""
+    return _mixture(results.bench("cpu"))
+
+
+def _mixture(record: Record) -> str:
     rows = []
-    for result in results.bench("cpu").cases.values():
+    for result in record.cases.values():
         if result["suite"] != "mixture" or "series" in result or "shared" in result["inputs"]:
             continue
         peer = best_peer(result)

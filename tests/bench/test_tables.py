@@ -40,6 +40,9 @@ def root(tmp_path: Path) -> Path:
     (results / "alone").mkdir()
     alone = mixture("forward", 1024, 10_000, 40, fastvae=1.0, expansion_compile=3.0, keops=120.0)
     open_record(results / "alone" / "cpu.json", "cpu", TINY).add("one", alone)
+    (results / "avx2").mkdir()
+    narrow = mixture("forward", 1024, 10_000, 40, fastvae=2.0, expansion_compile=5.0, keops=30.0)
+    open_record(results / "avx2" / "cpu.json", "cpu", TINY).add("one", narrow)
     row = {"elbo": [-3.0, -3.0], "kl": [1.0, 1.0], "active_units": [4, 5]}
     priors = [{"prior": "vamp", "log_likelihood": [-1.0, -2.0], **row}]
     (results / "demo-digits.json").write_text(json.dumps({"priors": priors, "verdict": {"sentence": "vamp wins."}}))
@@ -81,6 +84,8 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
         "1e-06",
     ]
     assert line(root, "cpu-isa", "forward")[1:3] == ["avx2", "3.0 x"]
+    assert line(root, "avx2-mixture", "forward")[2:5] == ["expansion-compile", "2.5 x", "15 x"]
+    assert "| 2.5 x, - | not measured |" in (root / "docs" / "avx2-targets.md").read_text()
     assert line(root, "cpu-gaussian", "gaussian")[2:] == ["5.0 x", "7.0 x", "50 %"]
     assert line(root, "cpu-train-step", "K = 500, fastvae")[1:] == ["2.0 x", *["20 %"] * 4, "10 %", "90 %"]
     assert line(root, "demo", "vamp")[1:3] == ["-1.50 +- 0.71", "-3.00 +- 0.00"]
