@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+ROOMY = (90, 100, 103)  # Hopper, data-centre Blackwell: ten times the compute capability
 PROGRAMS = 264  # as many as fill a large GPU twice over; of fewer, one long dimension is split
 
 
@@ -45,22 +46,110 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tile_for(kind: str, precision: str, D: int, arch: int) -> Tile:
+def tile_for(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = torch.float32) -> Tile:
     """The tile of a kind of kernel, "forward", "score" or "parameters".
 
     Each was chosen by what `benchmarks.static_report` says: as large as leaves no register spilled, and its operands in
-    shared memory; none was timed on a GPU.  Hopper and data-centre Blackwell have room for more.
+    shared memory; none was timed on a GPU.  Hopper and data-centre Blackwell have room for more, float64 for less.
     """
     dims = min(64, max(16, next_power_of_2(D)))
+    if dtype == torch.float64:
+        sizes = {"forward": (64, 32), "score": (64, 32), "parameters": (32, 64)}[kind]
+        return Tile(*sizes, 4, dims, 8, 1)
     if precision == "highest":
         sizes = {"forward": (128, 128), "score": (128, 64), "parameters": (32, 128)}[kind]
         return Tile(*sizes, 4, dims, 8, 1)
     chunk = 32 if padded_dimensions(precision, D) % 32 == 0 else 16
     if kind == "forward":  # with twice the operands, 128 columns spill on an A100
         return Tile(128, 64 if precision == "high" else 128, chunk, dims, 8, 3)
-    inner = 32 if arch in (90, 100, 103) or precision == "medium" or kind == "parameters" else 16
+    inner = 32 if arch in ROOMY or precision == "medium" or kind == "parameters" else 16
     sizes = {"score": (128, inner), "parameters": (inner, 128)}[kind]
     return Tile(*sizes, chunk, dims, 8, 2)
+
+
+class Offer(NamedTuple):
+    """A tile to be timed, its chunk and dims those of the table's."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    roomy: bool = False  # only where a block may have more than 200 KiB of shared memory; elsewhere registers spill
+
+
+# Beside the table's tile.  None of these spills a register where it is offered, as `benchmarks.static_report` shows.
+OFFERED: dict[tuple[str, str], list[Offer]] = {
+    ("highest", "forward"): [
+        Offer(128, 64, 8, 1),  # two blocks at once, so that one computes while the other loads; as 64 x 128, other loads
+        Offer(64, 128, 8, 1),
+        Offer(64, 64, 4, 1),  # five, and less padding of few rows
+    ],
+    ("highest", "score"): [
+        Offer(64, 128, 8, 1),  # fewer rows, longer sums within a thread
+        Offer(128, 128, 8, 1),  # more arithmetic for each load, registers to the brim
+        Offer(32, 64, 4, 1),  # five blocks at once, and less padding of few rows
+    ],
+    ("highest", "parameters"): [
+        Offer(64, 128, 8, 1),  # fewer steps over the rows
+        Offer(64, 64, 8, 1),  # two blocks at once
+        Offer(32, 64, 4, 1),  # three, and less padding of few components
+    ],
+    ("high", "forward"): [
+        Offer(128, 64, 8, 2),  # less shared memory: two blocks at once
+        Offer(128, 64, 8, 4),  # more of the operands on their way
+        Offer(128, 128, 8, 2, roomy=True),  # fewer bytes from L2 for each product
+        Offer(64, 64, 4, 3),  # two small blocks, and less padding of few rows
+    ],
+    ("high", "score"): [
+        Offer(128, 32, 8, 3, roomy=True),  # more of the operands on their way
+        Offer(128, 64, 8, 2, roomy=True),  # fewer bytes from L2 for each product
+        Offer(64, 32, 4, 2, roomy=True),  # two blocks at once
+    ],
+    ("high", "parameters"): [
+        Offer(32, 128, 8, 3, roomy=True),  # as for the score
+        Offer(64, 128, 8, 2, roomy=True),
+        Offer(32, 64, 4, 2),
+    ],
+    ("medium", "forward"): [
+        Offer(128, 128, 8, 4),  # more of the operands on their way
+        Offer(128, 64, 8, 3),  # three blocks at once, so that exponentials and products overlap
+        Offer(64, 64, 4, 3),  # four, and less padding of few rows
+    ],
+    ("medium", "score"): [
+        Offer(128, 64, 8, 2),  # fewer bytes from L2 for each product
+        Offer(64, 64, 8, 2),
+        Offer(64, 32, 4, 2),  # three blocks at once
+    ],
+    ("medium", "parameters"): [
+        Offer(32, 128, 8, 3),  # more of the operands on their way
+        Offer(64, 64, 8, 2),  # as for the score
+        Offer(32, 64, 4, 2),
+    ],
+    ("float64", "forward"): [
+        Offer(32, 64, 8, 1),  # the other way round
+        Offer(32, 32, 4, 1),  # twice as many blocks at once
+    ],
+    ("float64", "score"): [
+        Offer(64, 64, 8, 1),  # registers to the brim
+        Offer(32, 32, 4, 1),  # two blocks at once
+    ],
+    ("float64", "parameters"): [
+        Offer(64, 32, 8, 1),  # two blocks at once
+        Offer(16, 128, 8, 1),  # registers to the brim
+    ],
+}
+
+
+def candidates(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = torch.float32) -> list[Tile]:
+    """What `autotune.py` times: the table's tile, which stands first, and others that may be faster."""
+    first = tile_for(kind, precision, D, arch, dtype)
+    offers = OFFERED["float64" if dtype == torch.float64 else precision, kind]
+    others = (
+        first._replace(rows=offer.rows, columns=offer.columns, warps=offer.warps, stages=offer.stages)
+        for offer in offers
+        if not offer.roomy or arch in ROOMY
+    )
+    return [first, *others]
 
 
 class Cut(NamedTuple):

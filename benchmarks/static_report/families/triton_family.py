@@ -21,6 +21,7 @@ M, K, D = 4096, 50_000, 64
 GAUSSIAN = (16_384, 256)
 SMALL = (100, 500, 40)
 PRECISIONS = ("highest", "high", "medium")
+FORMS = (*PRECISIONS, "float64")
 
 
 class Launch(NamedTuple):
@@ -96,24 +97,30 @@ def _kind(value: Any) -> tuple[str | None, bool]:
     return "fp32", False
 
 
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def large_calls(form: str, shared: bool) -> dict[str, Callable[[], object]]:
+    """Forward, score and backward of a large problem, in a precision or in float64."""
+    mixture = triton_kernels.load("mixture")
+    precision, empty = (form, _empty) if form in PRECISIONS else ("highest", partial(_empty, dtype=torch.float64))
+    rest = (empty(M, D), empty(K, D), empty(1 if shared else K, D), None, None)
+    backward = partial(mixture.mixture_log_prob_backward, precision, empty(M), empty(M), *rest)
+    return {
+        "forward": partial(mixture.mixture_log_prob, precision, *rest),
+        "score": partial(mixture.mixture_log_prob_and_score, precision, *rest),
+        "backward": partial(backward, False, False, True, True, True),
+    }
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kind of call, with the case it stands for."""
     mixture, gaussian = triton_kernels.load("mixture"), triton_kernels.load("gaussian")
-    for precision in PRECISIONS:
+    for form in FORMS:
         for shared in (False, True):
-            logvar = _empty(1 if shared else K, D)
-            rest = (_empty(M, D), _empty(K, D), logvar, None, None)
-            given = (_empty(M), _empty(M), *rest)
-            case = f"{precision}, {'shared variance' if shared else 'general'}"
-            yield f"{case}, forward", partial(mixture.mixture_log_prob, precision, *rest)
-            yield f"{case}, score", partial(mixture.mixture_log_prob_and_score, precision, *rest)
-            if not shared:
-                backward = partial(mixture.mixture_log_prob_backward, precision, *given)
-                yield f"{case}, backward", partial(backward, False, False, True, True, True)
+            for name, call in large_calls(form, shared).items():
+                yield f"{form}, {'shared variance' if shared else 'general'}, {name}", call
     mu, seed = _empty(*GAUSSIAN), torch.empty(1, dtype=torch.int64, device="meta")
     rows, components = _empty(SMALL[0], SMALL[2]), _empty(*SMALL[1:])
     yield "density, forward", partial(mixture.mixture_log_prob, "highest", rows, components, components, None, None)
@@ -131,32 +138,59 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
-    """Each kernel of each call, once."""
-    seen = set()
-    for case, call in calls():
-        with patch.object(triton_kernels.load("tiles"), "capability", lambda device: arch):
-            recorded = launches(call)
-        for launch in recorded:
-            module = launch.kernel.fn.__module__.rpartition(".")[2]
-            name = f"{module}.{launch.kernel.fn.__name__}"
-            if not wanted.search(f"{name}, {case}"):
-                continue
-            signature, constants, attributes = specialise(launch)
-            key = repr((name, signature, constants, attributes, launch.options))
-            if key in seen:
-                continue
-            seen.add(key)
-            compiled = compile_launch(launch, arch)
-            yield Kernel(
-                name,
-                case,
-                arch,
-                compiled.asm["cubin"],
-                32 * compiled.metadata.num_warps,
-                compiled.metadata.shared,
-                work(name, launch.arguments),
-                tensor_cores=module == "product",
-            )
+    """Each kernel of each call, once; then the large ones by every tile that is offered beside the table's."""
+    seen: set[str] = set()
+    with patch.object(triton_kernels.load("tiles"), "capability", lambda device: arch):
+        for case, call in calls():
+            yield from _compiled(case, launches(call), arch, wanted, seen)
+        for case, call in candidate_calls(arch):
+            large = [launch for launch in launches(call) if _module(launch) in ("difference", "product")]
+            yield from _compiled(case, large, arch, wanted, seen)
+
+
+def candidate_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The large calls and their cases, by every tile that is offered beside the table's while its call is yielded."""
+    tiles, autotune = triton_kernels.load("tiles"), triton_kernels.load("autotune")
+    for form in FORMS:
+        of_form = (form, D, arch) if form in PRECISIONS else ("highest", D, arch, torch.float64)
+        for shared in (False, True):
+            for name, call in large_calls(form, shared).items():
+                for tile in tiles.candidates("parameters" if name == "backward" else name, *of_form)[1:]:
+                    sizes = f"{tile.rows} x {tile.columns}, {tile.warps} warps, {tile.stages} stages"
+                    case = f"{form}, candidate {sizes}{', shared variance' * shared}, {name}"
+                    with patch.object(autotune, "choose", lambda *about, tile=tile: tile):
+                        yield case, call
+
+
+def _module(launch: Launch) -> str:
+    return str(launch.kernel.fn.__module__.rpartition(".")[2])
+
+
+def _compiled(
+    case: str, recorded: list[Launch], arch: int, wanted: re.Pattern[str], seen: set[str]
+) -> Iterator[Kernel]:
+    """The kernels among these launches that are wanted and not yet seen."""
+    for launch in recorded:
+        module = _module(launch)
+        name = f"{module}.{launch.kernel.fn.__name__}"
+        if not wanted.search(f"{name}, {case}"):
+            continue
+        signature, constants, attributes = specialise(launch)
+        key = repr((name, signature, constants, attributes, launch.options))
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = compile_launch(launch, arch)
+        yield Kernel(
+            name,
+            case,
+            arch,
+            compiled.asm["cubin"],
+            32 * compiled.metadata.num_warps,
+            compiled.metadata.shared,
+            work(name, launch.arguments),
+            tensor_cores=module == "product",
+        )
 
 
 def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
@@ -181,7 +215,10 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
     if module == "difference":
         # a subtraction, a product and a multiply-add; as much for the score; for S1 two of these, and two more for S2
         slots = 3 + (3 * score if kernel == "forward_kernel" else 2 * (gradients - 1))
-        return counted | {"fp32": float(pairs * arguments["D"] * slots)}
+        issued = float(pairs * arguments["D"] * slots)
+        if arguments["z"].dtype == torch.float64:  # whose exponentials are multiply-adds, some twenty a pair
+            return {"fp64 issue": issued, "memory": counted["memory"]}
+        return counted | {"fp32": issued}
     products = 3 if arguments["PARTS"] == 2 else 1
     second = arguments["F"] * score if kernel == "forward_kernel" else arguments["D_PADDED"] * (gradients - 1)
     return counted | {"tf32": 2.0 * pairs * (arguments["F"] + second) * products}
