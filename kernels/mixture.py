@@ -168,8 +168,8 @@ def _forward(
         small.forward(z, mu, logvar, log_weights, exclude, log_prob=log_prob, score=score, grad=grad)
         return
     run = partial(_forward_by, z, mu, logvar, log_weights, exclude, precision, log_prob, score, grad, dense)
-    kind, detail = ("forward", "") if score is None else ("score", " dense" if dense else "")
-    run(autotune.choose(kind, precision, z, mu, logvar, run, detail))
+    kind = "forward" if score is None else "score"
+    run(autotune.choose(kind, precision, z, mu, logvar, run, " dense" * (dense and score is not None)))
 
 
 def _forward_by(
@@ -237,11 +237,10 @@ def _parameters(
     dlog_weights: Tensor | None,
 ) -> None:
     """Fill the gradients of the parameters, each of which may be None; dlogvar [K, D] also where logvar is shared."""
-    run = partial(
-        _parameters_by, grad, log_prob, z, mu, logvar, log_weights, exclude, precision, dense, dmu, dlogvar, dlog_weights
-    )
+    wanted = dmu, dlogvar, dlog_weights
+    run = partial(_parameters_by, grad, log_prob, z, mu, logvar, log_weights, exclude, precision, dense, *wanted)
     sums = " S0 S1 S2" if dlogvar is not None else " S0 S1" if dmu is not None else " S0"
-    run(autotune.choose("parameters", precision, z, mu, logvar, run, sums + (" dense" if dense else "")))
+    run(autotune.choose("parameters", precision, z, mu, logvar, run, sums + " dense" * dense))
 
 
 def _parameters_by(

@@ -113,7 +113,8 @@ def _read_or_set_aside(file: Path) -> Entries:
     except ValueError as error:
         names = (file.with_name(f"{file.name}.bad{n or ''}") for n in itertools.count())
         aside = next(name for name in names if not name.exists())
-        warnings.warn(f"{file} is no record of tiles ({error}); it becomes {aside}, and tiles are timed anew", stacklevel=3)
+        told = f"{file} is no record of tiles ({error}); it becomes {aside}, and tiles are timed anew"
+        warnings.warn(told, stacklevel=3)
         os.replace(file, aside)
         return {}
 

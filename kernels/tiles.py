@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-ROOMY = (90, 100, 103)  # Hopper, data-centre Blackwell: ten times the compute capability
 PROGRAMS = 264  # as many as fill a large GPU twice over; of fewer, one long dimension is split
 
 
@@ -62,80 +61,81 @@ def tile_for(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = 
     chunk = 32 if padded_dimensions(precision, D) % 32 == 0 else 16
     if kind == "forward":  # with twice the operands, 128 columns spill on an A100
         return Tile(128, 64 if precision == "high" else 128, chunk, dims, 8, 3)
-    inner = 32 if arch in ROOMY or precision == "medium" or kind == "parameters" else 16
+    inner = 32 if arch in (90, 100, 103) or precision == "medium" or kind == "parameters" else 16
     sizes = {"score": (128, inner), "parameters": (inner, 128)}[kind]
     return Tile(*sizes, chunk, dims, 8, 2)
 
 
 class Offer(NamedTuple):
-    """A tile to be timed, its chunk and dims those of the table's."""
+    """A tile to be timed, its chunk and dims those of the table's; `where`, by generation, it spills no register."""
 
     rows: int
     columns: int
     warps: int
     stages: int
-    roomy: bool = False  # only where a block may have more than 200 KiB of shared memory; elsewhere registers spill
+    where: tuple[int, ...] = (80, 90, 100)
 
 
-# Beside the table's tile.  None of these spills a register where it is offered, as `benchmarks.static_report` shows.
+# Beside the table's.  Which spill is what `benchmarks.static_report` says, at 64 dimensions.
 OFFERED: dict[tuple[str, str], list[Offer]] = {
     ("highest", "forward"): [
-        Offer(128, 64, 8, 1),  # two blocks at once, so that one computes while the other loads; as 64 x 128, other loads
-        Offer(64, 128, 8, 1),
+        Offer(128, 64, 8, 1),  # half the registers: two blocks at once, one computes while the other loads
         Offer(64, 64, 4, 1),  # five, and less padding of few rows
+        Offer(32, 128, 4, 1),  # still less
     ],
     ("highest", "score"): [
-        Offer(64, 128, 8, 1),  # fewer rows, longer sums within a thread
-        Offer(128, 128, 8, 1),  # more arithmetic for each load, registers to the brim
+        Offer(64, 128, 8, 1),  # longer sums within a thread
+        Offer(128, 128, 8, 1),  # more arithmetic for each load, all registers
         Offer(32, 64, 4, 1),  # five blocks at once, and less padding of few rows
     ],
     ("highest", "parameters"): [
-        Offer(64, 128, 8, 1),  # fewer steps over the rows
+        Offer(64, 128, 8, 1),  # longer sums within a thread
         Offer(64, 64, 8, 1),  # two blocks at once
         Offer(32, 64, 4, 1),  # three, and less padding of few components
     ],
     ("high", "forward"): [
         Offer(128, 64, 8, 2),  # less shared memory: two blocks at once
         Offer(128, 64, 8, 4),  # more of the operands on their way
-        Offer(128, 128, 8, 2, roomy=True),  # fewer bytes from L2 for each product
-        Offer(64, 64, 4, 3),  # two small blocks, and less padding of few rows
+        Offer(128, 128, 8, 2, where=(90,)),  # fewer bytes from L2 for each product
+        Offer(64, 64, 8, 3),  # two blocks at once, and less padding of few rows
     ],
     ("high", "score"): [
-        Offer(128, 32, 8, 3, roomy=True),  # more of the operands on their way
-        Offer(128, 64, 8, 2, roomy=True),  # fewer bytes from L2 for each product
-        Offer(64, 32, 4, 2, roomy=True),  # two blocks at once
+        Offer(128, 16, 8, 3, where=(80,)),  # more of the operands on their way
+        Offer(128, 32, 8, 3, where=(90, 100)),
+        Offer(128, 64, 8, 2, where=(90, 100)),  # fewer bytes from L2 for each product
+        Offer(64, 32, 4, 2, where=(90, 100)),  # two or three blocks at once
     ],
     ("high", "parameters"): [
-        Offer(32, 128, 8, 3, roomy=True),  # as for the score
-        Offer(64, 128, 8, 2, roomy=True),
+        Offer(32, 128, 8, 3),  # as for the score
+        Offer(64, 128, 8, 2, where=(90, 100)),
         Offer(32, 64, 4, 2),
     ],
     ("medium", "forward"): [
         Offer(128, 128, 8, 4),  # more of the operands on their way
-        Offer(128, 64, 8, 3),  # three blocks at once, so that exponentials and products overlap
+        Offer(128, 64, 8, 3),  # up to three blocks at once, so that exponentials and products overlap
         Offer(64, 64, 4, 3),  # four, and less padding of few rows
     ],
     ("medium", "score"): [
-        Offer(128, 64, 8, 2),  # fewer bytes from L2 for each product
-        Offer(64, 64, 8, 2),
-        Offer(64, 32, 4, 2),  # three blocks at once
+        Offer(128, 32, 8, 3),  # more of the operands on their way
+        Offer(128, 64, 8, 2, where=(90, 100)),  # fewer bytes from L2 for each product
+        Offer(64, 32, 4, 2),  # two or three blocks at once
     ],
     ("medium", "parameters"): [
-        Offer(32, 128, 8, 3),  # more of the operands on their way
-        Offer(64, 64, 8, 2),  # as for the score
+        Offer(32, 128, 8, 3),  # as for the score
+        Offer(64, 64, 8, 2),
         Offer(32, 64, 4, 2),
     ],
     ("float64", "forward"): [
         Offer(32, 64, 8, 1),  # the other way round
-        Offer(32, 32, 4, 1),  # twice as many blocks at once
+        Offer(32, 32, 8, 1),  # four blocks at once
     ],
     ("float64", "score"): [
-        Offer(64, 64, 8, 1),  # registers to the brim
+        Offer(64, 64, 8, 1),  # more arithmetic for each load, all registers
         Offer(32, 32, 4, 1),  # two blocks at once
     ],
     ("float64", "parameters"): [
         Offer(64, 32, 8, 1),  # two blocks at once
-        Offer(16, 128, 8, 1),  # registers to the brim
+        Offer(16, 128, 8, 1),  # more components for each load of a row
     ],
 }
 
@@ -143,13 +143,10 @@ OFFERED: dict[tuple[str, str], list[Offer]] = {
 def candidates(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = torch.float32) -> list[Tile]:
     """What `autotune.py` times: the table's tile, which stands first, and others that may be faster."""
     first = tile_for(kind, precision, D, arch, dtype)
+    generation = 100 if arch in (100, 103) else 90 if arch == 90 else 80  # of others, what fits the least
     offers = OFFERED["float64" if dtype == torch.float64 else precision, kind]
-    others = (
-        first._replace(rows=offer.rows, columns=offer.columns, warps=offer.warps, stages=offer.stages)
-        for offer in offers
-        if not offer.roomy or arch in ROOMY
-    )
-    return [first, *others]
+    sizes = (offer for offer in offers if generation in offer.where)
+    return [first, *(first._replace(rows=o.rows, columns=o.columns, warps=o.warps, stages=o.stages) for o in sizes)]
 
 
 class Cut(NamedTuple):
