@@ -121,20 +121,23 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         for shared in (False, True):
             for name, call in large_calls(form, shared).items():
                 yield f"{form}, {'shared variance' if shared else 'general'}, {name}", call
-    mu, seed = _empty(*GAUSSIAN), torch.empty(1, dtype=torch.int64, device="meta")
-    rows, components = _empty(SMALL[0], SMALL[2]), _empty(*SMALL[1:])
-    yield "density, forward", partial(mixture.mixture_log_prob, "highest", rows, components, components, None, None)
-    prior, of_rows = (components, components, None, None), _empty(SMALL[0])
     kl = triton_kernels.load("mixture_kl")
-    yield "KL, forward", lambda: kl.mixture_kl(None, rows, rows, seed, 1, *prior, True)
-    saved = rows[None], of_rows, rows, *prior
-    backward = partial(kl.mixture_kl_backward, None, rows[None], of_rows[None], rows, seed, False, *saved)
-    yield "KL, backward", partial(backward, False, True, True, True, True)
-    per_row = _empty(GAUSSIAN[0])
-    yield "forward", lambda: gaussian.gaussian_rsample(mu, mu, seed, 1)
-    yield "backward", lambda: gaussian.gaussian_rsample_backward(mu[None], per_row[None], mu, seed, False)
-    yield "forward", lambda: gaussian.gaussian_kl(mu, mu)
-    yield "backward", lambda: gaussian.gaussian_kl_backward(per_row, mu, mu)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    for form, empty in (("", _empty), (" in float64", partial(_empty, dtype=torch.float64))):
+        rows, components, of_rows = empty(SMALL[0], SMALL[2]), empty(*SMALL[1:]), empty(SMALL[0])
+        prior = components, components, None, None
+        density = partial(mixture.mixture_log_prob, "highest", rows, components, components, None, None)
+        yield f"density{form}, forward", density
+        yield f"KL{form}, forward", partial(kl.mixture_kl, None, rows, rows, seed, 1, *prior, True)
+        saved = rows[None], of_rows, rows, *prior
+        backward = partial(kl.mixture_kl_backward, None, rows[None], of_rows[None], rows, seed, False, *saved)
+        yield f"KL{form}, backward", partial(backward, False, True, True, True, True)
+        mu, per_row = empty(*GAUSSIAN), empty(GAUSSIAN[0])
+        sampled = mu[None], per_row[None], mu, seed, False
+        yield f"samples{form}, forward", partial(gaussian.gaussian_rsample, mu, mu, seed, 1)
+        yield f"samples{form}, backward", partial(gaussian.gaussian_rsample_backward, *sampled)
+        yield f"KL{form}, forward", partial(gaussian.gaussian_kl, mu, mu)
+        yield f"KL{form}, backward", partial(gaussian.gaussian_kl_backward, per_row, mu, mu)
 
 
 def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
@@ -199,8 +202,10 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
     if module == "gaussian":
         rows, dims = GAUSSIAN
         arrays = {"sample_kernel": 3, "sample_backward_kernel": 4, "kl_kernel": 2, "kl_backward_kernel": 4}[kernel]
-        return {"memory": 4.0 * rows * dims * arrays}
+        return {"memory": float(arguments["logvar"].element_size() * rows * dims * arrays)}
     if module == "small":
+        if arguments["z"].dtype == torch.float64:
+            return {}
         return _small_work(kernel, arguments)
     if module not in ("difference", "product"):
         return {}
