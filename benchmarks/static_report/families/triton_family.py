@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from fastvae import triton_kernels
 
+from ... import words
 from ..kernel import Family, Kernel
-from ..limits import MULTIPROCESSORS
+from ..limits import MULTIPROCESSOR, MULTIPROCESSORS
 
 M, K, D = 4096, 50_000, 64
 GAUSSIAN = (16_384, 256)
 SMALL = (100, 500, 40)
 PRECISIONS = ("highest", "high", "medium")
 FORMS = (*PRECISIONS, "float64")
+ARCHES = tuple(MULTIPROCESSOR)
 
 
 class Launch(NamedTuple):
@@ -247,6 +249,28 @@ def _small_work(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
         programs, tiles, element = of_components, of_rows, 7
     busiest = -(-programs // MULTIPROCESSORS) * MULTIPROCESSORS
     return {"fp32": float(busiest * tiles * rows * columns * arguments["DIMS"] * element)}
+
+
+def candidates_table(kernels: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each tile that is offered beside the table's: registers by architecture, and what is spilled on any."""
+    rows: dict[tuple[str, ...], dict[int, Mapping[str, Any]]] = {}
+    for k in kernels:
+        found = re.fullmatch(r"(\w+), candidate (.*), (\d+) warps, (\d+) stages, (\w+)", k["case"])
+        if found:
+            form, sizes, warps, stages, call = found.groups()
+            rows.setdefault((f"{form}, {call}", sizes, warps, stages), {})[k["arch"]] = k
+    return words.markdown(
+        ["call", "rows x components", "warps", "stages", *(f"sm_{arch}" for arch in ARCHES), "spilled, bytes"],
+        [
+            [
+                *names,
+                *(str(by_arch[arch]["registers"]) if arch in by_arch else words.NOTHING for arch in ARCHES),
+                str(sum(k["stack"] + k["local"] for k in by_arch.values())),
+            ]
+            for names, by_arch in rows.items()
+        ],
+        left=2,
+    )
 
 
 FAMILY = Family("triton", missing, kernels)
