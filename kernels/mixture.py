@@ -20,7 +20,7 @@ from .launch import on_device_of
 from .tiles import Tile, cdiv, round_up
 
 SURVEY_PARTS, SURVEY_COLUMNS = 64, 64
-PACKED_AT_ONCE = 32  # rows or components; more would spill
+PACKED_AT_ONCE = {torch.float32: 32, torch.float64: 8}  # rows or components; more would spill
 
 
 class Survey(NamedTuple):
@@ -90,7 +90,7 @@ def _pack_components(
     (K, D), shared = mu.shape, len(logvar) != len(mu)
     count, padded = round_up(K, tile.columns), tiles.padded_dimensions(precision, D)
     c, reach = mu.new_empty(2, count)
-    at_once = min(PACKED_AT_ONCE, tile.columns)
+    at_once = min(PACKED_AT_ONCE[mu.dtype], tile.columns)
     grid, sizes = (count // at_once,), {"SHARED": shared, "COLUMNS": at_once}
     if precision == "highest":
         mu_t, s_t = mu.new_empty(2, padded, count)
@@ -114,7 +114,7 @@ def _pack_rows(
     """logvar: [1, D] where all components share it, else None."""
     M, D = z.shape
     count, padded = round_up(M, tile.rows), tiles.padded_dimensions(precision, D)
-    at_once = min(PACKED_AT_ONCE, tile.rows)
+    at_once = min(PACKED_AT_ONCE[z.dtype], tile.rows)
     if precision == "highest":
         z_t = z.new_empty(padded, count)
         packing.rows_difference_kernel[(count // at_once, cdiv(padded, packing.CHUNK.value))](
