@@ -224,7 +224,7 @@ def test_one_command_reports_both_families(tmp_path: Path) -> None:
             pytest.skip(why)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.static_report", "--arch", "90"]
-    command += ["--match", r"^(gaussian\.kl_kernel|kl<float, true>)", "--out", str(tmp_path / "both.json")]
+    command += ["--match", r"^(gaussian\.kl_kernel, KL, forward|kl<float, true>)", "--out", str(tmp_path / "both.json")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
     found = json.loads((tmp_path / "both.json").read_text())
     assert [k["kernel"] for k in found["kernels"]] == ["kl<float, true>", "gaussian.kl_kernel"]

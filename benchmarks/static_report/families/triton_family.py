@@ -259,6 +259,7 @@ def candidates_table(kernels: Sequence[Mapping[str, Any]]) -> str:
         if found:
             form, sizes, warps, stages, call = found.groups()
             rows.setdefault((f"{form}, {call}", sizes, warps, stages), {})[k["arch"]] = k
+    order = [f"{form}, {call}" for form in FORMS for call in ("forward", "score", "backward")]
     return words.markdown(
         ["call", "rows x components", "warps", "stages", *(f"sm_{arch}" for arch in ARCHES), "spilled, bytes"],
         [
@@ -267,7 +268,7 @@ def candidates_table(kernels: Sequence[Mapping[str, Any]]) -> str:
                 *(str(by_arch[arch]["registers"]) if arch in by_arch else words.NOTHING for arch in ARCHES),
                 str(sum(k["stack"] + k["local"] for k in by_arch.values())),
             ]
-            for names, by_arch in rows.items()
+            for names, by_arch in sorted(rows.items(), key=lambda row: order.index(row[0][0]))
         ],
         left=2,
     )
