@@ -34,7 +34,7 @@ from .ratios import (
 from .record import Record, read_record
 from .report import target_table
 from .static_report import report as static_report
-from .static_report.families import cuda_family
+from .static_report.families import cuda_family, triton_family
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.DOTALL)
@@ -329,10 +329,19 @@ def triton_precision(results: Results) -> str:
 
 @table("triton-static", "triton-static.json")
 def triton_static(results: Results) -> str:
-    """The large Triton kernels' machine code on each architecture, in the general case."""
-    kernels = results.read("triton-static.json")["kernels"]
-    large = [k for k in kernels if not k["kernel"].startswith(("packing", "merge"))]
-    return static_report.markdown([k for k in large if "shared" not in k["case"]])
+    """The main Triton kernels' machine code on each architecture, in the general case and by the table's tiles."""
+    return static_report.markdown(
+        k
+        for k in results.read("triton-static.json")["kernels"]
+        if not k["kernel"].startswith(("packing", "merge"))
+        and not any(word in k["case"] for word in ("shared", "candidate", "in float64"))
+    )
+
+
+@table("triton-candidates", "triton-static.json")
+def triton_candidates(results: Results) -> str:
+    """What autotuning may take beside the table's tile, and what it takes of registers on each architecture."""
+    return triton_family.candidates_table(results.read("triton-static.json")["kernels"])
 
 
 @table("triton-targets", "*")  # also where nothing is recorded, which is what it then says

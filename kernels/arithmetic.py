@@ -22,8 +22,9 @@ TF32_MASK = tl.constexpr(-8192)  # the upper 19 bits of a float32: sign, exponen
 def exp(x):
     """exp(x) for |x| <= EXP_LIMIT; beyond, exp of the limit."""
     if x.dtype == tl.float64:
-        return tl.exp(x)
-    value, _ = exp_and_rest(x)
+        value = tl.exp(x)
+    else:
+        value, _ = exp_and_rest(x)
     return value
 
 
@@ -62,13 +63,15 @@ def exp_and_rest(x):
 def log(x):
     """log(x) of positive x; -inf of 0; NaN of NaN."""
     if x.dtype == tl.float64:
-        return tl.log(x)
-    bits = x.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23  # x = m 2^e with m in [1 / sqrt 2, sqrt 2)
-    m = (bits - (e << 23)).to(tl.float32, bitcast=True)
-    value = log_near_1(m - 1.0) + e.to(tl.float32) * LN_2
-    value = tl.where(x == 0.0, float("-inf"), value)
-    return tl.where((x == x) & (x != float("inf")), value, x)
+        value = tl.log(x)
+    else:  # and not after a return, because what follows one is compiled all the same
+        bits = x.to(tl.int32, bitcast=True)
+        e = (bits - 0x3F3504F3) >> 23  # x = m 2^e with m in [1 / sqrt 2, sqrt 2)
+        m = (bits - (e << 23)).to(tl.float32, bitcast=True)
+        value = log_near_1(m - 1.0) + e.to(tl.float32) * LN_2
+        value = tl.where(x == 0.0, float("-inf"), value)
+        value = tl.where((x == x) & (x != float("inf")), value, x)
+    return value
 
 
 @triton.jit

@@ -127,10 +127,11 @@ def kl_backward_kernel(grad, mu, logvar, dmu, dlogvar, M, D, ROWS: tl.constexpr,
     tl.store(dlogvar + at, 0.5 * g * (rest + lv), inside)
 
 
-def _tile(D: int) -> dict[str, int]:
-    """Sizes of a tile: DIMS a power of two of at least 4, ROWS the rest of ELEMENTS."""
+def _tile(D: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes of a tile: DIMS a power of two of at least 4, ROWS the rest of ELEMENTS; half of them in float64."""
     dims = max(4, min(WIDEST, triton.next_power_of_2(D)))
-    return {"ROWS": max(1, ELEMENTS // dims), "DIMS": dims}
+    elements = ELEMENTS // 2 if dtype == torch.float64 else ELEMENTS
+    return {"ROWS": max(1, elements // dims), "DIMS": dims}
 
 
 @on_device_of(0)
@@ -138,7 +139,7 @@ def gaussian_rsample(mu: Tensor, logvar: Tensor, seed: Tensor, num_samples: int)
     M, D = mu.shape
     z, log_q = mu.new_empty(num_samples, M, D), mu.new_empty(num_samples, M)
     if log_q.numel():
-        tile, rows = _tile(D), num_samples * M
+        tile, rows = _tile(D, mu.dtype), num_samples * M
         sample_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
             mu, logvar, seed, z, log_q, M, D, rows, QUADS=D % 4 == 0, **tile, enable_fp_fusion=True
         )
@@ -152,7 +153,7 @@ def gaussian_rsample_backward(
     (M, D), S = logvar.shape, grad_z.shape[0]
     dmu, dlogvar = torch.empty_like(logvar), torch.empty_like(logvar)
     if M:
-        tile = _tile(D)
+        tile = _tile(D, logvar.dtype)
         sample_backward_kernel[(triton.cdiv(M, tile["ROWS"]), triton.cdiv(D, tile["DIMS"]))](
             grad_z, grad_log_q, logvar, seed, dmu, dlogvar, S, M, D, PATH=path_derivative, QUADS=D % 4 == 0, **tile,
             enable_fp_fusion=True,
@@ -165,7 +166,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     M, D = mu.shape
     kl = mu.new_empty(M)
     if M:
-        tile = _tile(D)
+        tile = _tile(D, mu.dtype)
         kl_kernel[(triton.cdiv(M, tile["ROWS"]),)](mu, logvar, kl, M, D, **tile)
     return kl
 
@@ -175,7 +176,7 @@ def gaussian_kl_backward(grad: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tens
     M, D = mu.shape
     dmu, dlogvar = torch.empty_like(mu), torch.empty_like(mu)
     if M:
-        tile = _tile(D)
+        tile = _tile(D, mu.dtype)
         kl_backward_kernel[(triton.cdiv(M, tile["ROWS"]), triton.cdiv(D, tile["DIMS"]))](
             grad, mu, logvar, dmu, dlogvar, M, D, **tile
         )

@@ -9,17 +9,18 @@ blocks and, where those are few, the components into splits; the gradients of th
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import difference, merge, packing, product, small, tiles
+from . import autotune, difference, merge, packing, product, small, tiles
 from .launch import on_device_of
 from .tiles import Tile, cdiv, round_up
 
 SURVEY_PARTS, SURVEY_COLUMNS = 64, 64
-PACKED_AT_ONCE = 32  # rows or components; more would spill
+PACKED_AT_ONCE = {torch.float32: 32, torch.float64: 8}  # rows or components; more would spill
 
 
 class Survey(NamedTuple):
@@ -89,7 +90,7 @@ def _pack_components(
     (K, D), shared = mu.shape, len(logvar) != len(mu)
     count, padded = round_up(K, tile.columns), tiles.padded_dimensions(precision, D)
     c, reach = mu.new_empty(2, count)
-    at_once = min(PACKED_AT_ONCE, tile.columns)
+    at_once = min(PACKED_AT_ONCE[mu.dtype], tile.columns)
     grid, sizes = (count // at_once,), {"SHARED": shared, "COLUMNS": at_once}
     if precision == "highest":
         mu_t, s_t = mu.new_empty(2, padded, count)
@@ -113,7 +114,7 @@ def _pack_rows(
     """logvar: [1, D] where all components share it, else None."""
     M, D = z.shape
     count, padded = round_up(M, tile.rows), tiles.padded_dimensions(precision, D)
-    at_once = min(PACKED_AT_ONCE, tile.rows)
+    at_once = min(PACKED_AT_ONCE[z.dtype], tile.rows)
     if precision == "highest":
         z_t = z.new_empty(padded, count)
         packing.rows_difference_kernel[(count // at_once, cdiv(padded, packing.CHUNK.value))](
@@ -166,7 +167,25 @@ def _forward(
     if small.fits(M, K, D):
         small.forward(z, mu, logvar, log_weights, exclude, log_prob=log_prob, score=score, grad=grad)
         return
-    tile = tiles.tile_for("forward" if score is None else "score", precision, D, tiles.capability(z.device))
+    run = partial(_forward_by, z, mu, logvar, log_weights, exclude, precision, log_prob, score, grad, dense)
+    kind = "forward" if score is None else "score"
+    run(autotune.choose(kind, precision, z, mu, logvar, run, " dense" * (dense and score is not None)))
+
+
+def _forward_by(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    precision: str,
+    log_prob: Tensor | None,
+    score: Tensor | None,
+    grad: Tensor | None,
+    dense: bool,
+    tile: Tile,
+) -> None:
+    (M, D), K = z.shape, len(mu)
     shared = logvar if len(logvar) != K else None
     wants_survey = precision != "highest" or (score is not None and not dense)
     survey = _survey(mu, logvar, log_weights) if wants_survey else None
@@ -218,8 +237,28 @@ def _parameters(
     dlog_weights: Tensor | None,
 ) -> None:
     """Fill the gradients of the parameters, each of which may be None; dlogvar [K, D] also where logvar is shared."""
+    wanted = dmu, dlogvar, dlog_weights
+    run = partial(_parameters_by, grad, log_prob, z, mu, logvar, log_weights, exclude, precision, dense, *wanted)
+    sums = " S0 S1 S2" if dlogvar is not None else " S0 S1" if dmu is not None else " S0"
+    run(autotune.choose("parameters", precision, z, mu, logvar, run, sums + " dense" * dense))
+
+
+def _parameters_by(
+    grad: Tensor,
+    log_prob: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    precision: str,
+    dense: bool,
+    dmu: Tensor | None,
+    dlogvar: Tensor | None,
+    dlog_weights: Tensor | None,
+    tile: Tile,
+) -> None:
     (M, D), K = z.shape, len(mu)
-    tile = tiles.tile_for("parameters", precision, D, tiles.capability(z.device))
     shared = logvar if len(logvar) != K else None
     survey = _survey(mu, logvar, log_weights) if precision != "highest" else None
     components = _pack_components(mu, logvar, log_weights, survey, precision, tile, turned=False)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -66,9 +67,9 @@ def use_triton(monkeypatch: pytest.MonkeyPatch, small: bool = False) -> None:
     real = tiles.tile_for
     sizes = {"forward": (16, 64), "score": (16, 64), "parameters": (64, 16)}
 
-    def tile_for(kind: str, precision: str, D: int, arch: int):
+    def tile_for(kind: str, *about: Any):
         rows, columns = sizes[kind]
-        return real(kind, precision, D, arch)._replace(rows=rows, columns=columns)
+        return real(kind, *about)._replace(rows=rows, columns=columns)
 
     monkeypatch.setattr(tiles, "tile_for", tile_for)
 

@@ -5,7 +5,9 @@ The shared tests run on a GPU as well, where there is one: see conftest.py.
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from budget import diffuse_case
 from torch import Tensor
 
 import fastvae
+from fastvae import triton_kernels
 from fastvae.ops import operators
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -69,6 +72,35 @@ def test_gpu_other_streams(precision: str) -> None:
         got = step(given, precision)
     stream.synchronize()
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gpu_tiles_are_chosen_by_time_once(precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not while a graph is captured, which has the table's; then once, and every later call has those bits."""
+    autotune = triton_kernels.load("autotune")
+    monkeypatch.setenv("FASTVAE_TILES", "1")
+    given = arguments()
+    table = [t.clone() for t in step(given, precision)]
+    monkeypatch.setenv("FASTVAE_AUTOTUNE", "1")
+    monkeypatch.setenv("FASTVAE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(autotune, "_known", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(given, precision)
+    graph.replay()
+    assert all(torch.equal(g, w) for g, w in zip(captured, table, strict=True)) and not list(tmp_path.iterdir())
+    chosen = [t.clone() for t in step(given, precision)]
+    entries = json.loads((tmp_path / "tiles.json").read_text())["tiles"]
+    assert len(entries) == 2  # the score's and the parameters'
+    assert all(timed[0]["milliseconds"] > 0 and len(timed) >= 3 for timed in entries.values())
+    monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "milliseconds", None)  # not to be called again
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(given, precision)
+    graph.replay()
+    for got in (captured, step(given, precision)):
+        assert all(torch.equal(g, w) for g, w in zip(got, chosen, strict=True))
 
 
 def test_gpu_other_devices() -> None:

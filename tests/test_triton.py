@@ -168,6 +168,41 @@ def test_the_tiles_that_users_get(monkeypatch: pytest.MonkeyPatch, precision: st
     assert_within(run_at(case, precision), want, allowed)
 
 
+@pytest.mark.parametrize("form", ("highest", *LOWER, "float64"))
+def test_every_tile_that_autotuning_offers(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Values and gradients by each, on any generation, within the budget of the table's."""
+    tiles, autotune = triton_kernels.load("tiles"), triton_kernels.load("autotune")
+    precision, dtype = (form, torch.float32) if form != "float64" else ("highest", torch.float64)
+    M, K, D = 70, 70, 10
+    case = diffuse_case(M, K, D, dtype=dtype)
+    case = replace(case, log_weights=torch.log_softmax(torch.randn(K, dtype=dtype), 0))
+    want, allowed = allowance(case)
+    if form in LOWER:
+        allowed = product_band(case.to(torch.float64), form)
+    kinds = ("forward", "score", "parameters")
+    offered = {
+        kind: list(dict.fromkeys(
+            tile._replace(warps=4, stages=1)  # no matter to an interpreter
+            for arch in (80, 90, 100) for tile in tiles.candidates(kind, precision, D, arch, dtype)[1:]
+        )) for kind in kinds
+    }  # fmt: skip
+    for place in range(max(map(len, offered.values()))):
+        chosen = {kind: tile[place % len(tile)] for kind, tile in offered.items()}
+        used: list[str] = []
+
+        def choose(kind: str, *rest: object, chosen=chosen, used=used):  # type: ignore[no-untyped-def]
+            used.append(kind)
+            return chosen[kind]
+
+        monkeypatch.setattr(autotune, "choose", choose)
+        assert_within(run_at(case, precision), want, allowed, str(chosen))
+        log_prob = fastvae.mixture_log_prob(
+            case.z, case.mu, case.logvar, case.log_weights, precision=precision, impl="triton"
+        )
+        assert bool((difference(log_prob, want.log_prob) <= allowed.log_prob).all()), chosen["forward"]
+        assert set(used) == set(kinds)
+
+
 @pytest.mark.parametrize("precision", ("highest", *LOWER))
 def test_tiles_are_skipped_and_only_without_dense(precision: str) -> None:
     """Components that no row uses get exact zeros, and none with dense_backward=True."""

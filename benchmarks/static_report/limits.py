@@ -11,6 +11,7 @@ RATES: Mapping[str, float] = {
     "exp2": MULTIPROCESSORS * 16 * CLOCK,
     "tf32": 495e12,  # flops of dense matrix products
     "fp64": 67e12,  # the same, in float64
+    "fp64 issue": MULTIPROCESSORS * 64 * CLOCK,  # instructions, as fp32
     "fill": MULTIPROCESSORS * 64 * CLOCK,  # bytes that the multiprocessors take from the L2 cache
     "memory": 4.8e12,  # bytes
 }
@@ -19,6 +20,7 @@ NAMES = {
     "exp2": "exponentials",
     "tf32": "TF32 tensor cores",
     "fp64": "fp64 tensor cores",
+    "fp64 issue": "fp64 issue",
     "fill": "L2 cache",
     "memory": "memory",
 }

@@ -66,6 +66,7 @@ def entry(kernel: Kernel) -> dict[str, Any]:
         "tensor_cores": kernel.tensor_cores,
         "matrix": code.matrix,
         "fp32": {name: code.instructions[name] for name in ("FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2")},
+        "fp64": {name: code.instructions[name] for name in ("DFMA", "DADD", "DMUL")},
         "exp2": code.exp2,
         "shuffles": code.instructions["SHFL"],
         "loads": {str(width): count for width, count in sorted(code.loads.items())},
@@ -101,7 +102,7 @@ def markdown(kernels: Iterable[Mapping[str, Any]]) -> str:
             f"{k['shared'] / 1024:.0f}",
             f"{k['blocks']} x {k['threads']}",
             ", ".join(f"{count} {name}" for name, count in k["matrix"].items()) or words.NOTHING,
-            " / ".join(str(k["fp32"][a] + 2 * k["fp32"][f"{a}2"]) for a in ("FFMA", "FADD", "FMUL")),
+            _arithmetic(k),
             str(k["exp2"]),
             words.percent(k["wide_loads"]),
             _floor(k),
@@ -109,7 +110,16 @@ def markdown(kernels: Iterable[Mapping[str, Any]]) -> str:
         for k in kernels
     ]
     headings = ["kernel", "case", "for", "registers", "spilled, bytes", "shared, KiB", "blocks x threads", "matrix"]
-    return words.markdown([*headings, "FFMA / FADD / FMUL", "exp2", "16-byte loads", "floor"], rows, left=3)
+    return words.markdown([*headings, "FMA / ADD / MUL", "exp2", "16-byte loads", "floor"], rows, left=3)
+
+
+def _arithmetic(kernel: Mapping[str, Any]) -> str:
+    """Multiply-adds, additions, products: those of float64 where the kernel has any."""
+    double = kernel.get("fp64", {})
+    if any(double.values()):
+        return " / ".join(str(double[name]) for name in ("DFMA", "DADD", "DMUL"))
+    single = kernel["fp32"]
+    return " / ".join(str(single[name] + 2 * single[f"{name}2"]) for name in ("FFMA", "FADD", "FMUL"))
 
 
 def _floor(kernel: Mapping[str, Any]) -> str:

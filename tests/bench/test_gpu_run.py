@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import targets
+from benchmarks.gpu import targets, tune
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.measure import main as measure
 from benchmarks.gpu.stage import FAILED, OVERTIME, PASSED, Context, Stage, run
 from benchmarks.gpu.stages import all_stages
+from fastvae import triton_kernels
 
 
 def stage(name: str, script: str, **changes: object) -> Stage:
@@ -24,7 +25,7 @@ def stage(name: str, script: str, **changes: object) -> Stage:
 def test_the_stages_and_their_time() -> None:
     """In their order, and together within eight minutes."""
     stages = all_stages()
-    assert [s.name for s in stages] == ["build", "static", "test", "measure", "bench", "sanitize", "report"]
+    assert [s.name for s in stages] == ["build", "static", "test", "measure", "tune", "bench", "sanitize", "report"]
     assert sum(s.seconds for s in stages) < 480
 
 
@@ -108,6 +109,32 @@ def test_a_dry_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert {"multiply-add rate", "both high", "forward expansion tf32", "rsample"} <= set(found["figures"])
     assert found["figures"]["error highest"] < 1e-4 < found["figures"]["error medium"] < 0.1
     assert (tmp_path / "targets.md").read_text().count(targets.NEVER_RUN) == len(targets.TARGETS)
+
+
+def test_a_dry_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every candidate's time, the table's told apart, by the users' mechanism; what fails costs no other."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("interprets, which it does not where there is a GPU")
+    works = [tune.Work("forward", "highest", (5, 9, 3)), tune.Work("score", "highest", (5, 0, 3))]
+    works.append(tune.Work("parameters", "highest", (5, 9, 3), double=True))
+    monkeypatch.setattr(tune, "works", lambda dry: iter(works))
+
+    def compile_all(chosen: list[tune.Work], device: str) -> None:
+        tune.compile_tiles(chosen[0], device)  # in another process, where this one would not know of it
+        monkeypatch.setattr(triton_kernels.load("autotune"), "_known", {})
+
+    monkeypatch.setattr(tune, "compile_all", compile_all)
+    (tmp_path / "tiles.json").write_text("of an earlier run")
+    assert tune.main(["--dry-run", "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "tune.json").read_text())
+    assert found["dry"] and list(found["failed"]) == [str(works[1])]
+    assert [one["work"] for one in found["calls"]] == [str(works[0]), str(works[2])]
+    offered = triton_kernels.load("tiles").candidates("forward", "highest", 3, 90, torch.float32)
+    timed = found["calls"][0]["timed"]
+    assert {tuple(one[name] for name in offered[0]._fields) for one in timed} == set(offered)
+    assert all(one["milliseconds"] > 0 for one in timed) and sum(one["table"] for one in timed) == 1
+    assert "2 calls tuned, 1 failed" in capsys.readouterr().out
 
 
 def test_the_stages_commands_are_there() -> None:

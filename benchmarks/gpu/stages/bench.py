@@ -21,4 +21,4 @@ def variables(context: Context) -> dict[str, str | None]:
     return {"TRITON_INTERPRET": "1" if context.dry else None}
 
 
-STAGE = Stage("bench", order=50, seconds=85, arguments=arguments, variables=variables)
+STAGE = Stage("bench", order=50, seconds=70, arguments=arguments, variables=variables)

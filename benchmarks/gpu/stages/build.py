@@ -10,4 +10,4 @@ def arguments(context: Context) -> list[str]:
     return ["setup.py", "-q", "build_ext", *(where if context.dry else ["--inplace"])]
 
 
-STAGE = Stage("build", order=10, seconds=85, arguments=arguments)
+STAGE = Stage("build", order=10, seconds=70, arguments=arguments)

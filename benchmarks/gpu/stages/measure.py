@@ -13,4 +13,4 @@ def variables(context: Context) -> dict[str, str | None]:
     return {"TRITON_INTERPRET": "1" if context.dry else None}
 
 
-STAGE = Stage("measure", order=40, seconds=90, arguments=arguments, variables=variables)
+STAGE = Stage("measure", order=40, seconds=80, arguments=arguments, variables=variables)

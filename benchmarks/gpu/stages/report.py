@@ -9,4 +9,4 @@ def _record(context: Context) -> str:
     return str(context.out / ("cpu.json" if context.dry else "cuda.json"))
 
 
-STAGE = Stage("report", order=60, seconds=15, arguments=lambda context: ["-m", "benchmarks.report", _record(context)])
+STAGE = Stage("report", order=60, seconds=10, arguments=lambda context: ["-m", "benchmarks.report", _record(context)])

@@ -19,4 +19,4 @@ def why_not(context: Context) -> str | None:
     )
 
 
-STAGE = Stage("sanitize", order=55, seconds=45, arguments=arguments, why_not=why_not)
+STAGE = Stage("sanitize", order=55, seconds=40, arguments=arguments, why_not=why_not)

@@ -12,4 +12,4 @@ def arguments(context: Context) -> list[str]:
     return [*command, "--out", str(context.out / "static.json")]
 
 
-STAGE = Stage("static", order=20, seconds=50, arguments=arguments, variables=lambda context: {"TRITON_INTERPRET": None})
+STAGE = Stage("static", order=20, seconds=40, arguments=arguments, variables=lambda context: {"TRITON_INTERPRET": None})

@@ -26,4 +26,4 @@ def variables(context: Context) -> dict[str, str | None]:
     return {"TRITON_INTERPRET": "1" if context.dry else None}
 
 
-STAGE = Stage("test", order=30, seconds=100, arguments=arguments, variables=variables)
+STAGE = Stage("test", order=30, seconds=90, arguments=arguments, variables=variables)

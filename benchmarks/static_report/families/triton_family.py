@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from fastvae import triton_kernels
 
+from ... import words
 from ..kernel import Family, Kernel
-from ..limits import MULTIPROCESSORS
+from ..limits import MULTIPROCESSOR, MULTIPROCESSORS
 
 M, K, D = 4096, 50_000, 64
 GAUSSIAN = (16_384, 256)
 SMALL = (100, 500, 40)
 PRECISIONS = ("highest", "high", "medium")
+FORMS = (*PRECISIONS, "float64")
+ARCHES = tuple(MULTIPROCESSOR)
 
 
 class Launch(NamedTuple):
@@ -96,67 +99,103 @@ def _kind(value: Any) -> tuple[str | None, bool]:
     return "fp32", False
 
 
-def _empty(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def large_calls(form: str, shared: bool) -> dict[str, Callable[[], object]]:
+    """Forward, score and backward of a large problem, in a precision or in float64."""
+    mixture = triton_kernels.load("mixture")
+    precision, empty = (form, _empty) if form in PRECISIONS else ("highest", partial(_empty, dtype=torch.float64))
+    rest = (empty(M, D), empty(K, D), empty(1 if shared else K, D), None, None)
+    backward = partial(mixture.mixture_log_prob_backward, precision, empty(M), empty(M), *rest)
+    return {
+        "forward": partial(mixture.mixture_log_prob, precision, *rest),
+        "score": partial(mixture.mixture_log_prob_and_score, precision, *rest),
+        "backward": partial(backward, False, False, True, True, True),
+    }
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kind of call, with the case it stands for."""
     mixture, gaussian = triton_kernels.load("mixture"), triton_kernels.load("gaussian")
-    for precision in PRECISIONS:
+    for form in FORMS:
         for shared in (False, True):
-            logvar = _empty(1 if shared else K, D)
-            rest = (_empty(M, D), _empty(K, D), logvar, None, None)
-            given = (_empty(M), _empty(M), *rest)
-            case = f"{precision}, {'shared variance' if shared else 'general'}"
-            yield f"{case}, forward", partial(mixture.mixture_log_prob, precision, *rest)
-            yield f"{case}, score", partial(mixture.mixture_log_prob_and_score, precision, *rest)
-            if not shared:
-                backward = partial(mixture.mixture_log_prob_backward, precision, *given)
-                yield f"{case}, backward", partial(backward, False, False, True, True, True)
-    mu, seed = _empty(*GAUSSIAN), torch.empty(1, dtype=torch.int64, device="meta")
-    rows, components = _empty(SMALL[0], SMALL[2]), _empty(*SMALL[1:])
-    yield "density, forward", partial(mixture.mixture_log_prob, "highest", rows, components, components, None, None)
-    prior, of_rows = (components, components, None, None), _empty(SMALL[0])
+            for name, call in large_calls(form, shared).items():
+                yield f"{form}, {'shared variance' if shared else 'general'}, {name}", call
     kl = triton_kernels.load("mixture_kl")
-    yield "KL, forward", lambda: kl.mixture_kl(None, rows, rows, seed, 1, *prior, True)
-    saved = rows[None], of_rows, rows, *prior
-    backward = partial(kl.mixture_kl_backward, None, rows[None], of_rows[None], rows, seed, False, *saved)
-    yield "KL, backward", partial(backward, False, True, True, True, True)
-    per_row = _empty(GAUSSIAN[0])
-    yield "forward", lambda: gaussian.gaussian_rsample(mu, mu, seed, 1)
-    yield "backward", lambda: gaussian.gaussian_rsample_backward(mu[None], per_row[None], mu, seed, False)
-    yield "forward", lambda: gaussian.gaussian_kl(mu, mu)
-    yield "backward", lambda: gaussian.gaussian_kl_backward(per_row, mu, mu)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    for form, empty in (("", _empty), (" in float64", partial(_empty, dtype=torch.float64))):
+        rows, components, of_rows = empty(SMALL[0], SMALL[2]), empty(*SMALL[1:]), empty(SMALL[0])
+        prior = components, components, None, None
+        density = partial(mixture.mixture_log_prob, "highest", rows, components, components, None, None)
+        yield f"density{form}, forward", density
+        yield f"KL{form}, forward", partial(kl.mixture_kl, None, rows, rows, seed, 1, *prior, True)
+        saved = rows[None], of_rows, rows, *prior
+        backward = partial(kl.mixture_kl_backward, None, rows[None], of_rows[None], rows, seed, False, *saved)
+        yield f"KL{form}, backward", partial(backward, False, True, True, True, True)
+        mu, per_row = empty(*GAUSSIAN), empty(GAUSSIAN[0])
+        sampled = mu[None], per_row[None], mu, seed, False
+        yield f"samples{form}, forward", partial(gaussian.gaussian_rsample, mu, mu, seed, 1)
+        yield f"samples{form}, backward", partial(gaussian.gaussian_rsample_backward, *sampled)
+        yield f"KL{form}, forward", partial(gaussian.gaussian_kl, mu, mu)
+        yield f"KL{form}, backward", partial(gaussian.gaussian_kl_backward, per_row, mu, mu)
 
 
 def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
-    """Each kernel of each call, once."""
-    seen = set()
-    for case, call in calls():
-        with patch.object(triton_kernels.load("tiles"), "capability", lambda device: arch):
-            recorded = launches(call)
-        for launch in recorded:
-            module = launch.kernel.fn.__module__.rpartition(".")[2]
-            name = f"{module}.{launch.kernel.fn.__name__}"
-            if not wanted.search(f"{name}, {case}"):
-                continue
-            signature, constants, attributes = specialise(launch)
-            key = repr((name, signature, constants, attributes, launch.options))
-            if key in seen:
-                continue
-            seen.add(key)
-            compiled = compile_launch(launch, arch)
-            yield Kernel(
-                name,
-                case,
-                arch,
-                compiled.asm["cubin"],
-                32 * compiled.metadata.num_warps,
-                compiled.metadata.shared,
-                work(name, launch.arguments),
-                tensor_cores=module == "product",
-            )
+    """Each kernel of each call, once; then the large ones by every tile that is offered beside the table's."""
+    seen: set[str] = set()
+    with patch.object(triton_kernels.load("tiles"), "capability", lambda device: arch):
+        for case, call in calls():
+            yield from _compiled(case, launches(call), arch, wanted, seen)
+        for case, call in candidate_calls(arch):
+            large = [launch for launch in launches(call) if _module(launch) in ("difference", "product")]
+            yield from _compiled(case, large, arch, wanted, seen)
+
+
+def candidate_calls(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The large calls and their cases, by every tile that is offered beside the table's while its call is yielded."""
+    tiles, autotune = triton_kernels.load("tiles"), triton_kernels.load("autotune")
+    for form in FORMS:
+        of_form = (form, D, arch) if form in PRECISIONS else ("highest", D, arch, torch.float64)
+        for shared in (False, True):
+            for name, call in large_calls(form, shared).items():
+                for tile in tiles.candidates("parameters" if name == "backward" else name, *of_form)[1:]:
+                    sizes = f"{tile.rows} x {tile.columns}, {tile.warps} warps, {tile.stages} stages"
+                    case = f"{form}, candidate {sizes}{', shared variance' * shared}, {name}"
+                    with patch.object(autotune, "choose", lambda *about, tile=tile: tile):
+                        yield case, call
+
+
+def _module(launch: Launch) -> str:
+    return str(launch.kernel.fn.__module__.rpartition(".")[2])
+
+
+def _compiled(
+    case: str, recorded: list[Launch], arch: int, wanted: re.Pattern[str], seen: set[str]
+) -> Iterator[Kernel]:
+    """The kernels among these launches that are wanted and not yet seen."""
+    for launch in recorded:
+        module = _module(launch)
+        name = f"{module}.{launch.kernel.fn.__name__}"
+        if not wanted.search(f"{name}, {case}"):
+            continue
+        signature, constants, attributes = specialise(launch)
+        key = repr((name, signature, constants, attributes, launch.options))
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = compile_launch(launch, arch)
+        yield Kernel(
+            name,
+            case,
+            arch,
+            compiled.asm["cubin"],
+            32 * compiled.metadata.num_warps,
+            compiled.metadata.shared,
+            work(name, launch.arguments),
+            tensor_cores=module == "product",
+        )
 
 
 def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
@@ -165,8 +204,10 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
     if module == "gaussian":
         rows, dims = GAUSSIAN
         arrays = {"sample_kernel": 3, "sample_backward_kernel": 4, "kl_kernel": 2, "kl_backward_kernel": 4}[kernel]
-        return {"memory": 4.0 * rows * dims * arrays}
+        return {"memory": float(arguments["logvar"].element_size() * rows * dims * arrays)}
     if module == "small":
+        if arguments["z"].dtype == torch.float64:
+            return {}
         return _small_work(kernel, arguments)
     if module not in ("difference", "product"):
         return {}
@@ -181,7 +222,10 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
     if module == "difference":
         # a subtraction, a product and a multiply-add; as much for the score; for S1 two of these, and two more for S2
         slots = 3 + (3 * score if kernel == "forward_kernel" else 2 * (gradients - 1))
-        return counted | {"fp32": float(pairs * arguments["D"] * slots)}
+        issued = float(pairs * arguments["D"] * slots)
+        if arguments["z"].dtype == torch.float64:  # whose exponentials are multiply-adds, some twenty a pair
+            return {"fp64 issue": issued, "memory": counted["memory"]}
+        return counted | {"fp32": issued}
     products = 3 if arguments["PARTS"] == 2 else 1
     second = arguments["F"] * score if kernel == "forward_kernel" else arguments["D_PADDED"] * (gradients - 1)
     return counted | {"tf32": 2.0 * pairs * (arguments["F"] + second) * products}
@@ -205,6 +249,29 @@ def _small_work(kernel: str, arguments: dict[str, Any]) -> dict[str, float]:
         programs, tiles, element = of_components, of_rows, 7
     busiest = -(-programs // MULTIPROCESSORS) * MULTIPROCESSORS
     return {"fp32": float(busiest * tiles * rows * columns * arguments["DIMS"] * element)}
+
+
+def candidates_table(kernels: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each tile that is offered beside the table's: registers by architecture, and what is spilled on any."""
+    rows: dict[tuple[str, ...], dict[int, Mapping[str, Any]]] = {}
+    for k in kernels:
+        found = re.fullmatch(r"(\w+), candidate (.*), (\d+) warps, (\d+) stages, (\w+)", k["case"])
+        if found:
+            form, sizes, warps, stages, call = found.groups()
+            rows.setdefault((f"{form}, {call}", sizes, warps, stages), {})[k["arch"]] = k
+    order = [f"{form}, {call}" for form in FORMS for call in ("forward", "score", "backward")]
+    return words.markdown(
+        ["call", "rows x components", "warps", "stages", *(f"sm_{arch}" for arch in ARCHES), "spilled, bytes"],
+        [
+            [
+                *names,
+                *(str(by_arch[arch]["registers"]) if arch in by_arch else words.NOTHING for arch in ARCHES),
+                str(sum(k["stack"] + k["local"] for k in by_arch.values())),
+            ]
+            for names, by_arch in sorted(rows.items(), key=lambda row: order.index(row[0][0]))
+        ],
+        left=2,
+    )
 
 
 FAMILY = Family("triton", missing, kernels)
