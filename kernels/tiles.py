@@ -102,13 +102,11 @@ OFFERED: dict[tuple[str, str], list[Offer]] = {
     ("high", "score"): [
         Offer(128, 16, 8, 3, where=(80,)),  # more of the operands on their way
         Offer(128, 32, 8, 3, where=(90, 100)),
-        Offer(128, 64, 8, 2, where=(90, 100)),  # fewer bytes from L2 for each product
         Offer(64, 32, 4, 2, where=(90, 100)),  # two or three blocks at once
     ],
     ("high", "parameters"): [
-        Offer(32, 128, 8, 3),  # as for the score
-        Offer(64, 128, 8, 2, where=(90, 100)),
-        Offer(32, 64, 4, 2),
+        Offer(32, 128, 8, 3),  # more of the operands on their way
+        Offer(32, 64, 4, 2),  # two or three blocks at once
     ],
     ("medium", "forward"): [
         Offer(128, 128, 8, 4),  # more of the operands on their way
@@ -121,21 +119,20 @@ OFFERED: dict[tuple[str, str], list[Offer]] = {
         Offer(64, 32, 4, 2),  # two or three blocks at once
     ],
     ("medium", "parameters"): [
-        Offer(32, 128, 8, 3),  # as for the score
-        Offer(64, 64, 8, 2),
-        Offer(32, 64, 4, 2),
+        Offer(32, 128, 8, 3),  # more of the operands on their way
+        Offer(64, 64, 8, 2),  # up to two blocks at once
+        Offer(32, 64, 4, 2),  # two or three
     ],
     ("float64", "forward"): [
         Offer(32, 64, 8, 1),  # the other way round
         Offer(32, 32, 8, 1),  # four blocks at once
     ],
     ("float64", "score"): [
-        Offer(64, 64, 8, 1),  # more arithmetic for each load, all registers
+        Offer(32, 64, 8, 1),  # the other way round
         Offer(32, 32, 4, 1),  # two blocks at once
     ],
     ("float64", "parameters"): [
         Offer(64, 32, 8, 1),  # two blocks at once
-        Offer(16, 128, 8, 1),  # more components for each load of a row
     ],
 }
 
