@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from . import probe
+
 MixtureLogProb = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -56,14 +58,15 @@ class Peer:
         return int(4 * M * K * (self.full_arrays[backward] * D + self.pair_arrays[backward]))
 
     def missing(self, device: str) -> str | None:
-        """What would have to be installed for it to run, or None."""
+        """What would have to be there for it to run, or None."""
         packages = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if packages:
             return f"needs {' and '.join(packages)}, not installed"
         wants_compiler = self.needs_compiler or self.compiled
         if device == "cpu" and wants_compiler and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return "needs a C++ compiler, and there is none on PATH"
-        return None
+        isa = self.environment.get("FASTVAE_CPU_ISA", "native")
+        return None if probe.has_isa(isa) else f"needs {isa}, which this machine does not have"
 
     def unfit(self, device: str, M: int, K: int, D: int, backward: bool, limit: int) -> str | None:
         """Why it is not to run this problem in `limit` bytes of memory, or None."""

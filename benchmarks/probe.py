@@ -22,9 +22,16 @@ _ITERATIONS = 4_000_000  # 12 chains of them: some 10 ms
 _COPIED = 128 << 20  # bytes; several times any cache that two threads have to themselves
 
 
+def has_isa(isa: str) -> bool:
+    """Whether this machine runs the instructions of that set, as PyTorch sees it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    level = 2 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 0
+    return {"native": 0, "baseline": 0, "avx2": 1, "avx512": 2}[isa] <= level
+
+
 def multiply_add_meter(isa: str = "native", dtype: torch.dtype = torch.float32) -> Callable[[], float] | None:
-    """A probe of floating-point operations a second on all of torch's threads; None where it does not compile."""
-    library = _library(isa)
+    """A probe of floating-point operations a second on all of torch's threads; None where it cannot be built or run."""
+    library = _library(isa) if has_isa(isa) else None
     if library is None:
         return None
     function = library.multiply_add_rate_f32 if dtype == torch.float32 else library.multiply_add_rate_f64

@@ -16,6 +16,7 @@ from benchmarks.case import measure, problems
 from benchmarks.inputs import MixtureInputs, concentrated, diffuse
 from benchmarks.mixture import BACKWARD, BACKWARD_Z, FORWARD, Verification, mixture_case
 from benchmarks.peers import all_peers, eager, load_peers
+from benchmarks.peers.ours import ISAS
 from fastvae import reference
 from fastvae.app.errors import ConfigError
 
@@ -37,10 +38,6 @@ def test_a_peer_agrees_with_float64(name: str, source: str) -> None:
         pytest.skip(why)
     if "cpu" not in peer.devices:
         pytest.skip(f"{name} does not run on the CPU")
-    if name.startswith("fastvae-") and peer.environment:
-        isa = peer.environment["FASTVAE_CPU_ISA"]
-        if {"baseline": 0, "avx2": 1, "avx512": 2}[isa] > _machine_level():
-            pytest.skip(f"this machine has no {isa}")
     # KeOps compiles something for each set of gradients; forward shows that it is called as it should be.
     works = [FORWARD] if name == "keops" or not peer.differentiable else [FORWARD, BACKWARD, BACKWARD_Z]
     for work in works:
@@ -71,9 +68,16 @@ def test_flash_gmm_is_given_what_its_documentation_asks_for(monkeypatch: pytest.
         assert torch.equal(peer.log_prob(data.z, data.mu, logvar, data.log_weights), want)
 
 
-def _machine_level() -> int:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return 2 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 0
+def test_an_instruction_set_that_the_machine_lacks_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its kernels nor its probe are run, which would end the process."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    peers = [PEERS["fastvae"], *(PEERS[f"fastvae-{isa}"] for isa in ISAS)]
+    found = measure(mixture_case(FORWARD, "diffuse", SHAPE, peers), TINY, "cpu", {})
+    told = {name: (entry["status"], entry.get("why")) for name, entry in found["contenders"].items()}
+    assert told["fastvae-avx2"] == ("missing", "needs avx2, which this machine does not have")
+    assert told["fastvae-avx512"][0] == "missing"
+    assert told["fastvae"][0] == told["fastvae-baseline"][0] == "measured"
+    assert "multiply_add_baseline" in found["limits"] and "multiply_add_avx512" not in found["limits"]
 
 
 def test_the_compiled_peers_are_the_eager_ones() -> None:
