@@ -77,9 +77,9 @@ class Prepared {
   std::vector<int32_t> place_;
   std::vector<int64_t> order_, begins_;
   std::vector<T> widest_;
-  std::vector<int32_t> first_;    // the first few dimensions
-  std::vector<double> precision_;  // of these, on average
-  std::vector<Fork> forks_;       // the children of node i are 2 i and 2 i + 1, the root is 1
+  std::vector<int32_t> first_;      // the first few dimensions
+  std::vector<double> precision_;   // of these, on average
+  std::vector<Fork> forks_;         // the children of node i are 2 i and 2 i + 1, the root is 1
 
   uint16_t leaf_of(const T* row) const {
     size_t node = 1;
