@@ -19,12 +19,12 @@ from fast_interpreter import patch_once
 from on_gpu import through_gpu
 
 import fastvae
+from benchmarks.probe import has_isa
 from fastvae import backends, ops, triton_kernels
 
 ISAS = ("baseline", "avx2", "avx512")
 _GPU_BACKENDS = ("triton", "triton-small", "cuda-emulated", "cuda-emulated-tiled")  # each by tiles, or in one launch
 BACKENDS = ("composite", *(f"cpu-{isa}" for isa in ISAS), *_GPU_BACKENDS)
-LEVEL = {"avx2": 1, "avx512": 2}
 
 
 def require_cpu() -> None:
@@ -34,12 +34,6 @@ def require_cpu() -> None:
         if os.environ.get("FASTVAE_TEST_REQUIRE_CPU") == "1":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
-
-
-def machine_level() -> int:
-    """0, 1 or 2: neither, AVX2, AVX-512; as PyTorch, not the code under test, sees the machine."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return 2 if capability.startswith("AVX512") else 1 if capability == "AVX2" else 0
 
 
 def cuda_on_the_cpu(choose: Callable[..., str]) -> Callable[..., str]:
@@ -88,7 +82,7 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         use_triton(monkeypatch, small=isa == "small")
     if impl == "cpu":
         require_cpu()
-        if machine_level() < LEVEL.get(isa, 0):
+        if not has_isa(isa):  # as PyTorch, not the code under test, sees the machine
             if isa == "avx512" and platform.machine() in ("x86_64", "AMD64"):
                 monkeypatch.setitem(ops.operators, "cpu", avx512.operators())
                 return impl
