@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
 
 test: .venv/ready
-	FASTVAE_TEST_REQUIRE_CPU=1 $(BIN)/python -m pytest
+	FASTVAE_TEST_REQUIRE_CPU=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
