@@ -23,6 +23,35 @@ SURVEY_PARTS, SURVEY_COLUMNS = 64, 64
 PACKED_AT_ONCE = {torch.float32: 32, torch.float64: 8}  # rows or components; more would spill
 
 
+class Problem(NamedTuple):
+    """What every call is given; log_weights and exclude may be None."""
+
+    precision: str
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+    log_weights: Tensor | None
+    exclude: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """M, K, D."""
+        return len(self.z), *self.mu.shape
+
+    @property
+    def shared_logvar(self) -> Tensor | None:
+        """[1, D] where all components share it."""
+        return self.logvar if len(self.logvar) != len(self.mu) else None
+
+
+class Gradients(NamedTuple):
+    """Of the parameters, where they go; None: not wanted.  dlogvar is [K, D] also where logvar is shared."""
+
+    mu: Tensor | None
+    logvar: Tensor | None
+    log_weights: Tensor | None
+
+
 class Survey(NamedTuple):
     """What must be known of all components before any is packed, [D] each."""
 
@@ -52,15 +81,16 @@ class Components(NamedTuple):
     reach: Tensor
 
 
-def _survey(mu: Tensor, logvar: Tensor, log_weights: Tensor | None) -> Survey:
-    K, D = mu.shape
+def _survey(problem: Problem) -> Survey:
+    (_, K, D), mu = problem.shape, problem.mu
     span = round_up(cdiv(K, min(SURVEY_PARTS, cdiv(K, SURVEY_COLUMNS))), SURVEY_COLUMNS)
     parts = cdiv(K, span)
     widest, weight, mean = mu.new_empty(3, parts, D)
     chunks = cdiv(D, packing.CHUNK.value)
     packing.survey_kernel[(parts, chunks)](
-        mu, logvar, log_weights, widest, weight, mean, K, D, span, SHARED=len(logvar) != K, COLUMNS=SURVEY_COLUMNS
-    )
+        mu, problem.logvar, problem.log_weights, widest, weight, mean, K, D, span,
+        SHARED=problem.shared_logvar is not None, COLUMNS=SURVEY_COLUMNS,
+    )  # fmt: skip
     survey = Survey(*mu.new_empty(2, D))
     packing.survey_merge_kernel[(chunks,)](widest, weight, mean, *survey, parts, D, ROWS=tiles.next_power_of_2(parts))
     return survey
@@ -78,16 +108,9 @@ def _features(like: Tensor, n: int, F: int, F_t: int, parts: int, straight: bool
     )
 
 
-def _pack_components(
-    mu: Tensor,
-    logvar: Tensor,
-    log_weights: Tensor | None,
-    survey: Survey | None,
-    precision: str,
-    tile: Tile,
-    turned: bool,
-) -> Components:
-    (K, D), shared = mu.shape, len(logvar) != len(mu)
+def _pack_components(problem: Problem, survey: Survey | None, tile: Tile, turned: bool) -> Components:
+    precision, _, mu, logvar, log_weights, _ = problem
+    (_, K, D), shared = problem.shape, problem.shared_logvar is not None
     count, padded = round_up(K, tile.columns), tiles.padded_dimensions(precision, D)
     c, reach = mu.new_empty(2, count)
     at_once = min(PACKED_AT_ONCE[mu.dtype], tile.columns)
@@ -108,11 +131,8 @@ def _pack_components(
     return Components(count, features, c, reach)
 
 
-def _pack_rows(
-    z: Tensor, logvar: Tensor | None, survey: Survey | None, precision: str, tile: Tile, turned: bool
-) -> Rows:
-    """logvar: [1, D] where all components share it, else None."""
-    M, D = z.shape
+def _pack_rows(problem: Problem, survey: Survey | None, tile: Tile, turned: bool) -> Rows:
+    precision, z, logvar, (M, _, D) = problem.precision, problem.z, problem.shared_logvar, problem.shape
     count, padded = round_up(M, tile.rows), tiles.padded_dimensions(precision, D)
     at_once = min(PACKED_AT_ONCE[z.dtype], tile.rows)
     if precision == "highest":
@@ -150,12 +170,7 @@ def _pair_t(features: Features) -> tuple[Tensor | None, ...]:
 
 
 def _forward(
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    log_weights: Tensor | None,
-    exclude: Tensor | None,
-    precision: str,
+    problem: Problem,
     *,
     log_prob: Tensor | None = None,
     score: Tensor | None = None,
@@ -163,34 +178,22 @@ def _forward(
     dense: bool = False,
 ) -> None:
     """Fill log_prob [M] and score [M, D], of which either may be None; the score times grad [M], if that is given."""
-    (M, D), K = z.shape, len(mu)
-    if small.fits(M, K, D):
-        small.forward(z, mu, logvar, log_weights, exclude, log_prob=log_prob, score=score, grad=grad)
+    if small.fits(*problem.shape):
+        small.forward(*problem[1:], log_prob=log_prob, score=score, grad=grad)
         return
-    run = partial(_forward_by, z, mu, logvar, log_weights, exclude, precision, log_prob, score, grad, dense)
-    kind = "forward" if score is None else "score"
-    run(autotune.choose(kind, precision, z, mu, logvar, run, " dense" * (dense and score is not None)))
+    run = partial(_forward_by, problem, log_prob, score, grad, dense)
+    kind, detail = "forward" if score is None else "score", " dense" * (dense and score is not None)
+    run(autotune.choose(kind, *problem[:4], run, detail))
 
 
 def _forward_by(
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    log_weights: Tensor | None,
-    exclude: Tensor | None,
-    precision: str,
-    log_prob: Tensor | None,
-    score: Tensor | None,
-    grad: Tensor | None,
-    dense: bool,
-    tile: Tile,
+    problem: Problem, log_prob: Tensor | None, score: Tensor | None, grad: Tensor | None, dense: bool, tile: Tile
 ) -> None:
-    (M, D), K = z.shape, len(mu)
-    shared = logvar if len(logvar) != K else None
-    wants_survey = precision != "highest" or (score is not None and not dense)
-    survey = _survey(mu, logvar, log_weights) if wants_survey else None
-    components = _pack_components(mu, logvar, log_weights, survey, precision, tile, turned=score is not None)
-    rows = _pack_rows(z, shared, survey, precision, tile, turned=False)
+    precision, z, exclude, shared = problem.precision, problem.z, problem.exclude, problem.shared_logvar
+    M, K, D = problem.shape
+    survey = _survey(problem) if precision != "highest" or (score is not None and not dense) else None
+    components = _pack_components(problem, survey, tile, turned=score is not None)
+    rows = _pack_rows(problem, survey, tile, turned=False)
 
     slices = 1 if score is None else cdiv(D, tile.dims)
     blocks = rows.count // tile.rows
@@ -222,49 +225,23 @@ def _forward_by(
     )
 
 
-def _parameters(
-    grad: Tensor,
-    log_prob: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    log_weights: Tensor | None,
-    exclude: Tensor | None,
-    precision: str,
-    dense: bool,
-    dmu: Tensor | None,
-    dlogvar: Tensor | None,
-    dlog_weights: Tensor | None,
-) -> None:
-    """Fill the gradients of the parameters, each of which may be None; dlogvar [K, D] also where logvar is shared."""
-    wanted = dmu, dlogvar, dlog_weights
-    run = partial(_parameters_by, grad, log_prob, z, mu, logvar, log_weights, exclude, precision, dense, *wanted)
-    sums = " S0 S1 S2" if dlogvar is not None else " S0 S1" if dmu is not None else " S0"
-    run(autotune.choose("parameters", precision, z, mu, logvar, run, sums + " dense" * dense))
+def _parameters(problem: Problem, grad: Tensor, log_prob: Tensor, dense: bool, wanted: Gradients) -> None:
+    """Fill the gradients that are wanted."""
+    run = partial(_parameters_by, problem, grad, log_prob, dense, wanted)
+    sums = " S0 S1 S2" if wanted.logvar is not None else " S0 S1" if wanted.mu is not None else " S0"
+    run(autotune.choose("parameters", *problem[:4], run, sums + " dense" * dense))
 
 
 def _parameters_by(
-    grad: Tensor,
-    log_prob: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    log_weights: Tensor | None,
-    exclude: Tensor | None,
-    precision: str,
-    dense: bool,
-    dmu: Tensor | None,
-    dlogvar: Tensor | None,
-    dlog_weights: Tensor | None,
-    tile: Tile,
+    problem: Problem, grad: Tensor, log_prob: Tensor, dense: bool, wanted: Gradients, tile: Tile
 ) -> None:
-    (M, D), K = z.shape, len(mu)
-    shared = logvar if len(logvar) != K else None
-    survey = _survey(mu, logvar, log_weights) if precision != "highest" else None
-    components = _pack_components(mu, logvar, log_weights, survey, precision, tile, turned=False)
-    need_s2 = dlogvar is not None
-    need_s1 = need_s2 or dmu is not None
-    rows = _pack_rows(z, shared, survey, precision, tile, turned=need_s1)
+    precision, z, mu, logvar, log_weights, exclude = problem
+    (M, K, D), shared = problem.shape, problem.shared_logvar
+    survey = _survey(problem) if precision != "highest" else None
+    components = _pack_components(problem, survey, tile, turned=False)
+    need_s2 = wanted.logvar is not None
+    need_s1 = need_s2 or wanted.mu is not None
+    rows = _pack_rows(problem, survey, tile, turned=need_s1)
 
     slices = cdiv(D, tile.dims) if need_s1 else 1
     blocks = components.count // tile.columns
@@ -292,7 +269,7 @@ def _parameters_by(
         )  # fmt: skip
     origin = None if survey is None else survey.origin
     merge.merge_components_kernel[(cdiv(components.count, 16), cdiv(D, 64) if need_s1 else 1)](
-        s0, s1, s2, mu, logvar, origin, log_weights, dmu, dlogvar, dlog_weights, K, components.count, D, width, splits,
+        s0, s1, s2, mu, logvar, origin, log_weights, *wanted, K, components.count, D, width, splits,
         SHARED=shared is not None, COLUMNS=16, DIMS=64 if need_s1 else 1,
     )  # fmt: skip
 
@@ -303,7 +280,7 @@ def mixture_log_prob(
 ) -> Tensor:
     log_prob = z.new_empty(len(z))
     if len(z):
-        _forward(z, mu, logvar, log_weights, exclude, precision, log_prob=log_prob)
+        _forward(Problem(precision, z, mu, logvar, log_weights, exclude), log_prob=log_prob)
     return log_prob
 
 
@@ -313,7 +290,7 @@ def mixture_log_prob_and_score(
 ) -> tuple[Tensor, Tensor]:
     log_prob, score = z.new_empty(len(z)), torch.empty_like(z)
     if len(z):
-        _forward(z, mu, logvar, log_weights, exclude, precision, log_prob=log_prob, score=score)
+        _forward(Problem(precision, z, mu, logvar, log_weights, exclude), log_prob=log_prob, score=score)
     return log_prob, score
 
 
@@ -333,22 +310,22 @@ def mixture_log_prob_backward(
     need_logvar: bool,
     need_log_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    K = len(mu)
+    problem = Problem(precision, z, mu, logvar, log_weights, exclude)
     dz = torch.empty_like(z) if need_z else z.new_empty(0)
     if not len(z):
         zeros = [torch.zeros_like(t) if need else z.new_empty(0)
                  for t, need in ((mu, need_mu), (logvar, need_logvar), (mu[:, 0], need_log_weights))]  # fmt: skip
         return dz, *zeros
     if need_z:
-        _forward(z, mu, logvar, log_weights, exclude, precision, score=dz, grad=grad, dense=dense)
-    if small.fits(len(z), *mu.shape):
-        need = need_mu, need_logvar, need_log_weights
-        return dz, *small.backward(grad, log_prob, z, mu, logvar, log_weights, exclude, *need)
-    dmu = torch.empty_like(mu) if need_mu else None
-    dlogvar = torch.empty_like(mu) if need_logvar else None
-    dlog_weights = mu.new_empty(K) if need_log_weights else None
-    if need_mu or need_logvar or need_log_weights:
-        _parameters(grad, log_prob, z, mu, logvar, log_weights, exclude, precision, dense, dmu, dlogvar, dlog_weights)
-    if dlogvar is not None and len(logvar) != K:
-        dlogvar = dlogvar.sum(0, keepdim=True)
-    return dz, *(z.new_empty(0) if d is None else d for d in (dmu, dlogvar, dlog_weights))
+        _forward(problem, score=dz, grad=grad, dense=dense)
+    need = need_mu, need_logvar, need_log_weights
+    if small.fits(*problem.shape):
+        return dz, *small.backward(grad, log_prob, *problem[1:], *need)
+    wanted = Gradients(
+        *(torch.empty_like(t) if needed else None for t, needed in zip((mu, mu, mu[:, 0]), need, strict=True))
+    )
+    if any(need):
+        _parameters(problem, grad, log_prob, dense, wanted)
+    if wanted.logvar is not None and problem.shared_logvar is not None:
+        wanted = wanted._replace(logvar=wanted.logvar.sum(0, keepdim=True))
+    return dz, *(z.new_empty(0) if d is None else d for d in wanted)

@@ -5,6 +5,7 @@
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")
+#pragma GCC optimize("no-schedule-insns2")  // operations of one kind stay in pairs, which Zen 3 spreads over its pipes best
 #endif
 #define FASTVAE_ISA fastvae_avx2
 #define FASTVAE_BYTES 32

@@ -32,8 +32,8 @@ struct Plan {
 Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t most_splits, bool rows_first) {
   const int64_t pairs = std::max<int64_t>(1, M) * K;
   const int64_t elements = pairs > (int64_t(1) << 60) / D ? int64_t(1) << 60 : pairs * D;
-  // 2^18 elements take some tens of microseconds, 2^25 some milliseconds.  By fours, for an even load on 2 or 4 threads.
-  int64_t tasks = std::clamp<int64_t>(elements >> 25, std::clamp<int64_t>(elements >> 18, 1, 16), 64);
+  // 2^19 elements take some tens of microseconds, 2^25 some milliseconds.  By fours, for an even load on 2 or 4 threads.
+  int64_t tasks = std::clamp<int64_t>(elements >> 25, std::clamp<int64_t>(elements >> 19, 1, 16), 64);
   if (tasks > 1) tasks = (tasks + 3) / 4 * 4;
   Plan p;
   p.splits = std::clamp<int64_t>(K / kPanel, 1, std::min(tasks, most_splits));

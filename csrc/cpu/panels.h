@@ -87,10 +87,14 @@ struct Places {
     }
   }
 
+  // Whether there are as many components, and from d on as many dimensions, as lanes: a whole square.
+  bool whole(int64_t d, int64_t D) const { return count == kWidth<T> && D - d >= kWidth<T>; }
+
   // x [K, D] at dimensions [d, D), transposed; zeros where there are fewer components or dimensions than lanes.
+  template <bool kWhole>
   void load_transposed(const T* x, int64_t d, int64_t D, Vec<T> (&v)[kWidth<T>]) const {
     constexpr int W = kWidth<T>;
-    if (count == W && D - d >= W) {
+    if constexpr (kWhole) {
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         v[i] = load<T>(x + at[i] + d);
@@ -103,11 +107,20 @@ struct Places {
   }
 
   // The way back: v, which is used up, is written or added to x.
+  template <bool kWhole>
   void store_transposed(Vec<T> (&v)[kWidth<T>], int64_t d, int64_t D, bool add, T* x) const {
     transpose<T>(v);
-    for (int i = 0; i < count; ++i) {
-      T* out = x + at[i] + d;
-      store_up_to(out, add ? load_up_to(out, D - d) + v[i] : v[i], D - d);
+    if constexpr (kWhole) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth<T>; ++i) {
+        T* out = x + at[i] + d;
+        store<T>(out, add ? load<T>(out) + v[i] : v[i]);
+      }
+    } else {
+      for (int i = 0; i < count; ++i) {
+        T* out = x + at[i] + d;
+        store_up_to(out, add ? load_up_to(out, D - d) + v[i] : v[i], D - d);
+      }
     }
   }
 };
@@ -121,8 +134,8 @@ struct Extremes {
 // v / 2.  Finite, so that u = 0 gives 0 and not NaN.
 template <class T>
 inline Vec<T> half_v_of(Vec<T> logvar) {
-  const Vec<T> limit = broadcast<T>(-Format<T>::kExpLimit);
-  return exponential<T>(-(logvar < limit ? limit : logvar)).exp * T(0.5);
+  const Vec<T> limit = broadcast<T>(Format<T>::kExpLimit);
+  return half_exp_of_minus<T>(smaller<T>(limit, larger<T>(-limit, logvar)));
 }
 
 // The v that all panels share, once a task.
@@ -135,9 +148,40 @@ void pack_shared(const Mixture<T>& mix, const Scratch<T>& scratch) {
   }
 }
 
-// Components [k, k + count) in order into panels, by squares of kWidth components and dimensions.  One that is absent, by
-// a weight of -inf or as the padding of the last panel, is mu = 0, v / 2 = 1, c = -inf: whatever its parameters are, it
-// reaches nothing.
+// One square of components and dimensions, from d on, into a panel.  One that is absent, by a weight of -inf or as the
+// padding of the last panel, is mu = 0, v / 2 = 1: whatever its parameters are, it reaches nothing.
+template <class T>
+struct Square {
+  const Mixture<T>& mix;
+  const Places<T>& places;
+  const Vec<Bits<T>> absent;
+  T *mu, *v;
+  Vec<T> logvar_sum, narrow;  // over the dimensions so far; how far logvar is below the widest at most
+
+  template <bool kWhole>
+  inline __attribute__((always_inline)) void pack(int64_t d) {
+    constexpr int W = kWidth<T>;
+    const int64_t n = kWhole ? W : least(W, mix.D - d);
+    Vec<T> x[W];
+    places.template load_transposed<kWhole>(mix.mu, d, mix.D, x);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) store<T>(mu + mix.place[d + i] * kPanel<T>, absent ? Vec<T>{} : x[i]);
+    if (mix.shared) return;
+    places.template load_transposed<kWhole>(mix.logvar, d, mix.D, x);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      logvar_sum += x[i];
+      if (mix.widest) {
+        const Vec<T> below_widest = mix.widest[d + i] - x[i];
+        narrow = below_widest > narrow ? below_widest : narrow;
+      }
+      store<T>(v + mix.place[d + i] * kPanel<T>, absent ? broadcast<T>(T(1)) : half_v_of<T>(x[i]));
+    }
+  }
+};
+
+// Components [k, k + count) in order into panels, by squares of kWidth components and dimensions; c of one that is
+// absent is -inf.
 template <class T>
 Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<T>& scratch) {
   constexpr int W = kWidth<T>;
@@ -148,8 +192,6 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
   if (mix.shared)
     for (int64_t d = 0; d < D; ++d) shared_sum += mix.logvar[d];
   for (int64_t j = 0; j < round_up(count, kPanel<T>); j += W) {
-    T *panel_mu = scratch.mu + scratch.at(j / kPanel<T>) + j % kPanel<T>,
-      *panel_v = scratch.v + scratch.v_at(j / kPanel<T>) + j % kPanel<T>;
     const Places<T> places(mix, k + j, count - j);
     double log_w[W];
     Vec<Bits<T>> absent;
@@ -157,24 +199,14 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
       log_w[i] = i >= places.count ? minus_infinity : mix.log_weights ? double(mix.log_weights[places.k[i]]) : uniform;
       absent[i] = log_w[i] == minus_infinity ? -1 : 0;
     }
-    Vec<T> logvar_sum = broadcast<T>(shared_sum), narrow{};
-    for (int64_t d = 0; d < D; d += W) {
-      Vec<T> mu[W], logvar[W];
-      places.load_transposed(mix.mu, d, D, mu);
-      for (int i = 0; i < W && d + i < D; ++i)
-        store<T>(panel_mu + mix.place[d + i] * kPanel<T>, absent ? Vec<T>{} : mu[i]);
-      if (mix.shared) continue;
-      places.load_transposed(mix.logvar, d, D, logvar);
-      for (int i = 0; i < W && d + i < D; ++i) {
-        logvar_sum += logvar[i];
-        if (mix.widest) {
-          const Vec<T> below_widest = mix.widest[d + i] - logvar[i];
-          narrow = below_widest > narrow ? below_widest : narrow;
-        }
-        store<T>(panel_v + mix.place[d + i] * kPanel<T>,
-                 absent ? broadcast<T>(T(1)) : half_v_of<T>(logvar[i]));
-      }
-    }
+    Square<T> square = {mix, places, absent,
+                        scratch.mu + scratch.at(j / kPanel<T>) + j % kPanel<T>,
+                        scratch.v + scratch.v_at(j / kPanel<T>) + j % kPanel<T>,
+                        broadcast<T>(shared_sum), Vec<T>{}};
+    int64_t d = 0;
+    for (; places.whole(d, D); d += W) square.template pack<true>(d);
+    for (; d < D; d += W) square.template pack<false>(d);
+    const Vec<T> logvar_sum = square.logvar_sum, narrow = square.narrow;
     T steep = j % kPanel<T> ? scratch.steep[j / kPanel<T>] : T(0);
     for (int i = 0; i < W; ++i) {
       const double c = log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi;
@@ -189,12 +221,38 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
   return extremes;
 }
 
+// The gradients of a square of packed components and dimensions, from d on: grads and v / 2 in the panel's layout, and
+// the sums of the components' weights.
+template <class T, bool kWhole>
+inline __attribute__((always_inline)) void unpack_square(const Backward<T>& task, const Places<T>& places,
+                                                         const T* grads, const T* v, Vec<T> weight, int64_t d) {
+  constexpr int W = kWidth<T>;
+  const int64_t D = task.mixture.D, n = kWhole ? W : least(W, D - d);
+  const int32_t* place = task.mixture.place + d;
+  if (task.dmu) {
+    Vec<T> dmu[W] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+      dmu[i] = T(2) * load<T>(v + place[i] * kPanel<T>) * load<T>(grads + place[i] * 2 * kPanel<T>);
+    places.template store_transposed<kWhole>(dmu, d, D, task.add, task.dmu);
+  }
+  if (task.dlogvar) {
+    Vec<T> dlogvar[W] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      const Vec<T> squares = load<T>(grads + place[i] * 2 * kPanel<T> + kPanel<T>);
+      dlogvar[i] = fma<T>(load<T>(v + place[i] * kPanel<T>), squares, T(-0.5) * weight);
+      if (task.mixture.shared) task.dlogvar[d + i] += sum<T>(dlogvar[i]);
+    }
+    if (!task.mixture.shared) places.template store_transposed<kWhole>(dlogvar, d, D, task.add, task.dlogvar);
+  }
+}
+
 // The gradients of `count` packed components, from the k-th in order on, into the task's outputs.
 template <class T>
 void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_t k, int64_t count) {
   constexpr int W = kWidth<T>;
   const int64_t D = task.mixture.D;
-  const int32_t* place = task.mixture.place;
   for (int64_t j = 0; j < count; j += W) {
     const int64_t panel = j / kPanel<T>, lane = j % kPanel<T>;
     const Places<T> places(task.mixture, k + j, count - j);
@@ -205,21 +263,11 @@ void unpack_gradients(const Backward<T>& task, const Scratch<T>& scratch, int64_
         *out = task.add ? *out + weight[i] : weight[i];
       }
     }
-    for (int64_t d = 0; d < D; d += W) {
-      Vec<T> dmu[W], dlogvar[W];
-      for (int i = 0; i < W; ++i) {
-        dmu[i] = dlogvar[i] = Vec<T>{};
-        if (d + i >= D) continue;
-        const int64_t p = place[d + i] * kPanel<T> + lane;
-        const T* grads = scratch.grads + 2 * scratch.at(panel) + p + place[d + i] * kPanel<T>;
-        const Vec<T> v = load<T>(scratch.v + scratch.v_at(panel) + p) * T(2);
-        if (task.dmu) dmu[i] = v * load<T>(grads);
-        if (task.dlogvar) dlogvar[i] = T(0.5) * fma<T>(v, load<T>(grads + kPanel<T>), -weight);
-        if (task.dlogvar && task.mixture.shared) task.dlogvar[d + i] += sum<T>(dlogvar[i]);
-      }
-      if (task.dmu) places.store_transposed(dmu, d, D, task.add, task.dmu);
-      if (task.dlogvar && !task.mixture.shared) places.store_transposed(dlogvar, d, D, task.add, task.dlogvar);
-    }
+    if (!task.dmu && !task.dlogvar) continue;
+    const T *grads = scratch.grads + 2 * scratch.at(panel) + lane, *v = scratch.v + scratch.v_at(panel) + lane;
+    int64_t d = 0;
+    for (; places.whole(d, D); d += W) unpack_square<T, true>(task, places, grads, v, weight, d);
+    for (; d < D; d += W) unpack_square<T, false>(task, places, grads, v, weight, d);
   }
 }
 

@@ -190,7 +190,7 @@ inline Vec<double> square_root(Vec<double> v) {
 }
 #endif
 
-// The larger of each lane; b where a is NaN.
+// The larger and the smaller of each lane; b where either is NaN.
 template <class T>
 inline Vec<T> larger(Vec<T> a, Vec<T> b) {
 #if FASTVAE_BYTES == 64
@@ -201,6 +201,18 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
   else return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
 #else
   return a > b ? a : b;
+#endif
+}
+template <class T>
+inline Vec<T> smaller(Vec<T> a, Vec<T> b) {
+#if FASTVAE_BYTES == 64
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+  else return (Vec<T>)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b);
+#elif FASTVAE_BYTES == 32
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_min_ps((__m256)a, (__m256)b);
+  else return (Vec<T>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
 #endif
 }
 

@@ -141,9 +141,9 @@ class Tiles {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const Vec<T> x = broadcast<T>(z[d * R + r]);
-        const Vec<T> u0 = x - mu0, u1 = x - mu1;
-        sum[r][0] = kIsotropic ? fma<T>(u0, u0, sum[r][0]) : fma<T>(u0 * u0, v0, sum[r][0]);
-        sum[r][1] = kIsotropic ? fma<T>(u1, u1, sum[r][1]) : fma<T>(u1 * u1, v1, sum[r][1]);
+        const Vec<T> u0 = x - mu0, u1 = x - mu1, squares0 = u0 * u0, squares1 = u1 * u1;
+        sum[r][0] = kIsotropic ? fma<T>(u0, u0, sum[r][0]) : fma<T>(squares0, v0, sum[r][0]);
+        sum[r][1] = kIsotropic ? fma<T>(u1, u1, sum[r][1]) : fma<T>(squares1, v1, sum[r][1]);
       }
     }
   }

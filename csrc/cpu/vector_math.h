@@ -87,19 +87,23 @@ struct Exp2Table {
 };
 inline constexpr Exp2Table kExp2Table;
 
+// 2^(n / W) for n in the low bits of y.
+inline Vec<float> exp2_of_low_bits(Vec<float> y) {
+  const auto n = (Vec<uint32_t>)y;
+  return (Vec<float>)((n << (Format<float>::kMantissaBits - Exp2Table::kSteps)) + look_up(kExp2Table.bits, n));
+}
+
 template <>
 inline Vec<float> exp_term<float>(Vec<float> x) {
   using F = Format<float>;
-  constexpr int W = Exp2Table::W;
-  const Vec<float> scale = broadcast<float>(float(kLog2E * W)), round = broadcast<float>(F::kRound);
-  const Vec<float> y = fma<float>(x, scale, round);  // its low bits are the exponent times W, and j
+  const Vec<float> scale = broadcast<float>(float(kLog2E * Exp2Table::W)), round = broadcast<float>(F::kRound);
+  const Vec<float> y = fma<float>(x, scale, round);
   const Vec<float> r = fma<float>(x, scale, round - y);
-  const auto low = (Vec<uint32_t>)y;
-  const Vec<uint32_t> power = (low << (F::kMantissaBits - Exp2Table::kSteps)) + look_up(kExp2Table.bits, low);
+  const Vec<float> power = exp2_of_low_bits(y);
   Vec<float> p = broadcast<float>(Exp2Table::c[2]);
   for (int i = 1; i >= 0; --i) p = fma<float>(p, r, broadcast<float>(Exp2Table::c[i]));
   p = fma<float>(p, r, broadcast<float>(1.0f));
-  return x < broadcast<float>(-F::kExpLimit) ? Vec<float>{} : p * (Vec<float>)power;
+  return x < broadcast<float>(-F::kExpLimit) ? Vec<float>{} : p * power;
 }
 #endif
 
@@ -132,6 +136,31 @@ inline Exponential<T> exponential(const Vec<T> x) {
   const Vec<T> infinity = broadcast<T>(T(__builtin_inf()));
   return {x > limit ? infinity : value, x > limit ? infinity : rest};
 }
+
+// exp(-x) / 2 for |x| <= kExpLimit.
+template <class T>
+inline Vec<T> half_exp_of_minus(Vec<T> x) {
+  return exponential<T>(-x).exp * T(0.5);
+}
+
+#if FASTVAE_BYTES >= 32
+// x = t - n ln 2 / W, and exp(-x) / 2 = 2^(n / W) exp(-t) / 2.
+template <>
+inline Vec<float> half_exp_of_minus<float>(Vec<float> x) {
+  using F = Format<float>;
+  constexpr int W = Exp2Table::W;
+  // Of exp(-t) / 2 for |t| <= ln 2 / 2 W, minimax in relative error: 3e-8 for 8 lanes, 2e-9 for 16.
+  constexpr float c2 = W == 16 ? 0.2500081f : 0.2500324f, c3 = W == 16 ? -0.08333035f : -0.08332149f;
+  const Vec<float> round = broadcast<float>(F::kRound);
+  const Vec<float> y = fma<float>(x, broadcast<float>(float(-kLog2E * W)), round), n = y - round;
+  Vec<float> t = fma<float>(n, broadcast<float>(F::kLn2High / W), x);
+  t = fma<float>(n, broadcast<float>(F::kLn2Low / W), t);
+  Vec<float> p = fma<float>(broadcast<float>(c3), t, broadcast<float>(c2));
+  p = fma<float>(p, t, broadcast<float>(-0.5f));
+  p = fma<float>(p, t, broadcast<float>(0.5f));
+  return p * exp2_of_low_bits(y);
+}
+#endif
 
 // Words of 32 bits, each in a lane as wide as T.
 template <class T>

@@ -42,6 +42,11 @@ Wide<T> larger_of(Wide<T> a, Wide<T> b) {
   return lanes<T>([&](int i) { return a[i] > b[i] ? a[i] : b[i]; });
 }
 
+template <class T>
+Wide<T> smaller_of(Wide<T> a, Wide<T> b) {
+  return lanes<T>([&](int i) { return a[i] < b[i] ? a[i] : b[i]; });
+}
+
 Wide<uint32_t> looked_up(Wide<uint32_t> index, Wide<uint32_t> table) {
   return lanes<uint32_t>([&](int i) { return table[index[i] % 16]; });
 }
@@ -67,6 +72,8 @@ Wide<T> roots(Wide<T> v) {
 #define _mm512_maskz_sqrt_pd(mask, v) roots<double>((Wide<double>)(v))
 #define _mm512_maskz_max_ps(mask, a, b) larger_of<float>((Wide<float>)(a), (Wide<float>)(b))
 #define _mm512_maskz_max_pd(mask, a, b) larger_of<double>((Wide<double>)(a), (Wide<double>)(b))
+#define _mm512_maskz_min_ps(mask, a, b) smaller_of<float>((Wide<float>)(a), (Wide<float>)(b))
+#define _mm512_maskz_min_pd(mask, a, b) smaller_of<double>((Wide<double>)(a), (Wide<double>)(b))
 #define _mm512_maskz_mul_epu32(mask, a, b) \
   (((Wide<uint64_t>)(a) & 0xFFFFFFFFu) * ((Wide<uint64_t>)(b) & 0xFFFFFFFFu))
 #define _mm512_maskz_permutexvar_epi32(mask, index, table) looked_up((Wide<uint32_t>)(index), (Wide<uint32_t>)(table))
