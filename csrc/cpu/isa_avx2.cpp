@@ -5,10 +5,13 @@
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")
-#pragma GCC optimize("no-schedule-insns2")  // operations of one kind stay in pairs, which Zen 3 spreads over its pipes best
 #endif
 #define FASTVAE_ISA fastvae_avx2
 #define FASTVAE_BYTES 32
+#include "gaussian.h"
+#if !defined(__clang__)
+#pragma GCC optimize("no-schedule-insns2")  // operations of one kind stay in pairs, which Zen 3 spreads over its pipes best
+#endif
 #include "isa_table.h"
 
 const fastvae::Isa& fastvae::isa_avx2() {

@@ -227,22 +227,31 @@ struct Words {
   Vec<uint64_t> x[4];
 };
 
-inline Words philox(uint64_t seed, Vec<uint64_t> block) {
+// Of N times kBlocks blocks, from `block` on, in turn: each step waits for the one before it.
+template <int N>
+inline void philox(uint64_t seed, Vec<uint64_t> block, Words* w) {
   using U = Vec<uint64_t>;
-  Words w = {{block, block >> 32, U{}, U{}}};
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const U b = block + uint64_t(n * kBlocks);
+    w[n] = {{b, b >> 32, U{}, U{}}};
+  }
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const U p0 = multiply_low(w.x[0], U{} + uint64_t(0xD2511F53));
-    const U p1 = multiply_low(w.x[2], U{} + uint64_t(0xCD9E8D57));
-    w.x[0] = (p1 >> 32) ^ w.x[1] ^ uint64_t(k0);
-    w.x[1] = p1;
-    w.x[2] = (p0 >> 32) ^ w.x[3] ^ uint64_t(k1);
-    w.x[3] = p0;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      U(&x)[4] = w[n].x;
+      const U p0 = multiply_low(x[0], U{} + uint64_t(0xD2511F53));
+      const U p1 = multiply_low(x[2], U{} + uint64_t(0xCD9E8D57));
+      x[0] = (p1 >> 32) ^ x[1] ^ uint64_t(k0);
+      x[1] = p1;
+      x[2] = (p0 >> 32) ^ x[3] ^ uint64_t(k1);
+      x[3] = p0;
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return w;
 }
 
 // Two vectors, lane by lane in turn: a0 b0 a1 b1 ...
@@ -281,8 +290,9 @@ template <class T, int groups>
 inline void philox_normals(uint64_t seed, uint64_t b, T* out) {
   Vec<uint64_t> block;
   for (int i = 0; i < kBlocks; ++i) block[i] = b + uint64_t(i);
+  static_assert(groups % 2 == 0);
   Words words[groups];
-  for (int i = 0; i < groups; ++i) words[i] = philox(seed, block + uint64_t(i * kBlocks));
+  for (int i = 0; i < groups; i += 2) philox<2>(seed, block + uint64_t(i * kBlocks), words + i);
   for (int i = 0; i < groups; ++i) normals<T>(words[i], out + i * kNormals);
 }
 
