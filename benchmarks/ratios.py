@@ -50,12 +50,14 @@ def minimal_bytes(result: Result) -> int:
     return int(4 * (M * D + 2 * K * D + K + M))
 
 
-def rate_fraction(result: Result, name: str = OURS, meter: str = "multiply_add") -> float | None:
-    """What fraction of the probed multiply-add rate a forward runs at."""
-    limit, time = result["limits"].get(meter), seconds(result, name)
+def rate_fraction(result: Result, name: str = OURS, meter: str | None = None) -> float | None:
+    """What fraction of the probed multiply-add rate a forward runs at; without a meter, of the highest of any probe."""
+    probed = {key: float(limit["median"]) for key, limit in result["limits"].items() if key.startswith("multiply_add")}
+    limit = probed.get(meter) if meter else max(probed.values(), default=None)
+    time = seconds(result, name)
     if limit is None or time is None or result.get("work") != "forward":
         return None
-    return flops(result) / time / float(limit["median"])
+    return flops(result) / time / limit
 
 
 def copy_fraction(result: Result, name: str = OURS) -> float | None:
