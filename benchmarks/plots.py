@@ -15,7 +15,7 @@ from fastvae.app.plots import INK, PALETTE, RULE, save_figure
 from .growth import ALONE, EVERYONE, ROOFLINE
 from .labels import OTHER, STYLES, label_points, label_right
 from .memory import LEAST
-from .ratios import OURS, Result, best_peer, flops, is_ours, minimal_bytes, seconds, times_faster
+from .ratios import OURS, Result, best_peer, flops, is_ours, minimal_bytes, multiply_add_rate, seconds, times_faster
 from .record import Record
 
 
@@ -118,7 +118,7 @@ def roofline(cases: Mapping[str, Result]) -> Figure | None:
     if len(points) < 2:
         return None
     figure, axes = _figure(8, 4.6)
-    compute = max(float(r["limits"]["multiply_add"]["median"]) for r in points)
+    compute = max(multiply_add_rate(r) or 0.0 for r in points)
     copy = float(np.median([r["limits"]["copy"]["median"] for r in points]))
     intensity = np.array([flops(r) / minimal_bytes(r) for r in points])
     x = np.geomspace(intensity[0] / 2, intensity[-1] * 2, 200)

@@ -50,14 +50,19 @@ def minimal_bytes(result: Result) -> int:
     return int(4 * (M * D + 2 * K * D + K + M))
 
 
+def multiply_add_rate(result: Result) -> float | None:
+    """The highest multiply-add rate that any probe of a case reached, flops a second."""
+    limits = result["limits"].items()
+    return max((float(limit["median"]) for name, limit in limits if name.startswith("multiply_add")), default=None)
+
+
 def rate_fraction(result: Result, name: str = OURS, meter: str | None = None) -> float | None:
-    """What fraction of the probed multiply-add rate a forward runs at; without a meter, of the highest of any probe."""
-    probed = {key: float(limit["median"]) for key, limit in result["limits"].items() if key.startswith("multiply_add")}
-    limit = probed.get(meter) if meter else max(probed.values(), default=None)
+    """What fraction of the probed multiply-add rate a forward runs at: of a meter's, or of the highest."""
+    limit = multiply_add_rate(result) if meter is None else result["limits"].get(meter, {}).get("median")
     time = seconds(result, name)
     if limit is None or time is None or result.get("work") != "forward":
         return None
-    return flops(result) / time / limit
+    return flops(result) / time / float(limit)
 
 
 def copy_fraction(result: Result, name: str = OURS) -> float | None:

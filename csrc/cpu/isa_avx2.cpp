@@ -8,7 +8,7 @@
 #endif
 #define FASTVAE_ISA fastvae_avx2
 #define FASTVAE_BYTES 32
-#include "gaussian.h"
+#include "gaussian.h"  // first, since it is faster as the compiler schedules it
 #if !defined(__clang__)
 #pragma GCC optimize("no-schedule-insns2")  // operations of one kind stay in pairs, which Zen 3 spreads over its pipes best
 #endif
