@@ -73,7 +73,7 @@ def test_something_is_really_skipped() -> None:
     assert int(faint.sum()) >= 10
     skipped, dense = run(case, "cpu"), run(case, "cpu", dense_backward=True)
     assert bool((dense.dlog_weights[faint] != 0).all())
-    assert bool((skipped.dlog_weights[faint] == 0).any())
+    assert bool((skipped.dlog_weights[faint] == 0).all())  # not only where a whole tile is
 
 
 @pytest.mark.usefixtures("compiled")

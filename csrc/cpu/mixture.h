@@ -98,7 +98,9 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
       Vec<T> sum0{}, sum1{};
       for (int i = 0; i < tiles.count; ++i) {
         T* a = tiles.tile[i] + r * kPanel<T>;
-        const Vec<T> e0 = exp_term<T>(load<T>(a) - top[r]), e1 = exp_term<T>(load<T>(a + kWidth<T>) - top[r]);
+        const T least = SCORE ? least_term<T>(limit[r] - scratch.steep[tiles.index[i]], top[r]) : -Format<T>::kExpLimit;
+        const Vec<T> e0 = exp_term<T>(load<T>(a) - top[r], least);
+        const Vec<T> e1 = exp_term<T>(load<T>(a + kWidth<T>) - top[r], least);
         sum0 += e0;
         sum1 += e1;
         if constexpr (SCORE) {
@@ -183,13 +185,14 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
     if (DZ && !any) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
     any = true;
     for (int i = 0; i < tiles.count; ++i) {
-      T *w = tiles.tile[i], *weights = scratch.weights + tiles.index[i] * kPanel<T>;
+      T *w = tiles.tile[i], *weights = scratch.weights + tiles.index[i] * kPanel<T>, least[R];
+      for (int r = 0; r < R; ++r) least[r] = least_term<T>(limit[r] - scratch.steep[tiles.index[i]], log_prob[r]);
       for (int j = 0; j < kPanel<T>; j += kWidth<T>) {
         Vec<T> sum = load<T>(weights + j);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           T* a = w + r * kPanel<T> + j;
-          const Vec<T> x = exp_term<T>(load<T>(a) - log_prob[r]) * grad[r];
+          const Vec<T> x = exp_term<T>(load<T>(a) - log_prob[r], least[r]) * grad[r];
           store<T>(a, x);
           sum += x;
         }

@@ -25,6 +25,13 @@ T limit_for(T reference, T negligible, const Mixture<T>& mix, const Extremes<T>&
   return T(double(limit) - (t_squared > 1 ? 0.5 * kLn2 * double(exponent) : 0.0));
 }
 
+// The least x of which exp_term is not zero, for x = a - reference, where a may be left out below the limit.
+template <class T>
+T least_term(T limit, T reference) {
+  const T least = limit - reference, most = -Format<T>::kExpLimit;
+  return least > most ? least : most;
+}
+
 // The tiles of R rows with the panels of a chunk, a batch at a time: those that matter.
 //
 // A tile is left out if all its exponents are below their rows' limits.  As they only fall while the sum over dimensions

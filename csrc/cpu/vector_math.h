@@ -55,10 +55,10 @@ struct Exp2<double> {
                                  4.4352809446103361611e-10};
 };
 
-// exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  0 below -kExpLimit; NaN stays
-// NaN.  Relative error 1e-7 + |x| 2^-25, so the absolute one is below 1e-7 everywhere.
+// exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  0 below `least`, which is not below
+// -kExpLimit; NaN stays NaN.  Relative error 1e-7 + |x| 2^-25, so the absolute one is below 1e-7 everywhere.
 template <class T>
-inline Vec<T> exp_term(Vec<T> x) {
+inline Vec<T> exp_term(Vec<T> x, T least = -Format<T>::kExpLimit) {
   using F = Format<T>;
   const Vec<T> log2e = broadcast<T>(T(kLog2E));
   const Vec<T> bias = broadcast<T>(F::kRound + F::kBias);
@@ -67,7 +67,7 @@ inline Vec<T> exp_term(Vec<T> x) {
   Vec<T> p = broadcast<T>(Exp2<T>::c[Exp2<T>::kDegree]);
   for (int i = Exp2<T>::kDegree - 1; i >= 0; --i) p = fma<T>(p, r, broadcast<T>(Exp2<T>::c[i]));
   const Vec<T> value = p * (Vec<T>)((Vec<Bits<T>>)y << F::kMantissaBits);
-  return x < broadcast<T>(-F::kExpLimit) ? Vec<T>{} : value;
+  return x < broadcast<T>(least) ? Vec<T>{} : value;
 }
 
 #if FASTVAE_BYTES >= 32
@@ -94,7 +94,7 @@ inline Vec<float> exp2_of_low_bits(Vec<float> y) {
 }
 
 template <>
-inline Vec<float> exp_term<float>(Vec<float> x) {
+inline Vec<float> exp_term<float>(Vec<float> x, float least) {
   using F = Format<float>;
   const Vec<float> scale = broadcast<float>(float(kLog2E * Exp2Table::W)), round = broadcast<float>(F::kRound);
   const Vec<float> y = fma<float>(x, scale, round);
@@ -103,7 +103,7 @@ inline Vec<float> exp_term<float>(Vec<float> x) {
   Vec<float> p = broadcast<float>(Exp2Table::c[2]);
   for (int i = 1; i >= 0; --i) p = fma<float>(p, r, broadcast<float>(Exp2Table::c[i]));
   p = fma<float>(p, r, broadcast<float>(1.0f));
-  return x < broadcast<float>(-F::kExpLimit) ? Vec<float>{} : p * power;
+  return x < broadcast<float>(least) ? Vec<float>{} : p * power;
 }
 #endif
 
