@@ -124,11 +124,17 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   }
 }
 
-// All rows of the range by tiles of kRows, what is left by halves of it.
-template <class T, int R, class F>
+// f of the rows by tiles of R, of what is left by tiles of half as many.
+template <int R, class F>
 void for_row_tiles(int64_t row, int64_t rows, const F& f) {
   for (; row + R <= rows; row += R) f.template operator()<R>(row);
-  if constexpr (R > 1) for_row_tiles<T, R / 2>(row, rows, f);
+  if constexpr (R > 1) for_row_tiles<R / 2>(row, rows, f);
+}
+
+// All rows of the range.  Smaller tiles leave out more, where components lie in order.
+template <class T, class F>
+void for_row_tiles(const Mixture<T>& mixture, int64_t rows, const F& f) {
+  mixture.order ? for_row_tiles<kStrip>(0, rows, f) : for_row_tiles<kRows>(0, rows, f);
 }
 
 template <class T, bool SCORE>
@@ -157,9 +163,9 @@ void mixture_forward(const Forward<T>& task) {
     const int64_t panels = (count + kPanel<T> - 1) / kPanel<T>;
     const Extremes<T> extremes = pack<T>(task.mixture, k, count, scratch);
     if (task.score)
-      for_row_tiles<T, kRows>(0, rows, ForwardRows<T, true>{task, scratch, extremes, k, panels});
+      for_row_tiles(task.mixture, rows, ForwardRows<T, true>{task, scratch, extremes, k, panels});
     else
-      for_row_tiles<T, kRows>(0, rows, ForwardRows<T, false>{task, scratch, extremes, k, panels});
+      for_row_tiles(task.mixture, rows, ForwardRows<T, false>{task, scratch, extremes, k, panels});
   }
 }
 
@@ -236,7 +242,7 @@ void mixture_backward_as(const Backward<T>& task) {
     const Extremes<T> extremes = pack<T>(task.mixture, k, count, scratch);
     __builtin_memset(scratch.weights, 0, size_t(panels * kPanel<T>) * sizeof(T));
     if (DMU || DLOGVAR) __builtin_memset(scratch.grads, 0, size_t(panels * D * 2 * kPanel<T>) * sizeof(T));
-    for_row_tiles<T, kRows>(0, rows, BackwardRows<T, DZ, DMU, DLOGVAR>{task, scratch, extremes, k, panels});
+    for_row_tiles(task.mixture, rows, BackwardRows<T, DZ, DMU, DLOGVAR>{task, scratch, extremes, k, panels});
     unpack_gradients<T>(task, scratch, k, count);
   }
 }

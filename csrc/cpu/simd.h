@@ -18,11 +18,12 @@ namespace FASTVAE_ISA {
 // FASTVAE_BYTES, the width of a vector, tells the instruction set: 64 AVX-512, 32 AVX2 with FMA, 16 the baseline.
 constexpr int kBytes = FASTVAE_BYTES;
 
-// Rows of a register tile: 8 x 2 accumulators where there are 32 registers, 4 x 2 where there are 16.
-#if FASTVAE_BYTES == 64 || defined(__aarch64__)
+// Rows of a tile, and of a strip of it, whose sums stay in registers: 8 x 2 where there are 32 registers, 4 x 2 of 16.
 constexpr int kRows = 8;
+#if FASTVAE_BYTES == 64 || defined(__aarch64__)
+constexpr int kStrip = 8;
 #else
-constexpr int kRows = 4;
+constexpr int kStrip = 4;
 #endif
 
 template <class T>

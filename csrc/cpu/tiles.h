@@ -66,43 +66,55 @@ class Tiles {
   }
 
  private:
-  static constexpr int W = kWidth<T>, kPatience = 4, kEvery = 8;
+  static constexpr int W = kWidth<T>, S = R < kStrip ? R : kStrip, kPatience = 4, kEvery = 8;
 
   // The tile after the last one; false if it does not matter.
   bool exponents(const T (&limit)[R]) {
-    const bool look = in_order_ || idle_ < kPatience || next_ % kEvery == 0;
-    for (int64_t d = 0; d < D_; d += kBlock) {
-      const int64_t end = least(D_, d + kBlock);
-      if (!(isotropic_ ? subtract_squares<true>(d, end, look, limit) : subtract_squares<false>(d, end, look, limit)))
-        return false;
-    }
-    idle_ += look;
-    if (exclude_) {
+    bool any = false;
+    for (int row = 0; row < R; row += S) any |= strip(row, limit + row);
+    if (any && exclude_) {
       for (int r = 0; r < R; ++r) {
         const int64_t lane = exclude_[r] - first_ - next_ * kPanel<T>;
         if (lane >= 0 && lane < kPanel<T>) tile[count][r * kPanel<T> + lane] = T(-__builtin_inf());
       }
     }
+    return any;
+  }
+
+  // S rows of it, from `row` on, with their limits; false if none of their exponents matters, which are -inf then.
+  bool strip(int row, const T* limit) {
+    const bool look = in_order_ || idle_ < kPatience || next_ % kEvery == 0;
+    T* a = tile[count] + row * kPanel<T>;
+    for (int64_t d = 0; d < D_; d += kBlock) {
+      const int64_t end = least(D_, d + kBlock);
+      if (isotropic_ ? subtract_squares<true>(row, d, end, look, limit, a)
+                     : subtract_squares<false>(row, d, end, look, limit, a))
+        continue;
+      if constexpr (S < R)  // another strip may matter
+        for (int i = 0; i < S * kPanel<T>; i += W) store<T>(a + i, broadcast<T>(T(-__builtin_inf())));
+      return false;
+    }
+    idle_ += look;
     return true;
   }
 
-  // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2.  False if that leaves no exponent of the tile
+  // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2.  False if that leaves no exponent of the strip
   // that matters.  A v that is the same everywhere is multiplied with once.
   template <bool kIsotropic>
-  bool subtract_squares(int64_t begin, int64_t end, bool look, const T (&limit)[R]) {
+  bool subtract_squares(int row, int64_t begin, int64_t end, bool look, const T* limit, T* a) {
     const T* v = scratch_.v + scratch_.v_at(next_);
-    const T* from = begin ? tile[count] : scratch_.c + next_ * kPanel<T>;
+    const T* from = begin ? a : scratch_.c + next_ * kPanel<T>;
     const int64_t stride = begin ? kPanel<T> : 0;
     const auto minus = [v](const T* from, Vec<T> sum) {
       return kIsotropic ? fma<T>(-sum, load<T>(v), load<T>(from)) : load<T>(from) - sum;
     };
-    Vec<T> sum[R][2] = {};
+    Vec<T> sum[S][2] = {};
     // Whether an exponent is not below its limit, or is NaN: mostly one of row 0 is, or none is.
     const auto matters = [&] {
       const T steep = scratch_.steep[next_];
       Mask<T> m[2] = {kEveryLane<T>, kEveryLane<T>};
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < S; ++r) {
         for (int i = 0; i < 2; ++i)
           m[i] = below(minus(from + r * stride + i * W, sum[r][i]), limit[r] - steep, m[i]);
         if (r == 0 && !every_lane<T>(m[0] & m[1])) return true;
@@ -112,27 +124,26 @@ class Tiles {
     int64_t d = begin;
     if (look && begin == 0 && end >= 2 * kFirstLook) {
       while (d < 2 * kFirstLook) {
-        add_squares<kIsotropic>(d, d + kFirstLook, sum);  // a constant number of dimensions, unrolled
+        add_squares<kIsotropic>(row, d, d + kFirstLook, sum);  // a constant number of dimensions, unrolled
         d += kFirstLook;
         if (!matters()) return leave_out(d, look);
       }
     }
     while (d < end) {
       const int64_t stop = look ? least(end, d + kLook) : end;
-      add_squares<kIsotropic>(d, stop, sum);
+      add_squares<kIsotropic>(row, d, stop, sum);
       d = stop;
       if ((look || end == D_) && !matters()) return leave_out(d, look);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      T* a = tile[count] + r * kPanel<T>;
-      store<T>(a, minus(from + r * stride, sum[r][0]));
-      store<T>(a + W, minus(from + r * stride + W, sum[r][1]));
+    for (int r = 0; r < S; ++r) {
+      store<T>(a + r * kPanel<T>, minus(from + r * stride, sum[r][0]));
+      store<T>(a + r * kPanel<T> + W, minus(from + r * stride + W, sum[r][1]));
     }
     return true;
   }
 
-  // A tile does not matter, which is known after d dimensions: whether it was worth looking.
+  // A strip does not matter, which is known after d dimensions: whether it was worth looking.
   bool leave_out(int64_t d, bool look) {
     idle_ = d < D_ ? 0 : idle_ + look;
     return false;
@@ -140,13 +151,13 @@ class Tiles {
 
   // The innermost loop: sum += u^2 v / 2 over dimensions [begin, end).
   template <bool kIsotropic>
-  inline __attribute__((always_inline)) void add_squares(int64_t begin, int64_t end, Vec<T> (&sum)[R][2]) const {
-    const T *z = scratch_.z, *mu = scratch_.mu + scratch_.at(next_), *v = scratch_.v + scratch_.v_at(next_);
+  inline __attribute__((always_inline)) void add_squares(int row, int64_t begin, int64_t end, Vec<T> (&sum)[S][2]) const {
+    const T *z = scratch_.z + row, *mu = scratch_.mu + scratch_.at(next_), *v = scratch_.v + scratch_.v_at(next_);
     for (int64_t d = begin; d < end; ++d) {
       const Vec<T> v0 = load<T>(v + d * kPanel<T>), v1 = load<T>(v + d * kPanel<T> + W);
       const Vec<T> mu0 = load<T>(mu + d * kPanel<T>), mu1 = load<T>(mu + d * kPanel<T> + W);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      for (int r = 0; r < S; ++r) {
         const Vec<T> x = broadcast<T>(z[d * R + r]);
         const Vec<T> u0 = x - mu0, u1 = x - mu1, squares0 = u0 * u0, squares1 = u1 * u1;
         sum[r][0] = kIsotropic ? fma<T>(u0, u0, sum[r][0]) : fma<T>(squares0, v0, sum[r][0]);
