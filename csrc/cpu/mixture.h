@@ -87,7 +87,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
     for (int r = 0; r < R; ++r) {
       Vec<T> largest = broadcast<T>(kLowest<T>);  // a NaN is not, but comes out of exp
       for (int i = 0; i < tiles.count; ++i) {
-        const T* a = tiles.tile[i] + r * kPanel<T>;
+        const T* a = tiles.tile(i) + r * kPanel<T>;
         largest = larger<T>(load<T>(a), larger<T>(load<T>(a + kWidth<T>), largest));
       }
       if (__builtin_expect(!every_lane<T>(below(largest, top[r] + kMargin, kEveryLane<T>)), 0)) {
@@ -97,22 +97,22 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
       }
       Vec<T> sum0{}, sum1{};
       for (int i = 0; i < tiles.count; ++i) {
-        T* a = tiles.tile[i] + r * kPanel<T>;
+        T* a = tiles.tile(i) + r * kPanel<T>;
         const T least = SCORE ? least_term<T>(limit[r] - scratch.steep[tiles.index[i]], top[r]) : -Format<T>::kExpLimit;
-        const Vec<T> e0 = exp_term<T>(load<T>(a) - top[r], least);
-        const Vec<T> e1 = exp_term<T>(load<T>(a + kWidth<T>) - top[r], least);
-        sum0 += e0;
-        sum1 += e1;
+        Vec<T> e[2] = {load<T>(a) - top[r], load<T>(a + kWidth<T>) - top[r]};
+        exp_terms<T>(e, least);
+        sum0 += e[0];
+        sum1 += e[1];
         if constexpr (SCORE) {
-          store<T>(a, e0);
-          store<T>(a + kWidth<T>, e1);
+          store<T>(a, e[0]);
+          store<T>(a + kWidth<T>, e[1]);
         }
       }
       total[r] += sum0 + sum1;
     }
     if constexpr (SCORE) {
       for (int i = 0; i < tiles.count; ++i)
-        tile_gradients<T, R, true, false, false>(scratch, tiles.index[i], D, tiles.tile[i]);
+        tile_gradients<T, R, true, false, false>(scratch, tiles.index[i], D, tiles.tile(i));
     }
   }
 
@@ -191,23 +191,27 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
     if (DZ && !any) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
     any = true;
     for (int i = 0; i < tiles.count; ++i) {
-      T *w = tiles.tile[i], *weights = scratch.weights + tiles.index[i] * kPanel<T>, least[R];
+      T *w = tiles.tile(i), *weights = scratch.weights + tiles.index[i] * kPanel<T>, least[R];
       for (int r = 0; r < R; ++r) least[r] = least_term<T>(limit[r] - scratch.steep[tiles.index[i]], log_prob[r]);
-      for (int j = 0; j < kPanel<T>; j += kWidth<T>) {
-        Vec<T> sum = load<T>(weights + j);
+      Vec<T> sum0 = load<T>(weights), sum1 = load<T>(weights + kWidth<T>);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          T* a = w + r * kPanel<T> + j;
-          const Vec<T> x = exp_term<T>(load<T>(a) - log_prob[r], least[r]) * grad[r];
-          store<T>(a, x);
-          sum += x;
-        }
-        store<T>(weights + j, sum);
+      for (int r = 0; r < R; ++r) {
+        T* a = w + r * kPanel<T>;
+        Vec<T> e[2] = {load<T>(a) - log_prob[r], load<T>(a + kWidth<T>) - log_prob[r]};
+        exp_terms<T>(e, least[r]);
+        e[0] *= grad[r];
+        e[1] *= grad[r];
+        store<T>(a, e[0]);
+        store<T>(a + kWidth<T>, e[1]);
+        sum0 += e[0];
+        sum1 += e[1];
       }
+      store<T>(weights, sum0);
+      store<T>(weights + kWidth<T>, sum1);
     }
     if constexpr (DZ || DMU || DLOGVAR) {
       for (int i = 0; i < tiles.count; ++i)
-        tile_gradients<T, R, DZ, DMU, DLOGVAR>(scratch, tiles.index[i], D, tiles.tile[i]);
+        tile_gradients<T, R, DZ, DMU, DLOGVAR>(scratch, tiles.index[i], D, tiles.tile(i));
     }
   }
 

@@ -25,7 +25,7 @@ T limit_for(T reference, T negligible, const Mixture<T>& mix, const Extremes<T>&
   return T(double(limit) - (t_squared > 1 ? 0.5 * kLn2 * double(exponent) : 0.0));
 }
 
-// The least x of which exp_term is not zero, for x = a - reference, where a may be left out below the limit.
+// The least x of which exp_terms are not zero, for x = a - reference, where a may be left out below the limit.
 template <class T>
 T least_term(T limit, T reference) {
   const T least = limit - reference, most = -Format<T>::kExpLimit;
@@ -42,8 +42,8 @@ template <class T, int R>
 class Tiles {
  public:
   int count = 0;
-  T* tile[kBatch];        // [R, kPanel]: the exponents; the caller may change them
   int64_t index[kBatch];  // of the panel in its chunk
+  T* tile(int i) const { return scratch_.tiles + i * R * kPanel<T>; }  // [R, kPanel]: the exponents, for the caller to use up
 
   Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t first, int64_t panels)
       : scratch_(scratch),
@@ -52,9 +52,7 @@ class Tiles {
         isotropic_(mixture.isotropic),
         exclude_(exclude),
         first_(first),
-        panels_(panels) {
-    for (int i = 0; i < kBatch; ++i) tile[i] = scratch.tiles + i * R * kPanel<T>;
-  }
+        panels_(panels) {}
 
   // The next batch; false at the end.
   bool find(const T (&limit)[R]) {
@@ -75,7 +73,7 @@ class Tiles {
     if (any && exclude_) {
       for (int r = 0; r < R; ++r) {
         const int64_t lane = exclude_[r] - first_ - next_ * kPanel<T>;
-        if (lane >= 0 && lane < kPanel<T>) tile[count][r * kPanel<T> + lane] = T(-__builtin_inf());
+        if (lane >= 0 && lane < kPanel<T>) tile(count)[r * kPanel<T> + lane] = T(-__builtin_inf());
       }
     }
     return any;
@@ -84,27 +82,26 @@ class Tiles {
   // S rows of it, from `row` on, with their limits; false if none of their exponents matters, which are -inf then.
   bool strip(int row, const T* limit) {
     const bool look = in_order_ || idle_ < kPatience || next_ % kEvery == 0;
-    T* a = tile[count] + row * kPanel<T>;
-    for (int64_t d = 0; d < D_; d += kBlock) {
-      const int64_t end = least(D_, d + kBlock);
-      if (isotropic_ ? subtract_squares<true>(row, d, end, look, limit, a)
-                     : subtract_squares<false>(row, d, end, look, limit, a))
-        continue;
-      if constexpr (S < R)  // another strip may matter
-        for (int i = 0; i < S * kPanel<T>; i += W) store<T>(a + i, broadcast<T>(T(-__builtin_inf())));
-      return false;
-    }
-    idle_ += look;
-    return true;
+    T* a = tile(count) + row * kPanel<T>;
+    bool matter = isotropic_ ? subtract_squares<true, true>(row, 0, look, limit, a)
+                             : subtract_squares<false, true>(row, 0, look, limit, a);
+    for (int64_t d = kBlock; matter && d < D_; d += kBlock)
+      matter = isotropic_ ? subtract_squares<true, false>(row, d, look, limit, a)
+                          : subtract_squares<false, false>(row, d, look, limit, a);
+    if (matter) idle_ += look;
+    else if constexpr (S < R)  // another strip may matter
+      for (int i = 0; i < S * kPanel<T>; i += W) store<T>(a + i, broadcast<T>(T(-__builtin_inf())));
+    return matter;
   }
 
-  // a = c, or a, minus the sum over dimensions [begin, end) of u^2 v / 2.  False if that leaves no exponent of the strip
-  // that matters.  A v that is the same everywhere is multiplied with once.
-  template <bool kIsotropic>
-  bool subtract_squares(int row, int64_t begin, int64_t end, bool look, const T* limit, T* a) {
+  // a = c in the first block, else a, minus the sum over the dimensions of the block from `begin` on of u^2 v / 2.  False
+  // if that leaves no exponent of the strip that matters.  A v that is the same everywhere is multiplied with once.
+  template <bool kIsotropic, bool kFirst>
+  inline __attribute__((always_inline)) bool subtract_squares(int row, int64_t begin, bool look, const T* limit, T* a) {
     const T* v = scratch_.v + scratch_.v_at(next_);
-    const T* from = begin ? a : scratch_.c + next_ * kPanel<T>;
-    const int64_t stride = begin ? kPanel<T> : 0;
+    const T* from = kFirst ? scratch_.c + next_ * kPanel<T> : a;
+    constexpr int64_t stride = kFirst ? 0 : kPanel<T>;
+    const int64_t end = least(D_, begin + kBlock);
     const auto minus = [v](const T* from, Vec<T> sum) {
       return kIsotropic ? fma<T>(-sum, load<T>(v), load<T>(from)) : load<T>(from) - sum;
     };
@@ -122,7 +119,7 @@ class Tiles {
       return !every_lane<T>(m[0] & m[1]);
     };
     int64_t d = begin;
-    if (look && begin == 0 && end >= 2 * kFirstLook) {
+    if (kFirst && look && end >= 2 * kFirstLook) {
       while (d < 2 * kFirstLook) {
         add_squares<kIsotropic>(row, d, d + kFirstLook, sum);  // a constant number of dimensions, unrolled
         d += kFirstLook;

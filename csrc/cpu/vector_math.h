@@ -55,19 +55,21 @@ struct Exp2<double> {
                                  4.4352809446103361611e-10};
 };
 
-// exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  0 below `least`, which is not below
-// -kExpLimit; NaN stays NaN.  Relative error 1e-7 + |x| 2^-25, so the absolute one is below 1e-7 everywhere.
+// x becomes exp(x), for x <= 0 or a little above it: terms of a sum whose largest is about 1.  0 below `least`, which is
+// not below -kExpLimit; NaN stays NaN.  Relative error 1e-7 + |x| 2^-25, so the absolute one is below 1e-7 everywhere.
 template <class T>
-inline Vec<T> exp_term(Vec<T> x, T least = -Format<T>::kExpLimit) {
+inline void exp_terms(Vec<T> (&x)[2], T least = -Format<T>::kExpLimit) {
   using F = Format<T>;
   const Vec<T> log2e = broadcast<T>(T(kLog2E));
   const Vec<T> bias = broadcast<T>(F::kRound + F::kBias);
-  const Vec<T> y = fma<T>(x, log2e, bias);  // its low bits are the biased exponent
-  const Vec<T> r = fma<T>(x, log2e, bias - y);
-  Vec<T> p = broadcast<T>(Exp2<T>::c[Exp2<T>::kDegree]);
-  for (int i = Exp2<T>::kDegree - 1; i >= 0; --i) p = fma<T>(p, r, broadcast<T>(Exp2<T>::c[i]));
-  const Vec<T> value = p * (Vec<T>)((Vec<Bits<T>>)y << F::kMantissaBits);
-  return x < broadcast<T>(least) ? Vec<T>{} : value;
+  for (Vec<T>& v : x) {
+    const Vec<T> y = fma<T>(v, log2e, bias);  // its low bits are the biased exponent
+    const Vec<T> r = fma<T>(v, log2e, bias - y);
+    Vec<T> p = broadcast<T>(Exp2<T>::c[Exp2<T>::kDegree]);
+    for (int i = Exp2<T>::kDegree - 1; i >= 0; --i) p = fma<T>(p, r, broadcast<T>(Exp2<T>::c[i]));
+    p *= (Vec<T>)((Vec<Bits<T>>)y << F::kMantissaBits);
+    v = v < broadcast<T>(least) ? Vec<T>{} : p;
+  }
 }
 
 #if FASTVAE_BYTES >= 32
@@ -93,17 +95,30 @@ inline Vec<float> exp2_of_low_bits(Vec<float> y) {
   return (Vec<float>)((n << (Format<float>::kMantissaBits - Exp2Table::kSteps)) + look_up(kExp2Table.bits, n));
 }
 
+// v[i] = f(i) for both, the one beside the other in the order of instructions: a core's scheduler is small beside the
+// chain of an exponential, and finds in one chain after the other too little to do.
+template <class F>
+inline __attribute__((always_inline)) void side_by_side(Vec<float> (&v)[2], const F& f) {
+  v[0] = f(0), v[1] = f(1);
+#ifndef FASTVAE_EMULATED
+  asm("" : "+v"(v[0]), "+v"(v[1]));
+#endif
+}
+
 template <>
-inline Vec<float> exp_term<float>(Vec<float> x, float least) {
-  using F = Format<float>;
-  const Vec<float> scale = broadcast<float>(float(kLog2E * Exp2Table::W)), round = broadcast<float>(F::kRound);
-  const Vec<float> y = fma<float>(x, scale, round);
-  const Vec<float> r = fma<float>(x, scale, round - y);
-  const Vec<float> power = exp2_of_low_bits(y);
-  Vec<float> p = broadcast<float>(Exp2Table::c[2]);
-  for (int i = 1; i >= 0; --i) p = fma<float>(p, r, broadcast<float>(Exp2Table::c[i]));
-  p = fma<float>(p, r, broadcast<float>(1.0f));
-  return x < broadcast<float>(least) ? Vec<float>{} : p * power;
+inline __attribute__((always_inline)) void exp_terms<float>(Vec<float> (&x)[2], float least) {
+  constexpr auto& c = Exp2Table::c;
+  const Vec<float> scale = broadcast<float>(float(kLog2E * Exp2Table::W));
+  const Vec<float> round = broadcast<float>(Format<float>::kRound);
+  Vec<float> y[2], r[2], p[2], power[2];
+  side_by_side(y, [&](int i) { return fma<float>(x[i], scale, round); });
+  side_by_side(r, [&](int i) { return round - y[i]; });
+  side_by_side(r, [&](int i) { return fma<float>(x[i], scale, r[i]); });
+  side_by_side(power, [&](int i) { return exp2_of_low_bits(y[i]); });
+  side_by_side(p, [&](int i) { return fma<float>(r[i], broadcast<float>(c[2]), broadcast<float>(c[1])); });
+  side_by_side(p, [&](int i) { return fma<float>(p[i], r[i], broadcast<float>(c[0])); });
+  side_by_side(p, [&](int i) { return fma<float>(p[i], r[i], broadcast<float>(1.0f)); });
+  for (int i = 0; i < 2; ++i) x[i] = x[i] < broadcast<float>(least) ? Vec<float>{} : p[i] * power[i];
 }
 #endif
 

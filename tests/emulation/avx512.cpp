@@ -78,6 +78,7 @@ Wide<T> roots(Wide<T> v) {
   (((Wide<uint64_t>)(a) & 0xFFFFFFFFu) * ((Wide<uint64_t>)(b) & 0xFFFFFFFFu))
 #define _mm512_maskz_permutexvar_epi32(mask, index, table) looked_up((Wide<uint32_t>)(index), (Wide<uint32_t>)(table))
 
+#define FASTVAE_EMULATED  // there are no registers of this width
 #define FASTVAE_ISA fastvae_emulated_avx512
 #define FASTVAE_BYTES 64
 #include "isa_table.h"
