@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastvae.ops import operators
+from fastvae.ops import Keeping, operators
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -83,12 +83,20 @@ def _apart(backend: str) -> bool:
     return backend.startswith(("triton", "cuda"))
 
 
+_MOST_KEPT = 2**22  # exponents; 16 MiB in float32
+
+
+def _keeping(backend: str, M: int, mu: Tensor) -> Keeping | None:
+    """The operators that keep the exponents of M rows, if the backend has them and exponents are not too many."""
+    return operators[backend].keeping if 0 < M * len(mu) <= _MOST_KEPT else None
+
+
 class MixtureLogProb(torch.autograd.Function):
     """log p(z) [M].
 
     The score is dl/dz.  Where z alone needs a gradient, forward computes it on the way and backward is one product.
     With Triton and CUDA so it is wherever z needs one: their kernels compute the gradients of z and of the parameters
-    apart.
+    apart.  A small problem's exponents are kept for the gradients of the parameters, where the kernels can.
     """
 
     @staticmethod
@@ -103,12 +111,14 @@ class MixtureLogProb(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         need_z, *need_parameters = ctx.needs_input_grad[:4]
-        mixture, score = (z, mu, logvar, log_weights, exclude), None
+        mixture, score, exponents = (z, mu, logvar, log_weights, exclude), None, None
         if need_z and (_apart(backend) or not any(need_parameters)):
             log_prob, score = operators[backend].mixture_log_prob_and_score(*mixture)
+        elif any(need_parameters) and not dense and (keeping := _keeping(backend, len(z), mu)):
+            log_prob, exponents = keeping.mixture_log_prob(*mixture, need_z)
         else:
             log_prob = operators[backend].mixture_log_prob(*mixture)
-        ctx.save_for_backward(log_prob, score, *mixture)
+        ctx.save_for_backward(log_prob, score, exponents, *mixture)
         ctx.dense, ctx.backend = dense, backend
         return log_prob
 
@@ -134,7 +144,7 @@ class MixtureLogProbAndScore(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         mixture = z, mu, logvar, log_weights, exclude
         log_prob, score = operators[backend].mixture_log_prob_and_score(*mixture)
-        ctx.save_for_backward(log_prob, score, *mixture)
+        ctx.save_for_backward(log_prob, score, None, *mixture)
         ctx.mark_non_differentiable(score)
         ctx.dense, ctx.backend = dense, backend
         return log_prob, score
@@ -146,15 +156,18 @@ class MixtureLogProbAndScore(torch.autograd.Function):
 
 
 def _mixture_gradients(ctx: Any, grad: Tensor) -> Gradients:
-    log_prob, score, *mixture = ctx.saved_tensors
+    log_prob, score, exponents, *mixture = ctx.saved_tensors
+    ops = operators[ctx.backend]
     need = list(ctx.needs_input_grad[:4])
     grads: list[Tensor | None] = [None] * 4
     if need[0] and score is not None:
         grads[0], need[0] = grad[:, None] * score, False
     if any(need):
-        computed = operators[ctx.backend].mixture_log_prob_backward(
-            grad.contiguous(), log_prob, *mixture, ctx.dense, *need
-        )
+        arriving = grad.contiguous(), log_prob
+        if ops.keeping and exponents is not None:
+            computed = ops.keeping.mixture_log_prob_backward(*arriving, exponents, *mixture, *need)
+        else:
+            computed = ops.mixture_log_prob_backward(*arriving, *mixture, ctx.dense, *need)
         grads = [new if needed else old for old, new, needed in zip(grads, computed, need, strict=True)]
     return (*grads, None, None, None)
 
@@ -274,14 +287,17 @@ class MixtureKL(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         need_q, need_prior = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:5])
-        with_score = need_q and (_apart(backend) or not need_prior)
-        z, kl, log_prob, score = operators[backend].mixture_kl(
-            mu, logvar, seed, num_samples or 1, prior_mu, prior_logvar, log_weights, exclude, with_score
-        )
+        S, prior = num_samples or 1, (prior_mu, prior_logvar, log_weights, exclude)
+        arguments, score, exponents = (mu, logvar, seed, S, *prior), None, None
+        if need_prior and not dense and (keeping := _keeping(backend, S * len(mu), prior_mu)):
+            z, kl, log_prob, exponents = keeping.mixture_kl(*arguments, need_q)
+        else:
+            with_score = need_q and (_apart(backend) or not need_prior)
+            z, kl, log_prob, score = operators[backend].mixture_kl(*arguments, with_score)
         ctx.one = num_samples is None
         if ctx.one:
             z, kl = _without_samples(z), _without_samples(kl)
-        ctx.save_for_backward(logvar, seed, z, log_prob, score, prior_mu, prior_logvar, log_weights, exclude)
+        ctx.save_for_backward(logvar, seed, z, log_prob, score, exponents, *prior)
         ctx.path_derivative, ctx.dense, ctx.backend = path_derivative, dense, backend
         ctx.set_materialize_grads(False)
         return z, kl
@@ -289,7 +305,7 @@ class MixtureKL(torch.autograd.Function):
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Gradients:
-        logvar, seed, z, log_prob, score, *prior = ctx.saved_tensors
+        logvar, seed, z, log_prob, score, exponents, *prior = ctx.saved_tensors
         if grad_kl is None:
             grad_kl = z.new_zeros(z.shape[:-1])
         if ctx.one:
@@ -297,20 +313,12 @@ class MixtureKL(torch.autograd.Function):
             grad_z = None if grad_z is None else grad_z.unsqueeze(0)
         need = ctx.needs_input_grad
         need_q = need[0] or need[1]
-        computed = operators[ctx.backend].mixture_kl_backward(
-            None if grad_z is None else grad_z.contiguous(),
-            grad_kl.contiguous(),
-            logvar,
-            seed,
-            ctx.path_derivative,
-            z,
-            log_prob,
-            score,
-            *prior,
-            ctx.dense,
-            need_q,
-            *need[2:5],
-        )
+        ops, sampled = operators[ctx.backend], (logvar, seed, ctx.path_derivative, z, log_prob)
+        arriving = None if grad_z is None else grad_z.contiguous(), grad_kl.contiguous()
+        if ops.keeping and exponents is not None:
+            computed = ops.keeping.mixture_kl_backward(*arriving, *sampled, exponents, *prior, need_q, *need[2:5])
+        else:
+            computed = ops.mixture_kl_backward(*arriving, *sampled, score, *prior, ctx.dense, need_q, *need[2:5])
         gradients = (g if needed else None for g, needed in zip(computed, need[:5], strict=True))
         return (*gradients, None, None, None, None, None, None)
 

@@ -265,17 +265,21 @@ def _check_tensor(name: str, value: object) -> None:
 
 def _result_dtype(**tensors: Tensor | None) -> torch.dtype:
     """The dtype that these promote to; TypeError for what is not floating, ValueError for mixed devices."""
-    dtype, device = None, None
+    first, dtype, device = None, None, None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        _check_tensor(name, tensor)
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, not {tensor.dtype}")
-        if device is not None and tensor.device != device[1]:
-            raise ValueError(f"{name} is on {tensor.device}, but {device[0]} is on {device[1]}")
-        device = device or (name, tensor.device)
-        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+        if not isinstance(tensor, Tensor):
+            _check_tensor(name, tensor)
+        own = tensor.dtype
+        if own != dtype:
+            if not own.is_floating_point:
+                raise TypeError(f"{name} must be a floating tensor, not {own}")
+            dtype = own if dtype is None else torch.promote_types(dtype, own)
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} is on {device}")
     assert dtype is not None
     return dtype
 

@@ -6,6 +6,8 @@ which has those of the mixture once more for each lower precision.  They take ch
 contiguous, of one floating dtype, rows flattened to z [M, D]; logvar is [K, D], or [1, D] where all share it.
 
 A gradient that was not asked for comes back with no elements, because an operator's arity is fixed.
+
+The CPU kernels have four more: of a small problem forward keeps the exponents, an [M, K] array, for backward.
 """
 
 from __future__ import annotations
@@ -36,6 +38,16 @@ _SCHEMAS = {
     "mixture_kl_backward": "(Tensor? grad_z, Tensor grad_kl, Tensor logvar, Tensor seed, bool path_derivative, "
     f"Tensor z, Tensor log_prob, Tensor score, {_PRIOR}, bool dense, bool need_q, bool need_mu, bool need_logvar, "
     "bool need_log_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+_SCHEMAS_OF_CPU = {
+    "mixture_log_prob_and_exponents": f"({_MIXTURE}, bool need_z) -> (Tensor, Tensor)",
+    "mixture_log_prob_backward_from_exponents": f"(Tensor grad, Tensor log_prob, Tensor exponents, {_MIXTURE}, "
+    "bool need_z, bool need_mu, bool need_logvar, bool need_log_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    "mixture_kl_and_exponents": f"(Tensor mu, Tensor logvar, Tensor seed, SymInt num_samples, {_PRIOR}, bool need_q) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "mixture_kl_backward_from_exponents": "(Tensor? grad_z, Tensor grad_kl, Tensor logvar, Tensor seed, "
+    f"bool path_derivative, Tensor z, Tensor log_prob, Tensor exponents, {_PRIOR}, bool need_q, bool need_mu, "
+    "bool need_logvar, bool need_log_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -115,6 +127,36 @@ def _mixture_kl_backward(
     )
 
 
+def _mixture_log_prob_and_exponents(z, mu, logvar, log_weights, exclude, need_z):
+    """log p(z) [M], and what backward takes: with each 16 of K numbers one for which of them matter."""
+    M, K = z.shape[0], mu.shape[0]
+    return z.new_empty(M), z.new_empty(M, (K + 31) // 32 * 34)
+
+
+def _mixture_log_prob_backward_from_exponents(grad, log_prob, exponents, z, mu, logvar, log_weights, exclude, *need):
+    return _mixture_log_prob_backward(grad, log_prob, z, mu, logvar, log_weights, exclude, False, *need)
+
+
+def _mixture_kl_and_exponents(mu, logvar, seed, num_samples, prior_mu, prior_logvar, log_weights, exclude, need_q):
+    z, kl, *_ = _mixture_kl(mu, logvar, seed, num_samples, prior_mu, prior_logvar, log_weights, exclude, False)
+    mixture = prior_mu, prior_logvar, log_weights, exclude
+    return z, kl, *_mixture_log_prob_and_exponents(z.flatten(0, 1), *mixture, need_q)
+
+
+def _mixture_kl_backward_from_exponents(*arguments):
+    *arguments, need_q, need_mu, need_logvar, need_log_weights = arguments
+    return _mixture_kl_backward(*arguments, False, need_q, need_mu, need_logvar, need_log_weights)
+
+
+class Keeping(NamedTuple):
+    """The operators with which exponents are kept from forward to backward, in the order of their schemas above."""
+
+    mixture_log_prob: torch._ops.OpOverload
+    mixture_log_prob_backward: torch._ops.OpOverload
+    mixture_kl: torch._ops.OpOverload
+    mixture_kl_backward: torch._ops.OpOverload
+
+
 class Operators(NamedTuple):
     """One backend's operators, in the order of the schemas above."""
 
@@ -127,6 +169,7 @@ class Operators(NamedTuple):
     gaussian_kl_backward: torch._ops.OpOverload
     mixture_kl: torch._ops.OpOverload
     mixture_kl_backward: torch._ops.OpOverload
+    keeping: Keeping | None  # exponents, if it can
 
 
 _library = torch.library.Library("fastvae", "DEF")
@@ -134,7 +177,8 @@ _library = torch.library.Library("fastvae", "DEF")
 
 def _define(prefix: str, names: Iterable[str] = tuple(_SCHEMAS)) -> dict[str, torch._ops.OpOverload]:
     for name in names:
-        _library.define(f"{prefix}{name}{_SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
+        schema = (_SCHEMAS | _SCHEMAS_OF_CPU)[name]
+        _library.define(f"{prefix}{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastvae::{prefix}{name}", globals()[f"_{name}"], lib=_library)
     return {name: getattr(torch.ops.fastvae, prefix + name).default for name in names}
 
@@ -146,13 +190,14 @@ def compose(library: torch.library.Library, prefix: str, backend: Operators) -> 
 
 
 _library.define("cpu_isa() -> str")
-native = Operators(**_define(""))
-plain = Operators(**_define("composite_"))
-triton = Operators(**_define("triton_"))
-operators = {"cpu": native, "cuda": native, "composite": plain, "triton": triton}
+native = Operators(**_define(""), keeping=None)
+plain = Operators(**_define("composite_"), keeping=None)
+triton = Operators(**_define("triton_"), keeping=None)
+on_cpu = native._replace(keeping=Keeping(*_define("", _SCHEMAS_OF_CPU).values()))
+operators = {"cpu": on_cpu, "cuda": native, "composite": plain, "triton": triton}
 _of_mixture = [name for name in _SCHEMAS if name.startswith("mixture")]
 for _precision in ("high", "medium"):
-    operators[f"triton-{_precision}"] = triton._replace(**_define(f"triton_{_precision}_", _of_mixture))
+    operators[f"triton-{_precision}"] = triton._replace(**_define(f"triton_{_precision}_", _of_mixture), keeping=None)
 
 for _name in _SCHEMAS:
     if _name.startswith("mixture_kl"):

@@ -218,7 +218,7 @@ def test_operators_check_what_they_are_given(emulated: Operators) -> None:
             )
 
 
-@pytest.mark.parametrize("name", Operators._fields)
+@pytest.mark.parametrize("name", ops._SCHEMAS)
 def test_opcheck(emulated: Operators, name: str) -> None:
     """Schema, aliasing and fakes agree with what the host side returns."""
     for args in inputs(name):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastvae
-from fastvae import autograd, backends
+from fastvae import autograd, backends, ops
 from fastvae.ops import operators
 
 Operation = Callable[..., tuple[Tensor, ...]]
@@ -46,6 +46,12 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                         (True, False, True, False),
                     ):
                         yield (per_row, operators["composite"].mixture_log_prob(*args), *args, True, *wanted)
+                case "mixture_log_prob_and_exponents":
+                    yield *args, M > 1
+                case "mixture_log_prob_backward_from_exponents":
+                    log_prob, exponents = ops.on_cpu.keeping.mixture_log_prob(*args, True)
+                    for wanted in ((True, True, True, True), (False, True, False, True)):
+                        yield per_row, log_prob, exponents, *args, *wanted
                 case "gaussian_rsample":
                     yield per_element, per_element, seed, 2
                 case "gaussian_rsample_backward":
@@ -55,6 +61,15 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                     yield per_element, per_element
                 case "gaussian_kl_backward":
                     yield per_row, per_element, per_element
+                case "mixture_kl_and_exponents" | "mixture_kl_backward_from_exponents":
+                    forward = per_element, 0.1 * per_element, seed, 1, *args[1:]
+                    if name == "mixture_kl_and_exponents":
+                        yield *forward, M > 1
+                        continue
+                    z, grad_kl, *saved = ops.on_cpu.keeping.mixture_kl(*forward, True)
+                    for wanted in ((True, True, True, True), (False, True, False, True)):
+                        grad_z = torch.randn_like(z) if all(wanted) else None
+                        yield grad_z, grad_kl, per_element, seed, M > 1, z, *saved, *args[1:], *wanted
                 case "mixture_kl" | "mixture_kl_backward":
                     _, *prior, exclude = args
                     of_samples = None if exclude is None else exclude.repeat(2)
@@ -74,16 +89,26 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                             yield grad_z, grad_kl, *sampled, *prior, of_samples, True, *wanted
 
 
-@pytest.mark.parametrize("name", operators["composite"]._fields)
+@pytest.mark.parametrize("name", ops._SCHEMAS)
 def test_opcheck(each_impl: str, name: str) -> None:
     """Schema, aliasing, fakes and dynamic shapes, by PyTorch's own check."""
     for args in inputs(name):
         torch.library.opcheck(getattr(operators[each_impl], name), args)
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", ops._SCHEMAS_OF_CPU)
+def test_opcheck_of_what_the_cpu_alone_has(name: str) -> None:
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if "and_exponents" not in name:  # where no tile is, the memory is not written: it is not to be compared
+        checks.append("test_aot_dispatch_dynamic")
+    for args in inputs(name):
+        torch.library.opcheck(getattr(torch.ops.fastvae, name).default, args, test_utils=checks)
+
+
 def test_both_prefixes_have_the_same_operators() -> None:
     native, plain = operators["cpu"], operators["composite"]
-    for name in native._fields:
+    for name in ops._SCHEMAS:
         of_native, of_plain = getattr(native, name)._schema, getattr(plain, name)._schema
         assert str(of_plain) == str(of_native).replace("fastvae::", "fastvae::composite_")
 

@@ -30,6 +30,17 @@ struct Partial {
   double total;
 };
 
+constexpr int64_t kLeastPanel = 4, kMostPanel = 32;  // components, with any instruction set and type
+
+// Exponents that forward keeps for backward.  The tile of R rows from the r-th on, and of the panel from the k-th component
+// on, is [R, panel] at r * stride + k * R.
+template <class T>
+struct Exponents {
+  T* a;             // [M, stride]; null: none are kept
+  uint8_t* matter;  // [M, stride / panel], at a tile's first row: whether it was not left out
+  int64_t stride;   // K, by whole panels
+};
+
 template <class T>
 struct Forward {
   Mixture<T> mixture;
@@ -39,6 +50,7 @@ struct Forward {
   const T* known;       // [rows of the range] or null: a term of the whole sum, or less
   Partial<T>* partial;  // [rows of the range], written
   T* score;             // [rows, D] or null: sum_k exp(a - top) u v, so that the score is -score / total
+  Exponents<T> exponents;  // written, if there is no score
   void* scratch;
 };
 
@@ -49,7 +61,8 @@ struct Backward {
   const int64_t* exclude;
   const T* log_prob;  // [M]
   const T* grad;      // [M]
-  bool dense;         // touch every tile
+  Exponents<T> exponents;  // by the same forward; none: computed again
+  bool dense;              // touch every tile
   Range range;
   // Null where not asked for.
   T* dz;        // [rows of the range, D], added to

@@ -7,8 +7,8 @@
 //
 // Components are packed chunk by chunk into scratch that stays in the cache (panels.h) and used by all rows of the task.
 // Rows go by tiles against a batch of panels, in phases that each keep the multipliers busy: the exponents of the tiles
-// that matter (tiles.h), all their exponentials, and with these the gradients.  Nothing of size M x K exists; backward
-// computes a again.  docs/cpu-kernels.md has the reasons and the measurements.
+// that matter (tiles.h), all their exponentials, and with these the gradients.  Backward computes a again, except where
+// M x K is so small that forward keeps it; nothing else of that size exists.  docs/cpu-kernels.md has the reasons and the measurements.
 #pragma once
 
 #include "tiles.h"
@@ -79,7 +79,7 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   }
   Vec<T> total[R] = {};
 
-  Tiles<T, R> tiles(scratch, task.mixture, exclude, first, panels);
+  Tiles<T, R> tiles(scratch, task.mixture, exclude, task.range.row_begin + row, first, panels, task.exponents);
   bool any = false;
   while (tiles.find(limit)) {
     if (SCORE && !any) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
@@ -185,9 +185,9 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
   }
   transpose_rows<T, R>(task.z + m * D, D, task.mixture.place, scratch.z);
 
-  Tiles<T, R> tiles(scratch, task.mixture, exclude, first, panels);
+  Tiles<T, R> tiles(scratch, task.mixture, exclude, m, first, panels, task.exponents);
   bool any = false;
-  while (tiles.find(limit)) {
+  while (task.exponents.a ? tiles.find_kept(limit) : tiles.find(limit)) {
     if (DZ && !any) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
     any = true;
     for (int i = 0; i < tiles.count; ++i) {

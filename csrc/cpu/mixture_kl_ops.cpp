@@ -6,6 +6,16 @@ namespace {
 
 Tensor flat(const Tensor& z) { return torch::stable::view(z, {z.size(0) * z.size(1), z.size(2)}); }
 
+// log q becomes kl.
+void subtract_log_p(const Tensor& log_q, const Tensor& log_p) {
+  by_dtype(log_q, [&](auto zero, const auto&) {
+    using T = decltype(zero);
+    T* of_row = output<T>(log_q);
+    const T* p = input<T>(log_p);
+    for (int64_t i = 0; i < log_p.numel(); ++i) of_row[i] -= p[i];
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                                                       int64_t num_samples, const Tensor& prior_mu,
                                                       const Tensor& prior_logvar, const OptionalTensor& log_weights,
@@ -19,13 +29,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl(const Tensor& mu, const Te
     log_prob = mixture_log_prob(rows, prior_mu, prior_logvar, log_weights, exclude);
     score = empty(z, {0});
   }
-  by_dtype(kl, [&](auto zero, const auto&) {
-    using T = decltype(zero);
-    T* of_row = output<T>(kl);
-    const T* log_p = input<T>(log_prob);
-    for (int64_t i = 0; i < log_prob.numel(); ++i) of_row[i] -= log_p[i];
-  });
+  subtract_log_p(kl, log_prob);
   return {z, kl, log_prob, score};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl_and_exponents(
+    const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples, const Tensor& prior_mu,
+    const Tensor& prior_logvar, const OptionalTensor& log_weights, const OptionalTensor& exclude, bool need_q) {
+  auto [z, kl] = gaussian_rsample(mu, logvar, seed, num_samples);
+  auto [log_prob, kept] =
+      mixture_log_prob_and_exponents(flat(z), prior_mu, prior_logvar, log_weights, exclude, need_q);
+  subtract_log_p(kl, log_prob);
+  return {z, kl, log_prob, kept};
 }
 
 // What arrives at z: through log p, which is `grad` [N] times the score where there is one, else dz as it is; and what
@@ -46,8 +61,8 @@ void finish_dz(const Tensor& dz, const Tensor& grad, const Tensor& score, const 
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
-    const OptionalTensor& grad_z, const Tensor& grad_kl, const Tensor& logvar, const Tensor& seed, bool path_derivative,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_from(
+    const OptionalTensor& exponents, const OptionalTensor& grad_z, const Tensor& grad_kl, const Tensor& logvar, const Tensor& seed, bool path_derivative,
     const Tensor& z, const Tensor& log_prob, const Tensor& score, const Tensor& prior_mu, const Tensor& prior_logvar,
     const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_q, bool need_mu,
     bool need_logvar, bool need_log_weights) {
@@ -66,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
   Tensor dz = nothing(), dprior_mu = nothing(), dprior_logvar = nothing(), dlog_weights = nothing();
   if (need_z || need_mu || need_logvar || need_log_weights)
     std::tie(dz, dprior_mu, dprior_logvar, dlog_weights) =
-        mixture_log_prob_backward(grad, log_prob, flat(z), prior_mu, prior_logvar, log_weights, exclude, dense, need_z,
-                                  need_mu, need_logvar, need_log_weights);
+        mixture_log_prob_backward_from(exponents, grad, log_prob, flat(z), prior_mu, prior_logvar, log_weights, exclude,
+                                       dense, need_z, need_mu, need_logvar, need_log_weights);
   if (!need_q) return {nothing(), nothing(), dprior_mu, dprior_logvar, dlog_weights};
   if (from_score) dz = new_result(z, {grad_kl.numel(), z.size(2)});
   if (from_score || grad_z) finish_dz(dz, grad, score, grad_z);
@@ -76,11 +91,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
   return {dmu, dlogvar, dprior_mu, dprior_logvar, dlog_weights};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
+    const OptionalTensor& grad_z, const Tensor& grad_kl, const Tensor& logvar, const Tensor& seed, bool path_derivative,
+    const Tensor& z, const Tensor& log_prob, const Tensor& score, const Tensor& prior_mu, const Tensor& prior_logvar,
+    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_q, bool need_mu,
+    bool need_logvar, bool need_log_weights) {
+  return backward_from({}, grad_z, grad_kl, logvar, seed, path_derivative, z, log_prob, score, prior_mu, prior_logvar,
+                       log_weights, exclude, dense, need_q, need_mu, need_logvar, need_log_weights);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward_from_exponents(
+    const OptionalTensor& grad_z, const Tensor& grad_kl, const Tensor& logvar, const Tensor& seed, bool path_derivative,
+    const Tensor& z, const Tensor& log_prob, const Tensor& exponents, const Tensor& prior_mu,
+    const Tensor& prior_logvar, const OptionalTensor& log_weights, const OptionalTensor& exclude, bool need_q,
+    bool need_mu, bool need_logvar, bool need_log_weights) {
+  return backward_from(exponents, grad_z, grad_kl, logvar, seed, path_derivative, z, log_prob, empty(z, {0}), prior_mu,
+                       prior_logvar, log_weights, exclude, false, need_q, need_mu, need_logvar, need_log_weights);
+}
+
 }  // namespace
 
 FASTVAE_REGISTER(FASTVAE_CPU_LIBRARY, CPU, m) {
   m.impl("mixture_kl", TORCH_BOX(&mixture_kl));
   m.impl("mixture_kl_backward", TORCH_BOX(&mixture_kl_backward));
+  m.impl("mixture_kl_and_exponents", TORCH_BOX(&mixture_kl_and_exponents));
+  m.impl("mixture_kl_backward_from_exponents", TORCH_BOX(&mixture_kl_backward_from_exponents));
 }
 
 }  // namespace fastvae

@@ -10,7 +10,7 @@
 namespace fastvae {
 namespace {
 
-constexpr int64_t kTileRows = 8, kPanel = 32;  // of the widest instruction set
+constexpr int64_t kTileRows = 8, kPanel = kMostPanel;  // of the widest instruction set
 
 constexpr int64_t kMergeBytes = 32 << 20;  // what splits may hold before they are merged
 
@@ -38,7 +38,7 @@ Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t most_split
   Plan p;
   p.splits = std::clamp<int64_t>(K / kPanel, 1, std::min(tasks, most_splits));
   if (rows_first) p.splits = (p.splits - 1) / std::max<int64_t>(1, M / kManyRows) + 1;
-  p.slab = std::max<int64_t>(256, kMergeBytes / (p.splits * row_bytes));
+  p.slab = std::max<int64_t>(256, kMergeBytes / (p.splits * row_bytes) / kTileRows * kTileRows);
   p.groups = std::clamp<int64_t>(std::min(M, p.slab) / 64, 1, tasks / p.splits);
   return p;
 }
@@ -83,7 +83,7 @@ std::vector<T> large_terms(const Kernels<T>& kernels, const Prepared<T>& prepare
     const int64_t first = std::clamp<int64_t>(place - kPanel / 2, 0, mixture.K - 1);
     Partial<T> partial[kTileRows];
     kernels.mixture_forward({mixture, rows.z, rows.exclude, {begin, end, first, std::min(mixture.K, first + 2 * kPanel)},
-                             nullptr, partial, nullptr, thread_scratch(scratch_bytes)});
+                             nullptr, partial, nullptr, {}, thread_scratch(scratch_bytes)});
     for (int64_t i = begin; i < end; ++i) terms[i] = partial[i - begin].top;
   });
   return terms;
@@ -91,7 +91,7 @@ std::vector<T> large_terms(const Kernels<T>& kernels, const Prepared<T>& prepare
 
 template <class T>
 void forward(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<T>& rows, int64_t M, T* log_prob,
-             T* score) {
+             T* score, const Exponents<T>& exponents) {
   const Mixture<T>& mixture = prepared.mixture;
   const int64_t D = mixture.D;
   const int64_t row_bytes = int64_t(sizeof(Partial<T>)) + (score ? D * int64_t(sizeof(T)) : 0);
@@ -112,7 +112,7 @@ void forward(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<
       const int64_t at = task % p.splits * slab + range.row_begin - begin;
       kernels.mixture_forward({mixture, rows.z, rows.exclude, range,
                                known.empty() ? nullptr : known.data() + range.row_begin, partial.data() + at,
-                               score ? scores.get() + at * D : nullptr, thread_scratch(scratch_bytes)});
+                               score ? scores.get() + at * D : nullptr, exponents, thread_scratch(scratch_bytes)});
     });
     run_pieces(count, std::max<int64_t>(16, count / 64), [&](int64_t first, int64_t end) {
       double scale[kForwardSplits];
@@ -210,7 +210,7 @@ Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
     using T = decltype(zero);
     const Prepared<T> prepared(mu, logvar, log_weights, M, false, false);
     const Rows<T> rows(prepared, input<T>(z), input<int64_t>(exclude), M);
-    forward<T>(kernels, prepared, rows, M, output<T>(log_prob), nullptr);
+    forward<T>(kernels, prepared, rows, M, output<T>(log_prob), nullptr, {});
   });
   return log_prob;
 }
@@ -225,17 +225,45 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
     using T = decltype(zero);
     const Prepared<T> prepared(mu, logvar, log_weights, M, true, false);
     const Rows<T> rows(prepared, input<T>(z), input<int64_t>(exclude), M);
-    forward<T>(kernels, prepared, rows, M, output<T>(log_prob), output<T>(score));
+    forward<T>(kernels, prepared, rows, M, output<T>(log_prob), output<T>(score), {});
   });
   return {log_prob, score};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
-    const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu, const Tensor& logvar,
-    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_z,
+// What is kept for M rows and K components: their exponents, by whole panels, and after them which tiles matter.
+int64_t kept_stride(int64_t K) { return (K + kMostPanel - 1) / kMostPanel * kMostPanel; }
+int64_t kept_numbers(int64_t K) { return kept_stride(K) / 16 * 17; }
+
+template <class T>
+Exponents<T> exponents_in(const Tensor& kept, int64_t M, int64_t K) {
+  static_assert(kLeastPanel * sizeof(T) >= 16);
+  T* a = output<T>(kept);
+  return {a, reinterpret_cast<uint8_t*>(a + M * kept_stride(K)), kept_stride(K)};
+}
+
+std::tuple<Tensor, Tensor> mixture_log_prob_and_exponents(const Tensor& z, const Tensor& mu, const Tensor& logvar,
+                                                          const OptionalTensor& log_weights,
+                                                          const OptionalTensor& exclude, bool need_z) {
+  check_mixture(z, mu, logvar, log_weights, exclude);
+  const int64_t M = z.size(0), K = mu.size(0);
+  Tensor log_prob = new_result(z, {M}), kept = new_result(z, {M, kept_numbers(K)});
+  by_dtype(z, [&](auto zero, const auto& kernels) {
+    using T = decltype(zero);
+    const Prepared<T> prepared(mu, logvar, log_weights, M, need_z, false);
+    const Rows<T> rows(prepared, input<T>(z), input<int64_t>(exclude), M);
+    forward<T>(kernels, prepared, rows, M, output<T>(log_prob), nullptr, exponents_in<T>(kept, M, K));
+  });
+  return {log_prob, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward_from(
+    const OptionalTensor& exponents, const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu,
+    const Tensor& logvar, const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_z,
     bool need_mu, bool need_logvar, bool need_log_weights) {
   check_mixture(z, mu, logvar, log_weights, exclude);
-  check_floats({&z, &grad, &log_prob});
+  check_floats({&z, &grad, &log_prob, exponents ? &*exponents : &z});
+  STD_TORCH_CHECK(!exponents || (!dense && exponents->numel() == z.size(0) * kept_numbers(mu.size(0))),
+                  "fastvae: want what mixture_log_prob_and_exponents kept");
   const int64_t M = z.size(0), K = mu.size(0), D = mu.size(1);
   STD_TORCH_CHECK(grad.numel() == M && log_prob.numel() == M, "fastvae: want grad and log_prob [M]");
   const auto wanted = [&](bool need, std::vector<int64_t> size) {
@@ -255,6 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
     job.exclude = rows.exclude;
     job.log_prob = rows.reordered(input<T>(log_prob), log_prob_memory);
     job.grad = rows.reordered(input<T>(grad), grad_memory);
+    if (exponents) job.exponents = exponents_in<T>(*exponents, M, K);
     job.dense = dense;
     backward<T>(kernels, job, rows, M,
                 {need_z ? output<T>(dz) : nullptr, need_mu ? output<T>(dmu) : nullptr,
@@ -263,10 +292,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
   return {dz, dmu, dlogvar, dweights};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward(
+    const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu, const Tensor& logvar,
+    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_z, bool need_mu,
+    bool need_logvar, bool need_log_weights) {
+  return mixture_log_prob_backward_from({}, grad, log_prob, z, mu, logvar, log_weights, exclude, dense, need_z, need_mu,
+                                        need_logvar, need_log_weights);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward_from_exponents(
+    const Tensor& grad, const Tensor& log_prob, const Tensor& exponents, const Tensor& z, const Tensor& mu,
+    const Tensor& logvar, const OptionalTensor& log_weights, const OptionalTensor& exclude, bool need_z, bool need_mu,
+    bool need_logvar, bool need_log_weights) {
+  return mixture_log_prob_backward_from(exponents, grad, log_prob, z, mu, logvar, log_weights, exclude, false, need_z,
+                                        need_mu, need_logvar, need_log_weights);
+}
+
 FASTVAE_REGISTER(FASTVAE_CPU_LIBRARY, CPU, m) {
   m.impl("mixture_log_prob", TORCH_BOX(&mixture_log_prob));
   m.impl("mixture_log_prob_and_score", TORCH_BOX(&mixture_log_prob_and_score));
   m.impl("mixture_log_prob_backward", TORCH_BOX(&mixture_log_prob_backward));
+  m.impl("mixture_log_prob_and_exponents", TORCH_BOX(&mixture_log_prob_and_exponents));
+  m.impl("mixture_log_prob_backward_from_exponents", TORCH_BOX(&mixture_log_prob_backward_from_exponents));
 }
 
 }  // namespace fastvae

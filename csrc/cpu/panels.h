@@ -10,6 +10,7 @@
 namespace FASTVAE_ISA {
 
 using fastvae::Backward;
+using fastvae::Exponents;
 using fastvae::Mixture;
 
 template <class T>

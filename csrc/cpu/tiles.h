@@ -45,8 +45,12 @@ class Tiles {
   int64_t index[kBatch];  // of the panel in its chunk
   T* tile(int i) const { return scratch_.tiles + i * R * kPanel<T>; }  // [R, kPanel]: the exponents, for the caller to use up
 
-  Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t first, int64_t panels)
+  // From row m and component `first` on.
+  Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t m, int64_t first,
+        int64_t panels, const Exponents<T>& kept)
       : scratch_(scratch),
+        kept_(kept.a ? kept.a + m * kept.stride + first * R : nullptr),
+        matter_(kept.a ? kept.matter + (m * kept.stride + first) / kPanel<T> : nullptr),
         D_(mixture.D),
         in_order_(mixture.order),
         isotropic_(mixture.isotropic),
@@ -54,11 +58,36 @@ class Tiles {
         first_(first),
         panels_(panels) {}
 
-  // The next batch; false at the end.
+  // The next batch; false at the end.  What is to be kept is.
   bool find(const T (&limit)[R]) {
     for (count = 0; next_ < panels_ && count < kBatch; ++next_) {
       index[count] = next_;
-      if (exponents(limit)) ++count;
+      const bool matter = exponents(limit);
+      if (kept_) {
+        matter_[next_] = matter;
+        if (matter) __builtin_memcpy(kept_ + next_ * R * kPanel<T>, tile(count), R * kPanel<T> * sizeof(T));
+      }
+      count += matter;
+    }
+    return count > 0;
+  }
+
+  // The next batch of what was kept.
+  bool find_kept(const T (&limit)[R]) {
+    for (count = 0; next_ < panels_ && count < kBatch; ++next_) {
+      index[count] = next_;
+      if (!matter_[next_]) continue;
+      const T* a = kept_ + next_ * R * kPanel<T>;
+      Mask<T> m = kEveryLane<T>;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < kPanel<T>; i += W) {
+          const Vec<T> exponent = load<T>(a + r * kPanel<T> + i);
+          m = below(exponent, limit[r] - scratch_.steep[next_], m);
+          store<T>(tile(count) + r * kPanel<T> + i, exponent);
+        }
+      }
+      count += !every_lane<T>(m);
     }
     return count > 0;
   }
@@ -164,6 +193,8 @@ class Tiles {
   }
 
   const Scratch<T>& scratch_;
+  T* const kept_;
+  uint8_t* const matter_;
   const int64_t D_;
   const bool in_order_, isotropic_;
   const int64_t* exclude_;

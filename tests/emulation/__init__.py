@@ -13,7 +13,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastvae import ops
-from fastvae.ops import Operators
+from fastvae.ops import Keeping, Operators
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -35,15 +35,18 @@ def compile_library(library: Path, sources: Iterable[Path], flags: Sequence[str]
     return library
 
 
-def register(library: Path, namespace: str) -> Operators:
-    """The operators that a library implements, under a namespace of their own."""
+def register(library: Path, namespace: str, of_cpu: bool = False) -> Operators:
+    """The operators that a library implements, those of the CPU alone too or not, under a namespace of their own."""
     definitions = torch.library.Library(namespace, "DEF")
-    for name, schema in ops._SCHEMAS.items():
+    schemas = ops._SCHEMAS | ops._SCHEMAS_OF_CPU if of_cpu else ops._SCHEMAS
+    for name, schema in schemas.items():
         definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", getattr(ops, f"_{name}"), lib=definitions)
     torch.ops.load_library(library)
     _keep.append(definitions)
-    return Operators(*(getattr(getattr(torch.ops, namespace), name).default for name in Operators._fields))
+    operators = [getattr(getattr(torch.ops, namespace), name).default for name in schemas]
+    common = len(ops._SCHEMAS)
+    return Operators(*operators[:common], keeping=Keeping(*operators[common:]) if of_cpu else None)
 
 
 _keep: list[torch.library.Library] = []

@@ -21,4 +21,4 @@ def operators() -> Operators:
     sources = [*(CSRC / "cpu").glob("*_ops.cpp"), HERE / "avx512.cpp"]
     flags = [f"-I{CSRC / 'cpu'}", "-DFASTVAE_CPU_LIBRARY=fastvae_avx512", "-Wno-psabi", "-Wno-unused-parameter"]
     with TemporaryDirectory() as folder:
-        return register(compile_library(Path(folder, "avx512.so"), sources, flags), "fastvae_avx512")
+        return register(compile_library(Path(folder, "avx512.so"), sources, flags), "fastvae_avx512", True)

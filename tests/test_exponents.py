@@ -1,0 +1,113 @@
+"""Exponents that forward keeps for backward where the problem is small: the same gradients, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from budget import Case, diffuse_case, hard_case, run
+from test_order import apart_case
+from test_skipping import concentrated
+
+import fastvae
+from fastvae import autograd, ops
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+def cases(dtype: torch.dtype) -> dict[str, Case]:
+    """Around every edge of a tile; nothing to leave out, much of it, components in an order; shared variances."""
+    hard = {f"hard {M} {K}": hard_case(M, K, 5, dtype=dtype) for M in (1, 3, 7, 8, 13, 25) for K in (1, 15, 33, 129)}
+    some = diffuse_case(21, 40, 70, dtype=dtype)
+    return {
+        **hard,
+        "diffuse": some,
+        "shared": replace(some, logvar=some.logvar[0]),
+        "isotropic": replace(some, logvar=some.logvar[0, 0]),
+        "concentrated": concentrated().to(dtype),
+        "in order": apart_case(45, 2100, 12, dtype),
+        "without a density": replace(some, log_weights=torch.full((40,), -torch.inf, dtype=dtype)),
+        "NaN": replace(some, z=some.z.masked_fill(torch.eye(21, 70, dtype=torch.bool), torch.nan)),
+    }
+
+
+@DTYPES
+def test_the_gradients_are_those_of_exponents_computed_again(
+    cpu_impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, case in cases(dtype).items():
+        kept = run(case, cpu_impl)
+        with monkeypatch.context() as patch:
+            patch.setattr(autograd, "_MOST_KEPT", 0)
+            again = run(case, cpu_impl)
+        for field, got, want in zip(kept._fields, kept, again, strict=True):
+            assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), f"{name}: {field}"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a parameter needs a gradient, tiles may be left out, and M K is small; never without a backward."""
+    called: list[str] = []
+
+    def named(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            called.append(name)
+            return operator(*arguments)
+
+        return call
+
+    common = {name: named(name, getattr(ops.on_cpu, name)) for name in ops._SCHEMAS}
+    keeping = (named(f"keeping {name}", operator) for name, operator in ops.on_cpu.keeping._asdict().items())
+    monkeypatch.setitem(ops.operators, "cpu", ops.Operators(**common, keeping=ops.Keeping(*keeping)))
+    monkeypatch.setattr(autograd, "_MOST_KEPT", 6 * 9)
+
+    z, mu = torch.randn(6, 3), torch.randn(9, 3)
+    leaf, z_leaf = mu.clone().requires_grad_(), z.clone().requires_grad_()
+    for wanted, arguments, dense in (
+        (["keeping mixture_log_prob", "keeping mixture_log_prob_backward"], (z, leaf, mu), False),
+        (["keeping mixture_log_prob", "keeping mixture_log_prob_backward"], (z_leaf, leaf, leaf), False),
+        (["mixture_log_prob", "mixture_log_prob_backward"], (z, leaf, mu), True),
+        (["mixture_log_prob", "mixture_log_prob_backward"], (torch.randn(7, 3), leaf, mu), False),
+        (["mixture_log_prob_and_score"], (z_leaf, mu, mu), False),
+        (["mixture_log_prob"], (z, mu, mu), False),
+    ):
+        called.clear()
+        log_prob = fastvae.mixture_log_prob(*arguments, dense_backward=dense)
+        if log_prob.requires_grad:
+            log_prob.sum().backward()
+        assert called == wanted
+    with torch.no_grad():
+        called.clear()
+        fastvae.mixture_log_prob(z, leaf, leaf)
+        assert called == ["mixture_log_prob"]
+
+
+@DTYPES
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_mixture_kl(
+    cpu_impl: str, dtype: torch.dtype, num_samples: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        leaves = [torch.randn(n, 6, dtype=dtype, requires_grad=True) for n in (11, 11, 40, 40)]
+        weights = torch.log_softmax(torch.randn(40, dtype=dtype), 0).requires_grad_()
+        z, kl = fastvae.mixture_kl(*leaves, weights, num_samples=num_samples, impl=cpu_impl)
+        loss = (kl * torch.randn_like(kl)).sum() + z.square().sum()
+        return torch.autograd.grad(loss, [*leaves, weights], retain_graph=True) + torch.autograd.grad(loss, leaves)
+
+    kept = gradients()
+    monkeypatch.setattr(autograd, "_MOST_KEPT", 0)
+    assert all(torch.equal(got, want) for got, want in zip(kept, gradients(), strict=True))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_operator_takes_only_what_was_kept() -> None:
+    z, mu = torch.randn(6, 3), torch.randn(9, 3)
+    keeping = ops.on_cpu.keeping
+    log_prob, exponents = keeping.mixture_log_prob(z, mu, mu, None, None, True)
+    for wrong in (exponents[:5], exponents.double()):
+        with pytest.raises(RuntimeError, match="want"):
+            keeping.mixture_log_prob_backward(log_prob, log_prob, wrong, z, mu, mu, None, None, True, True, True, True)
