@@ -83,12 +83,12 @@ def _apart(backend: str) -> bool:
     return backend.startswith(("triton", "cuda"))
 
 
-_MOST_KEPT = 2**22  # exponents; 16 MiB in float32
+_MOST_KEPT = 2**24  # bytes of exponents
 
 
 def _keeping(backend: str, M: int, mu: Tensor) -> Keeping | None:
     """The operators that keep the exponents of M rows, if the backend has them and exponents are not too many."""
-    return operators[backend].keeping if 0 < M * len(mu) <= _MOST_KEPT else None
+    return operators[backend].keeping if 0 < M * len(mu) * mu.element_size() <= _MOST_KEPT else None
 
 
 class MixtureLogProb(torch.autograd.Function):

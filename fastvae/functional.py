@@ -30,7 +30,8 @@ def mixture_log_prob(
 ) -> Tensor:
     """Log density of a mixture of K diagonal Gaussians, log p(z) = logsumexp_k [log w_k + log N(z; mu_k, sigma_k^2)].
 
-    Differentiable once in z, mu, logvar and log_weights.  Memory is O(M + K) for M rows: no [M, K] array exists.
+    Differentiable once in z, mu, logvar and log_weights.  Memory is O(M + K) for M rows: no [M, K] array exists, but
+    where the compiled kernels on a CPU keep one of at most 16 MiB for backward.
 
     Args:
         z: [..., D], the points.
@@ -40,9 +41,9 @@ def mixture_log_prob(
         log_weights: [K], used as given and never renormalised; -inf is a component that is not there.  None means
             -log K each.
         exclude: int64 [...], for each row the index of a component to leave out, or -1 for none.
-        dense_backward: compute every term of the gradients.  By default the compiled kernels leave out tiles of
-            rows x components in which no responsibility exceeds 2^-24 / K (2^-53 / K in float64), nor, where z needs
-            a gradient, its share of that gradient such a fraction of what the widest component alone could give.
+        dense_backward: compute every term of the gradients.  By default the compiled kernels leave out pairs of a
+            row and a component whose responsibility is below 2^-24 / K (2^-53 / K in float64) and, where z needs a
+            gradient, its share of that gradient below such a fraction of what the widest component alone could give.
             All that a row leaves out is less than a rounding, so the gradient in z stays what it is; a parameter
             that no row uses gets exactly 0 where dense arithmetic gives about 1e-12.
         precision: "highest", "high" or "medium": how inexact tensor cores may be; None follows

@@ -22,10 +22,10 @@ class Noise {
  public:
   Noise(uint64_t seed, int64_t begin) : seed_(seed), base_(begin / 4 * 4 - kSize) { seek(begin); }
 
-  // Numbers i ... i + kWidth - 1; i must not decrease from call to call.
-  Vec<T> at(int64_t i) {
-    if (i + kWidth<T> > base_ + kSize) seek(i);
-    return load<T>(numbers_ + (i - base_));
+  // n numbers from i on, of which two vectors may be read; i must not decrease from call to call.
+  const T* at(int64_t i, int64_t n) {
+    if (i + n > base_ + kSize) seek(i);
+    return numbers_ + (i - base_);
   }
 
  private:
@@ -38,7 +38,7 @@ class Noise {
 
   uint64_t seed_;
   int64_t base_;
-  T numbers_[kSize];
+  T numbers_[kSize + 2 * kWidth<T>] = {};
 };
 
 // While the noise is made nothing is loaded, so that the hardware does not look far enough ahead by itself.
@@ -54,25 +54,61 @@ inline void prefetch_to_write(T* p) {
   __builtin_prefetch(reinterpret_cast<char*>(p) + kAhead, 1);
 }
 
+// Two vectors from p on, or the n numbers that there are of them.
+template <bool kWhole, class T>
+inline void load_two(const T* p, int64_t n, Vec<T> (&v)[2]) {
+  v[0] = kWhole ? load<T>(p) : load_up_to(p, n);
+  v[1] = kWhole ? load<T>(p + kWidth<T>) : load_up_to(p + kWidth<T>, n > kWidth<T> ? n - kWidth<T> : 0);
+}
+
+template <bool kWhole, class T>
+inline void store_two(T* p, const Vec<T> (&v)[2], int64_t n) {
+  kWhole ? store<T>(p, v[0]) : store_up_to(p, v[0], n);
+  kWhole ? store<T>(p + kWidth<T>, v[1]) : store_up_to(p + kWidth<T>, v[1], n > kWidth<T> ? n - kWidth<T> : 0);
+}
+
+// f(whole, d) for every two vectors of a row, the last of which may not be whole.
+template <class T, class F>
+inline void for_pairs(int64_t D, const F& f) {
+  int64_t d = 0;
+  for (; d + 2 * kWidth<T> <= D; d += 2 * kWidth<T>) f(std::true_type(), d);
+  if (d < D) f(std::false_type(), d);
+}
+
+template <class T>
+inline void sigma_of(Vec<T> (&logvar)[2]) {
+  for (Vec<T>& x : logvar) x *= T(0.5);
+  exponentials<T>(logvar);
+}
+
 template <class T>
 void gaussian_rsample(const Sample<T>& task) {
   const int64_t D = task.D;
-  constexpr int W = kWidth<T>;
   const T log_2pi = T(1.83787706640934548356);
   Noise<T> noise(task.seed, task.row_begin * D);
   for (int64_t row = task.row_begin; row < task.row_end; ++row) {
-    const int64_t m = row % task.M;
+    const T *of_mu = task.mu + row % task.M * D, *of_logvar = task.logvar + row % task.M * D;
+    T* of_z = task.z + row * D;
     Vec<T> total{};
-    for (int64_t d = 0; d < D; d += W) {
-      prefetch(task.mu + m * D + d);
-      prefetch(task.logvar + m * D + d);
-      prefetch_to_write(task.z + row * D + d);
-      const Vec<T> mu = load_up_to(task.mu + m * D + d, D - d);
-      const Vec<T> logvar = load_up_to(task.logvar + m * D + d, D - d);
-      const Vec<T> eps = noise.at(row * D + d);
-      store_up_to(task.z + row * D + d, fma<T>(exponential<T>(logvar * T(0.5)).exp, eps, mu), D - d);
-      total += keep<T>(fma<T>(eps, eps, logvar), D - d);
-    }
+    for_pairs<T>(D, [&](auto whole, int64_t d) {
+      constexpr bool kWhole = decltype(whole)::value;
+      const int64_t n = kWhole ? 2 * kWidth<T> : D - d;
+      prefetch(of_mu + d);
+      prefetch(of_logvar + d);
+      prefetch_to_write(of_z + d);
+      Vec<T> mu[2], logvar[2], eps[2], z[2];
+      load_two<kWhole>(of_mu + d, n, mu);
+      load_two<kWhole>(of_logvar + d, n, logvar);
+      load_two<true>(noise.at(row * D + d, n), n, eps);
+      Vec<T> sigma[2] = {logvar[0], logvar[1]};
+      sigma_of<T>(sigma);
+      for (int i = 0; i < 2; ++i) {
+        z[i] = fma<T>(sigma[i], eps[i], mu[i]);
+        const Vec<T> term = fma<T>(eps[i], eps[i], logvar[i]);
+        total += kWhole ? term : keep<T>(term, n - i * kWidth<T>);
+      }
+      store_two<kWhole>(of_z + d, z, n);
+    });
     task.log_q[row] = T(-0.5) * (sum<T>(total) + T(D) * log_2pi);
   }
 }
@@ -80,31 +116,41 @@ void gaussian_rsample(const Sample<T>& task) {
 template <class T>
 void gaussian_rsample_backward(const SampleBackward<T>& task) {
   const int64_t D = task.D;
-  constexpr int W = kWidth<T>;
   for (int64_t s = 0; s < task.S; ++s) {
     Noise<T> noise(task.seed, (s * task.M + task.row_begin) * D);
     for (int64_t m = task.row_begin; m < task.row_end; ++m) {
       const int64_t row = s * task.M + m;
       const T g_log_q = task.grad_log_q[row];
-      for (int64_t d = 0; d < D; d += W) {
-        const int64_t i = m * D + d, n = D - d;
-        prefetch(task.logvar + i);
-        prefetch(task.grad_z + row * D + d);
-        prefetch_to_write(task.dmu + i);
-        prefetch_to_write(task.dlogvar + i);
-        const Vec<T> sigma = exponential<T>(load_up_to(task.logvar + i, n) * T(0.5)).exp;
-        const Vec<T> eps = noise.at(row * D + d);
-        const Vec<T> g_z = load_up_to(task.grad_z + row * D + d, n);
-        Vec<T> dmu = g_z, dlogvar = fma<T>(g_z * sigma, eps, broadcast<T>(-g_log_q));
-        if (task.path_derivative) {
-          dmu = g_z - g_log_q * eps / sigma;
-          dlogvar = eps * fma<T>(g_z, sigma, -g_log_q * eps);
+      const T *of_logvar = task.logvar + m * D, *of_g_z = task.grad_z + row * D;
+      T *of_dmu = task.dmu + m * D, *of_dlogvar = task.dlogvar + m * D;
+      for_pairs<T>(D, [&](auto whole, int64_t d) {
+        constexpr bool kWhole = decltype(whole)::value;
+        const int64_t n = kWhole ? 2 * kWidth<T> : D - d;
+        prefetch(of_logvar + d);
+        prefetch(of_g_z + d);
+        prefetch_to_write(of_dmu + d);
+        prefetch_to_write(of_dlogvar + d);
+        Vec<T> sigma[2], eps[2], g_z[2], dmu[2] = {}, dlogvar[2] = {};
+        load_two<kWhole>(of_logvar + d, n, sigma);
+        load_two<kWhole>(of_g_z + d, n, g_z);
+        load_two<true>(noise.at(row * D + d, n), n, eps);
+        sigma_of<T>(sigma);
+        if (s) {
+          load_two<kWhole>(of_dmu + d, n, dmu);
+          load_two<kWhole>(of_dlogvar + d, n, dlogvar);
         }
-        const Vec<T> dmu_before = s ? load_up_to(task.dmu + i, n) : Vec<T>{};
-        const Vec<T> dlogvar_before = s ? load_up_to(task.dlogvar + i, n) : Vec<T>{};
-        store_up_to(task.dmu + i, dmu_before + dmu, n);
-        store_up_to(task.dlogvar + i, fma<T>(dlogvar, broadcast<T>(T(0.5)), dlogvar_before), n);
-      }
+        for (int i = 0; i < 2; ++i) {
+          Vec<T> through_mu = g_z[i], through_logvar = fma<T>(g_z[i] * sigma[i], eps[i], broadcast<T>(-g_log_q));
+          if (task.path_derivative) {
+            through_mu = g_z[i] - g_log_q * eps[i] / sigma[i];
+            through_logvar = eps[i] * fma<T>(g_z[i], sigma[i], -g_log_q * eps[i]);
+          }
+          dmu[i] += through_mu;
+          dlogvar[i] = fma<T>(through_logvar, broadcast<T>(T(0.5)), dlogvar[i]);
+        }
+        store_two<kWhole>(of_dmu + d, dmu, n);
+        store_two<kWhole>(of_dlogvar + d, dlogvar, n);
+      });
     }
   }
 }

@@ -123,7 +123,7 @@ inline void store_up_to(T* p, Vec<T> v, int64_t n) {
 template <class T>
 inline Vec<T> keep(Vec<T> v, int64_t n) {
   if (n < kWidth<T>) {
-    for (int i = int(n); i < kWidth<T>; ++i) v[i] = 0;
+    for (int i = n > 0 ? int(n) : 0; i < kWidth<T>; ++i) v[i] = 0;
   }
   return v;
 }

@@ -10,6 +10,16 @@ constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kTwoToMinus32 = 1.0 / 4294967296.0;
 
+// v[i] = f(i) for both, the one beside the other in the order of instructions: a core's scheduler is small beside the
+// chain of an exponential, and finds in one chain after the other too little to do.
+template <class V, class F>
+inline __attribute__((always_inline)) void side_by_side(V (&v)[2], const F& f) {
+  v[0] = f(0), v[1] = f(1);
+#if defined(__x86_64__) && !defined(FASTVAE_EMULATED)
+  asm("" : "+v"(v[0]), "+v"(v[1]));
+#endif
+}
+
 template <class T>
 struct Format;
 template <>
@@ -95,16 +105,6 @@ inline Vec<float> exp2_of_low_bits(Vec<float> y) {
   return (Vec<float>)((n << (Format<float>::kMantissaBits - Exp2Table::kSteps)) + look_up(kExp2Table.bits, n));
 }
 
-// v[i] = f(i) for both, the one beside the other in the order of instructions: a core's scheduler is small beside the
-// chain of an exponential, and finds in one chain after the other too little to do.
-template <class F>
-inline __attribute__((always_inline)) void side_by_side(Vec<float> (&v)[2], const F& f) {
-  v[0] = f(0), v[1] = f(1);
-#ifndef FASTVAE_EMULATED
-  asm("" : "+v"(v[0]), "+v"(v[1]));
-#endif
-}
-
 template <>
 inline __attribute__((always_inline)) void exp_terms<float>(Vec<float> (&x)[2], float least) {
   constexpr auto& c = Exp2Table::c;
@@ -152,6 +152,35 @@ inline Exponential<T> exponential(const Vec<T> x) {
   return {x > limit ? infinity : value, x > limit ? infinity : rest};
 }
 
+// x becomes exp(x), for any x.
+template <class T>
+inline void exponentials(Vec<T> (&x)[2]) {
+  for (Vec<T>& v : x) v = exponential<T>(v).exp;
+}
+
+#if FASTVAE_BYTES >= 32
+// x = n ln 2 / W + t.
+template <>
+inline __attribute__((always_inline)) void exponentials<float>(Vec<float> (&x)[2]) {
+  using F = Format<float>;
+  constexpr int W = Exp2Table::W;
+  // Of exp(t) for |t| <= ln 2 / 2 W, as below.
+  constexpr float c2 = W == 16 ? 0.5000162f : 0.5000648f, c3 = W == 16 ? 0.1666607f : 0.16664298f;
+  const Vec<float> round = broadcast<float>(F::kRound), limit = broadcast<float>(F::kExpLimit);
+  Vec<float> in[2], y[2], n[2], t[2], p[2], power[2];
+  side_by_side(in, [&](int i) { return smaller<float>(limit, larger<float>(-limit, x[i])); });
+  side_by_side(y, [&](int i) { return fma<float>(in[i], broadcast<float>(float(kLog2E * W)), round); });
+  side_by_side(n, [&](int i) { return y[i] - round; });
+  side_by_side(t, [&](int i) { return fma<float>(n[i], broadcast<float>(-F::kLn2High / W), in[i]); });
+  side_by_side(power, [&](int i) { return exp2_of_low_bits(y[i]); });
+  side_by_side(t, [&](int i) { return fma<float>(n[i], broadcast<float>(-F::kLn2Low / W), t[i]); });
+  side_by_side(p, [&](int i) { return fma<float>(broadcast<float>(c3), t[i], broadcast<float>(c2)); });
+  side_by_side(p, [&](int i) { return fma<float>(p[i], t[i], broadcast<float>(1.0f)); });
+  side_by_side(p, [&](int i) { return fma<float>(p[i], t[i], broadcast<float>(1.0f)); });
+  for (int i = 0; i < 2; ++i) x[i] = x[i] > limit ? broadcast<float>(float(__builtin_inf())) : p[i] * power[i];
+}
+#endif
+
 // exp(-x) / 2 for |x| <= kExpLimit.
 template <class T>
 inline Vec<T> half_exp_of_minus(Vec<T> x) {
@@ -177,61 +206,72 @@ inline Vec<float> half_exp_of_minus<float>(Vec<float> x) {
 }
 #endif
 
-// Words of 32 bits, each in a lane as wide as T.
+// sqrt(-2 log u), u = (w + 1/2) 2^-32.  Above 1/2, 1 - u is taken from the complement of w, which has all its digits.
 template <class T>
-inline Vec<T> unsigned_to_real(Vec<Bits<T>> w);
-template <>
-inline Vec<float> unsigned_to_real<float>(Vec<int32_t> w) {
-  return __builtin_convertvector((Vec<uint32_t>)w, Vec<float>);
-}
-template <>
-inline Vec<double> unsigned_to_real<double>(Vec<int64_t> w) {
-  return __builtin_convertvector(w, Vec<double>);
-}
-
-// sqrt(-2 log u), u = (w + 1/2) 2^-32.  Near 1, u - 1 is taken from the complement of w, which has all its digits.
-template <class T>
-inline Vec<T> normal_radius(Vec<Bits<T>> w) {
+inline __attribute__((always_inline)) void normal_radius(const Vec<Bits<T>> (&w)[2], Vec<T> (&radius)[2]) {
   using F = Format<T>;
   using I = Bits<T>;
-  const Vec<T> u = (unsigned_to_real<T>(w) + T(0.5)) * T(kTwoToMinus32);
+  constexpr int kAbove = 8 * int(sizeof(I)) - 32;  // bits of a lane above the word
   const Vec<I> root_half = (Vec<I>)broadcast<T>(T(0.70710678118654752440));
-  const Vec<I> e = ((Vec<I>)u - root_half) >> F::kMantissaBits;  // u = m 2^e, m in [1 / sqrt 2, sqrt 2)
-  const Vec<T> m = (Vec<T>)((Vec<I>)u - (e << F::kMantissaBits));
-  const Vec<T> near_1 = (unsigned_to_real<T>(w ^ I(0xFFFFFFFF)) + T(0.5)) * T(-kTwoToMinus32);
-  const Vec<T> f = e == 0 ? near_1 : m - T(1);
-  const Vec<T> s = f / (T(2) + f);  // log m = 2 artanh(s), |s| < 0.172
-  const Vec<T> z = s * s;
-  Vec<T> p = broadcast<T>(T(1.0 / (2 * F::kLogTerms + 1)));
-  for (int i = F::kLogTerms - 1; i >= 0; --i) p = fma<T>(p, z, broadcast<T>(T(1.0 / (2 * i + 1))));
-  const Vec<T> log_u = fma<T>(__builtin_convertvector(e, Vec<T>), broadcast<T>(T(kLn2)), T(2) * s * p);
-  return square_root(T(-2) * log_u);
+  Vec<T> t[2], u[2], f[2], s[2], z[2], p[2];
+  Vec<I> upper[2], e[2];
+  side_by_side(upper, [&](int i) { return w[i] << kAbove >> (kAbove + 31); });  // all bits where u > 1/2
+  side_by_side(t, [&](int i) {  // u or 1 - u, whichever is smaller
+    return (__builtin_convertvector((w[i] ^ upper[i]) & I(0x7FFFFFFF), Vec<T>) + T(0.5)) * T(kTwoToMinus32);
+  });
+  side_by_side(u, [&](int i) { return upper[i] ? T(1) - t[i] : t[i]; });
+  // u = m 2^e, m in [1 / sqrt 2, sqrt 2)
+  side_by_side(e, [&](int i) { return ((Vec<I>)u[i] - root_half) >> F::kMantissaBits; });
+  side_by_side(f, [&](int i) {
+    const Vec<T> m = (Vec<T>)((Vec<I>)u[i] - (e[i] << F::kMantissaBits));
+    return e[i] == 0 ? -t[i] : m - T(1);
+  });
+  side_by_side(s, [&](int i) { return f[i] / (T(2) + f[i]); });  // log m = 2 artanh(s), |s| < 0.172
+  side_by_side(z, [&](int i) { return s[i] * s[i]; });
+  p[0] = p[1] = broadcast<T>(T(1.0 / (2 * F::kLogTerms + 1)));
+#pragma GCC unroll 16
+  for (int k = F::kLogTerms - 1; k >= 0; --k)
+    side_by_side(p, [&](int i) { return fma<T>(p[i], z[i], broadcast<T>(T(1.0 / (2 * k + 1)))); });
+  side_by_side(radius, [&](int i) {
+    const Vec<T> log_u = fma<T>(__builtin_convertvector(e[i], Vec<T>), broadcast<T>(T(kLn2)), T(2) * s[i] * p[i]);
+    return square_root(T(-2) * log_u);
+  });
 }
 
 template <class T>
 struct Direction {
-  Vec<T> cos, sin;
+  Vec<T> cos[2], sin[2];
 };
 
 // cos and sin of 2 pi w 2^-32.  Quadrant and remainder come from the bits of w, so the reduction is exact.
 template <class T>
-inline Direction<T> normal_direction(Vec<Bits<T>> w) {
+inline __attribute__((always_inline)) Direction<T> normal_direction(const Vec<Bits<T>> (&w)[2]) {
   using I = Bits<T>;
   constexpr int above = 8 * int(sizeof(I)) - 30;
-  const Vec<I> quadrant = ((w + I(1 << 29)) >> 30) & I(3);
-  const Vec<T> x = __builtin_convertvector((w << above) >> above, Vec<T>) * T(2 * kPi * kTwoToMinus32);  // |x| <= pi/4
-  const Vec<T> z = x * x;
+  Vec<T> x[2], z[2], c[2], s[2];
+  side_by_side(x, [&](int i) {
+    return __builtin_convertvector((w[i] << above) >> above, Vec<T>) * T(2 * kPi * kTwoToMinus32);  // |x| <= pi/4
+  });
+  side_by_side(z, [&](int i) { return x[i] * x[i]; });
   constexpr int n = 2 * Format<T>::kTrigTerms;  // Taylor
-  Vec<T> c = broadcast<T>(T(1 / factorial(n))), s = broadcast<T>(T(1 / factorial(n + 1)));
-  for (int i = n - 2; i >= 0; i -= 2) {
-    const T sign = (n - i) % 4 == 0 ? 1 : -1;  // of this coefficient to the last: sums alternate
-    c = fma<T>(c, z, broadcast<T>(T(sign / factorial(i))));
-    s = fma<T>(s, z, broadcast<T>(T(sign / factorial(i + 1))));
+  c[0] = c[1] = broadcast<T>(T(1 / factorial(n)));
+  s[0] = s[1] = broadcast<T>(T(1 / factorial(n + 1)));
+#pragma GCC unroll 16
+  for (int k = n - 2; k >= 0; k -= 2) {
+    const T sign = (n - k) % 4 == 0 ? 1 : -1;  // of this coefficient to the last: sums alternate
+    side_by_side(c, [&](int i) { return fma<T>(c[i], z[i], broadcast<T>(T(sign / factorial(k)))); });
+    side_by_side(s, [&](int i) { return fma<T>(s[i], z[i], broadcast<T>(T(sign / factorial(k + 1)))); });
   }
-  s = s * x;
-  const auto swap = (quadrant & I(1)) != 0;
-  const Vec<T> cos = swap ? s : c, sin = swap ? c : s;
-  return {((quadrant + I(1)) & I(2)) != 0 ? -cos : cos, (quadrant & I(2)) != 0 ? -sin : sin};
+  Direction<T> d;
+  for (int i = 0; i < 2; ++i) {
+    s[i] = s[i] * x[i];
+    const Vec<I> quadrant = (w[i] + I(1 << 29)) << (8 * sizeof(I) - 32);  // its two bits on top
+    const Vec<I> odd = quadrant << 1, sign = (Vec<I>)broadcast<T>(T(-0.0));
+    const Vec<T> cos = odd < 0 ? s[i] : c[i], sin = odd < 0 ? c[i] : s[i];
+    d.cos[i] = (Vec<T>)((Vec<I>)cos ^ ((quadrant ^ odd) & sign));
+    d.sin[i] = (Vec<T>)((Vec<I>)sin ^ (quadrant & sign));
+  }
+  return d;
 }
 
 constexpr int kBlocks = kWidth<uint64_t>;  // Philox blocks computed together
@@ -244,14 +284,14 @@ struct Words {
 
 // Of N times kBlocks blocks, from `block` on, in turn: each step waits for the one before it.
 template <int N>
-inline void philox(uint64_t seed, Vec<uint64_t> block, Words* w) {
+inline __attribute__((always_inline)) void philox(uint64_t seed, Vec<uint64_t> block, Words* w) {
   using U = Vec<uint64_t>;
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
     const U b = block + uint64_t(n * kBlocks);
     w[n] = {{b, b >> 32, U{}, U{}}};
   }
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  U k0 = U{} + (seed & 0xFFFFFFFF), k1 = U{} + (seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 4
@@ -259,13 +299,13 @@ inline void philox(uint64_t seed, Vec<uint64_t> block, Words* w) {
       U(&x)[4] = w[n].x;
       const U p0 = multiply_low(x[0], U{} + uint64_t(0xD2511F53));
       const U p1 = multiply_low(x[2], U{} + uint64_t(0xCD9E8D57));
-      x[0] = (p1 >> 32) ^ x[1] ^ uint64_t(k0);
+      x[0] = (p1 >> 32) ^ (x[1] ^ k0);
       x[1] = p1;
-      x[2] = (p0 >> 32) ^ x[3] ^ uint64_t(k1);
+      x[2] = (p0 >> 32) ^ (x[3] ^ k1);
       x[3] = p0;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += uint64_t(0x9E3779B9);
+    k1 += uint64_t(0xBB67AE85);
   }
 }
 
@@ -277,23 +317,35 @@ inline void store_in_turn(Vec<T> a, Vec<T> b, T* out, std::index_sequence<I...>)
   store<T>(out + W, __builtin_shufflevector(a, b, int(I % 2 * W + I / 2 + W / 2)...));
 }
 
-// Box-Muller, to numbers in the order of their blocks.
+// Box-Muller, of two groups of blocks to numbers in the order of their blocks.
 template <class T>
-inline void normals(const Words& w, T* out) {
-  constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
+inline __attribute__((always_inline)) void normals(const Words* w, T* out) {
   const uint64_t low = 0xFFFFFFFF;
   if constexpr (sizeof(T) == 4) {  // words 0 and 2 of a block side by side, and 1 and 3
-    const Vec<T> radius = normal_radius<T>((Vec<int32_t>)((w.x[0] & low) | (w.x[2] << 32)));
-    const Direction<T> d = normal_direction<T>((Vec<int32_t>)((w.x[1] & low) | (w.x[3] << 32)));
-    store_in_turn<T>(radius * d.cos, radius * d.sin, out, lanes);
+    constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
+    Vec<int32_t> even[2], odd[2];
+    for (int i = 0; i < 2; ++i) {
+      even[i] = (Vec<int32_t>)((w[i].x[0] & low) | (w[i].x[2] << 32));
+      odd[i] = (Vec<int32_t>)((w[i].x[1] & low) | (w[i].x[3] << 32));
+    }
+    Vec<T> radius[2];
+    normal_radius<T>(even, radius);
+    const Direction<T> d = normal_direction<T>(odd);
+    for (int i = 0; i < 2; ++i)
+      store_in_turn<T>(radius[i] * d.cos[i], radius[i] * d.sin[i], out + i * kNormals, lanes);
   } else {
-    for (int pair = 0; pair < 2; ++pair) {
-      const Vec<T> radius = normal_radius<T>((Vec<int64_t>)(w.x[2 * pair] & low));
-      const Direction<T> d = normal_direction<T>((Vec<int64_t>)(w.x[2 * pair + 1] & low));
-      const Vec<T> even = radius * d.cos, odd = radius * d.sin;
+    for (int group = 0; group < 2; ++group) {
+      const auto& x = w[group].x;
+      const Vec<int64_t> even[2] = {(Vec<int64_t>)(x[0] & low), (Vec<int64_t>)(x[2] & low)};
+      const Vec<int64_t> odd[2] = {(Vec<int64_t>)(x[1] & low), (Vec<int64_t>)(x[3] & low)};
+      Vec<T> radius[2];
+      normal_radius<T>(even, radius);
+      const Direction<T> d = normal_direction<T>(odd);
       for (int i = 0; i < kWidth<T>; ++i) {
-        out[4 * i + 2 * pair] = even[i];
-        out[4 * i + 2 * pair + 1] = odd[i];
+        for (int pair = 0; pair < 2; ++pair) {
+          out[group * kNormals + 4 * i + 2 * pair] = radius[pair][i] * d.cos[pair][i];
+          out[group * kNormals + 4 * i + 2 * pair + 1] = radius[pair][i] * d.sin[pair][i];
+        }
       }
     }
   }
@@ -307,8 +359,8 @@ inline void philox_normals(uint64_t seed, uint64_t b, T* out) {
   for (int i = 0; i < kBlocks; ++i) block[i] = b + uint64_t(i);
   static_assert(groups % 2 == 0);
   Words words[groups];
-  for (int i = 0; i < groups; i += 2) philox<2>(seed, block + uint64_t(i * kBlocks), words + i);
-  for (int i = 0; i < groups; ++i) normals<T>(words[i], out + i * kNormals);
+  for (int i = 0; i < groups; i += 4) philox<4>(seed, block + uint64_t(i * kBlocks), words + i);
+  for (int i = 0; i < groups; i += 2) normals<T>(words + i, out + i * kNormals);
 }
 
 }  // namespace FASTVAE_ISA
