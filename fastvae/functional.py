@@ -148,7 +148,7 @@ def gaussian_rsample(
     Source: Kingma and Welling, Auto-encoding variational Bayes (ICLR 2014).
     """
     mu, logvar, dtype = _check_gaussian(mu, logvar)
-    lead = _sampled_shape(num_samples, mu)
+    shape = _sampled_shape(num_samples, mu)
     backend = backends.choose(impl, mu.device)
     if backend == "reference":
         z, log_q = reference.gaussian_rsample(
@@ -157,7 +157,7 @@ def gaussian_rsample(
         return _cast(z, dtype), log_q
     seed = reference.draw_seed(mu.device, generator)
     z, log_q = call(GaussianRsample, _rows(mu), _rows(logvar), seed, num_samples, path_derivative, backend)
-    return _cast(_shaped(z, (*lead, mu.shape[-1])), dtype), _shaped(log_q, lead)
+    return _cast(_shaped(z, shape), dtype), _shaped(log_q, shape[:-1])
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tensor:
@@ -228,12 +228,12 @@ def mixture_kl(
     K, D = prior_mu.shape
     if mu.shape[-1] != D:
         raise ValueError(f"prior_mu must be [K, {mu.shape[-1]}] to match mu {_shape(mu)}, not {_shape(prior_mu)}")
-    lead = _sampled_shape(num_samples, mu)
+    shape = _sampled_shape(num_samples, mu)
     if exclude is not None:
         _check_tensor("exclude", exclude)
         if exclude.shape == mu.shape[:-1]:
-            exclude = exclude.expand(lead)
-        _check_exclude(exclude, (*lead, D), mu.device, K)
+            exclude = exclude.expand(shape[:-1])
+        _check_exclude(exclude, shape, mu.device, K)
     backend = backends.choose(impl, mu.device)
     if backend == "reference":
         z, kl = reference.mixture_kl(
@@ -256,7 +256,7 @@ def mixture_kl(
         dense_backward,
         backends.at_precision(backend, precision, wide),
     )
-    return _cast(_shaped(z, (*lead, D)), dtype), _shaped(kl, lead)
+    return _cast(_shaped(z, shape), dtype), _shaped(kl, shape[:-1])
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -339,14 +339,14 @@ def _check_exclude(exclude: Tensor, z_shape: tuple[int, ...], device: torch.devi
 
 
 def _sampled_shape(num_samples: int | None, mu: Tensor) -> tuple[int, ...]:
-    """The shape of the samples of mu [..., D], without D."""
+    """The shape of the samples of mu [..., D]."""
     if num_samples is None:
-        return tuple(mu.shape[:-1])
+        return mu.shape
     if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
         raise TypeError(f"num_samples must be an integer or None, not {type(num_samples).__name__}")
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-    return num_samples, *mu.shape[:-1]
+    return num_samples, *mu.shape
 
 
 def _check_components(mu: Tensor, logvar: Tensor, log_weights: Tensor | None, prefix: str = "") -> Tensor:

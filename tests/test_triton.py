@@ -16,7 +16,7 @@ from conftest import use_triton
 from torch import Tensor
 
 import fastvae
-from fastvae import backends, reference, triton_kernels
+from fastvae import backends, ops, reference, triton_kernels
 from fastvae.ops import operators
 
 pytest.importorskip("triton")
@@ -239,7 +239,7 @@ def test_precision_follows_pytorchs_setting(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_precision_has_the_mixture_operators() -> None:
     for precision in LOWER:
-        for name in operators["triton"]._fields:
+        for name in ops._SCHEMAS:
             high, highest = getattr(operators[f"triton-{precision}"], name), getattr(operators["triton"], name)
             assert (high is highest) == name.startswith("gaussian")
 

@@ -132,11 +132,12 @@ struct Extremes {
   T c, steep;
 };
 
-// v / 2.  Finite, so that u = 0 gives 0 and not NaN.
+// logvar becomes v / 2.  Finite, so that u = 0 gives 0 and not NaN.
 template <class T>
-inline Vec<T> half_v_of(Vec<T> logvar) {
-  const Vec<T> limit = broadcast<T>(Format<T>::kExpLimit);
-  return half_exp_of_minus<T>(smaller<T>(limit, larger<T>(-limit, logvar)));
+inline __attribute__((always_inline)) void half_v_of(Vec<T> (&logvar)[2]) {
+  for (Vec<T>& x : logvar) x = -clamp<T>(x);
+  exponentials_within<T>(logvar);
+  for (Vec<T>& x : logvar) x *= T(0.5);
 }
 
 // The v that all panels share, once a task.
@@ -144,8 +145,9 @@ template <class T>
 void pack_shared(const Mixture<T>& mix, const Scratch<T>& scratch) {
   if (!mix.shared) return;
   for (int64_t d = 0; d < mix.D; ++d) {
-    const Vec<T> v = half_v_of<T>(broadcast<T>(mix.logvar[d]));
-    for (int i = 0; i < 2; ++i) store<T>(scratch.v + mix.place[d] * kPanel<T> + i * kWidth<T>, v);
+    Vec<T> v[2] = {broadcast<T>(mix.logvar[d]), broadcast<T>(mix.logvar[d])};
+    half_v_of<T>(v);
+    for (int i = 0; i < 2; ++i) store<T>(scratch.v + mix.place[d] * kPanel<T> + i * kWidth<T>, v[i]);
   }
 }
 
@@ -170,13 +172,14 @@ struct Square {
     if (mix.shared) return;
     places.template load_transposed<kWhole>(mix.logvar, d, mix.D, x);
 #pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      logvar_sum += x[i];
-      if (mix.widest) {
-        const Vec<T> below_widest = mix.widest[d + i] - x[i];
-        narrow = below_widest > narrow ? below_widest : narrow;
+    for (int i = 0; i < n; i += 2) {
+      Vec<T> half_v[2] = {x[i], x[i + 1]};
+      half_v_of<T>(half_v);
+      for (int j = 0; j < 2 && i + j < n; ++j) {
+        logvar_sum += x[i + j];
+        if (mix.widest) narrow = larger<T>(mix.widest[d + i + j] - x[i + j], narrow);
+        store<T>(v + mix.place[d + i + j] * kPanel<T>, absent ? broadcast<T>(T(1)) : half_v[j]);
       }
-      store<T>(v + mix.place[d + i] * kPanel<T>, absent ? broadcast<T>(T(1)) : half_v_of<T>(x[i]));
     }
   }
 };
