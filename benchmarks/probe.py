@@ -35,7 +35,17 @@ def multiply_add_meter(isa: str = "native", dtype: torch.dtype = torch.float32) 
     if library is None:
         return None
     function = library.multiply_add_rate_f32 if dtype == torch.float32 else library.multiply_add_rate_f64
-    return lambda: float(function(torch.get_num_threads(), _ITERATIONS))
+    return _with_the_cores_to_itself(lambda: float(function(torch.get_num_threads(), _ITERATIONS)))
+
+
+def _with_the_cores_to_itself(probe: Callable[[], float]) -> Callable[[], float]:
+    """The probe, run twice: PyTorch's threads spin for some milliseconds after their last work, beside the first run."""
+
+    def rate() -> float:
+        probe()
+        return probe()
+
+    return rate
 
 
 def copy_meter() -> Callable[[], float] | None:
@@ -48,7 +58,7 @@ def copy_meter() -> Callable[[], float] | None:
     def rate() -> float:
         return float(library.copy_rate(torch.get_num_threads(), source.numel(), target.data_ptr(), source.data_ptr()))
 
-    return rate
+    return _with_the_cores_to_itself(rate)
 
 
 @cache
