@@ -39,7 +39,7 @@ def multiply_add_meter(isa: str = "native", dtype: torch.dtype = torch.float32) 
 
 
 def _with_the_cores_to_itself(probe: Callable[[], float]) -> Callable[[], float]:
-    """The probe, run twice: PyTorch's threads spin for some milliseconds after their last work, beside the first run."""
+    """The probe's second run: beside the first PyTorch's threads may still spin, milliseconds after their last work."""
 
     def rate() -> float:
         probe()
