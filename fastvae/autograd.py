@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastvae.ops import Keeping, operators
+from fastvae.ops import Keeping, kept_numbers, operators
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -83,12 +83,13 @@ def _apart(backend: str) -> bool:
     return backend.startswith(("triton", "cuda"))
 
 
-_MOST_KEPT = 2**24  # bytes of exponents
+_MOST_KEPT = 2**24  # bytes
 
 
 def _keeping(backend: str, M: int, mu: Tensor) -> Keeping | None:
     """The operators that keep the exponents of M rows, if the backend has them and exponents are not too many."""
-    return operators[backend].keeping if 0 < M * len(mu) * mu.element_size() <= _MOST_KEPT else None
+    size = M * kept_numbers(len(mu)) * mu.element_size()
+    return operators[backend].keeping if 0 < size <= _MOST_KEPT else None
 
 
 class MixtureLogProb(torch.autograd.Function):

@@ -127,10 +127,14 @@ def _mixture_kl_backward(
     )
 
 
+def kept_numbers(K: int) -> int:
+    """What is kept of each row: its exponents, by whole panels, and with each 16 of them one for which tiles matter."""
+    return (K + 31) // 32 * 34
+
+
 def _mixture_log_prob_and_exponents(z, mu, logvar, log_weights, exclude, need_z):
-    """log p(z) [M], and what backward takes: with each 16 of K numbers one for which of them matter."""
-    M, K = z.shape[0], mu.shape[0]
-    return z.new_empty(M), z.new_empty(M, (K + 31) // 32 * 34)
+    """log p(z) [M], and what backward takes."""
+    return z.new_empty(z.shape[0]), z.new_empty(z.shape[0], kept_numbers(mu.shape[0]))
 
 
 def _mixture_log_prob_backward_from_exponents(grad, log_prob, exponents, z, mu, logvar, log_weights, exclude, *need):

@@ -62,7 +62,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     common = {name: named(name, getattr(ops.on_cpu, name)) for name in ops._SCHEMAS}
     keeping = (named(f"keeping {name}", operator) for name, operator in ops.on_cpu.keeping._asdict().items())
     monkeypatch.setitem(ops.operators, "cpu", ops.Operators(**common, keeping=ops.Keeping(*keeping)))
-    monkeypatch.setattr(autograd, "_MOST_KEPT", 6 * 9 * 4)
+    monkeypatch.setattr(autograd, "_MOST_KEPT", 6 * ops.kept_numbers(9) * 4)
 
     z, mu = torch.randn(6, 3), torch.randn(9, 3)
     leaf, z_leaf = mu.clone().requires_grad_(), z.clone().requires_grad_()
@@ -83,6 +83,16 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         called.clear()
         fastvae.mixture_log_prob(z, leaf, leaf)
         assert called == ["mixture_log_prob"]
+
+
+@DTYPES
+@pytest.mark.parametrize("K", [1, 31, 33, 500])
+def test_what_is_kept_is_within_the_limit(K: int, dtype: torch.dtype) -> None:
+    """Of few components too, which are kept by whole panels."""
+    mu = torch.empty(K, 1, dtype=dtype, device="meta")
+    most = max(M for M in range(1, 2**17, 31) if autograd._keeping("cpu", M, mu))
+    _, kept = ops.on_cpu.keeping.mixture_log_prob(mu.new_empty(most, 1), mu, mu, None, None, True)
+    assert 0.9 * 2**24 < kept.nbytes <= 2**24
 
 
 @DTYPES

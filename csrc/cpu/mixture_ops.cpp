@@ -230,13 +230,14 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
   return {log_prob, score};
 }
 
-// What is kept for M rows and K components: their exponents, by whole panels, and after them which tiles matter.
+// What is kept of a row, as fastvae/ops.py has it: its exponents, by whole panels, and with each 16 of them one number's
+// room for which tiles matter; these come after all exponents.
 int64_t kept_stride(int64_t K) { return (K + kMostPanel - 1) / kMostPanel * kMostPanel; }
 int64_t kept_numbers(int64_t K) { return kept_stride(K) / 16 * 17; }
 
 template <class T>
 Exponents<T> exponents_in(const Tensor& kept, int64_t M, int64_t K) {
-  static_assert(kLeastPanel * sizeof(T) >= 16);
+  static_assert(kLeastPanel * sizeof(T) >= 16);  // room for a byte a tile
   T* a = output<T>(kept);
   return {a, reinterpret_cast<uint8_t*>(a + M * kept_stride(K)), kept_stride(K)};
 }

@@ -43,7 +43,8 @@ class Tiles {
  public:
   int count = 0;
   int64_t index[kBatch];  // of the panel in its chunk
-  T* tile(int i) const { return scratch_.tiles + i * R * kPanel<T>; }  // [R, kPanel]: the exponents, for the caller to use up
+  // [R, kPanel]: the exponents of the i-th tile of the batch, for the caller to use up.
+  T* tile(int i) const { return scratch_.tiles + i * R * kPanel<T>; }
 
   // From row m and component `first` on.
   Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t m, int64_t first,
