@@ -67,12 +67,12 @@ inline void store_two(T* p, const Vec<T> (&v)[2], int64_t n) {
   kWhole ? store<T>(p + kWidth<T>, v[1]) : store_up_to(p + kWidth<T>, v[1], n > kWidth<T> ? n - kWidth<T> : 0);
 }
 
-// f(whole, d) for every two vectors of a row, the last of which may not be whole.
+// f(whole, d, n) for every two vectors of a row, n numbers from d on, of which the last may not be whole.
 template <class T, class F>
 inline void for_pairs(int64_t D, const F& f) {
   int64_t d = 0;
-  for (; d + 2 * kWidth<T> <= D; d += 2 * kWidth<T>) f(std::true_type(), d);
-  if (d < D) f(std::false_type(), d);
+  for (; d + 2 * kWidth<T> <= D; d += 2 * kWidth<T>) f(std::true_type(), d, 2 * kWidth<T>);
+  if (d < D) f(std::false_type(), d, D - d);
 }
 
 template <class T>
@@ -90,9 +90,8 @@ void gaussian_rsample(const Sample<T>& task) {
     const T *of_mu = task.mu + row % task.M * D, *of_logvar = task.logvar + row % task.M * D;
     T* of_z = task.z + row * D;
     Vec<T> total{};
-    for_pairs<T>(D, [&](auto whole, int64_t d) {
+    for_pairs<T>(D, [&](auto whole, int64_t d, int64_t n) {
       constexpr bool kWhole = decltype(whole)::value;
-      const int64_t n = kWhole ? 2 * kWidth<T> : D - d;
       prefetch(of_mu + d);
       prefetch(of_logvar + d);
       prefetch_to_write(of_z + d);
@@ -123,9 +122,8 @@ void gaussian_rsample_backward(const SampleBackward<T>& task) {
       const T g_log_q = task.grad_log_q[row];
       const T *of_logvar = task.logvar + m * D, *of_g_z = task.grad_z + row * D;
       T *of_dmu = task.dmu + m * D, *of_dlogvar = task.dlogvar + m * D;
-      for_pairs<T>(D, [&](auto whole, int64_t d) {
+      for_pairs<T>(D, [&](auto whole, int64_t d, int64_t n) {
         constexpr bool kWhole = decltype(whole)::value;
-        const int64_t n = kWhole ? 2 * kWidth<T> : D - d;
         prefetch(of_logvar + d);
         prefetch(of_g_z + d);
         prefetch_to_write(of_dmu + d);

@@ -63,9 +63,9 @@ void finish_dz(const Tensor& dz, const Tensor& grad, const Tensor& score, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_from(
     const OptionalTensor& exponents, const OptionalTensor& grad_z, const Tensor& grad_kl, const Tensor& logvar,
-    const Tensor& seed, bool path_derivative, const Tensor& z, const Tensor& log_prob, const Tensor& score, const Tensor& prior_mu, const Tensor& prior_logvar,
-    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_q, bool need_mu,
-    bool need_logvar, bool need_log_weights) {
+    const Tensor& seed, bool path_derivative, const Tensor& z, const Tensor& log_prob, const Tensor& score,
+    const Tensor& prior_mu, const Tensor& prior_logvar, const OptionalTensor& log_weights,
+    const OptionalTensor& exclude, bool dense, bool need_q, bool need_mu, bool need_logvar, bool need_log_weights) {
   check_floats({&z, &grad_kl, &score, grad_z ? &*grad_z : &z});
   STD_TORCH_CHECK(z.dim() == 3 && grad_kl.numel() == z.size(0) * z.size(1) && (!grad_z || grad_z->numel() == z.numel()) &&
                       (score.numel() == 0 || score.numel() == z.numel()),

@@ -346,7 +346,7 @@ template <class T, int groups>
 inline void philox_normals(uint64_t seed, uint64_t b, T* out) {
   Vec<uint64_t> block;
   for (int i = 0; i < kBlocks; ++i) block[i] = b + uint64_t(i);
-  static_assert(groups % 2 == 0);
+  static_assert(groups % 4 == 0);
   Words words[groups];
   for (int i = 0; i < groups; i += 4) philox<4>(seed, block + uint64_t(i * kBlocks), words + i);
   for (int i = 0; i < groups; i += 2) normals<T>(words + i, out + i * kNormals);
