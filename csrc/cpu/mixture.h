@@ -26,14 +26,23 @@ void transpose_rows(const T* z, int64_t D, const int32_t* place, T* out) {
     for (int r = 0; r < R; ++r) out[place[d] * R + r] = z[r * D + d];
 }
 
-// row[d] += sign * the sum of the lanes of dz[place of d][r].
+// rows[r][d] += sign * the sum of the lanes of dz[place of d][r], which becomes zero.
 template <class T, int R>
-void add_rows(const T* dz, int r, int64_t D, const int32_t* place, T sign, T* row) {
+void add_rows(T* dz, int64_t D, const int32_t* place, T sign, T* rows) {
   constexpr int W = kWidth<T>;
   for (int64_t d = 0; d < D; d += W) {
-    Vec<T> v[W] = {};
-    for (int i = 0; i < W && d + i < D; ++i) v[i] = load<T>(dz + (place[d + i] * R + r) * W);
-    store_up_to(row + d, load_up_to(row + d, D - d) + sign * sums<T>(v), D - d);
+    T* sum[W];
+    for (int i = 0; i < W; ++i) sum[i] = dz + place[least(d + i, D - 1)] * R * W;
+    for (int r = 0; r < R; ++r) {
+      Vec<T> v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        v[i] = load<T>(sum[i] + r * W);
+        store<T>(sum[i] + r * W, Vec<T>{});
+      }
+      T* row = rows + r * D + d;
+      store_up_to(row, load_up_to(row, D - d) + sign * sums<T>(v), D - d);
+    }
   }
 }
 
@@ -42,6 +51,8 @@ template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
 
 constexpr int kMargin = 4;  // how far a term may exceed top before top is raised
+template <class T>
+constexpr T kMost = 1024;  // and how large a sum of terms over it may be
 
 // A term of this row exceeds top by more than the margin: what was summed so far shrinks to the new one.
 template <class T, int R, bool SCORE>
@@ -59,6 +70,33 @@ __attribute__((noinline)) void raise_top(T raised, T* top, Partial<T>* partial, 
       score[d] *= T(shrink);
     }
   }
+}
+
+// sum[r] = the terms of row r in a batch of tiles, over top[r]; with SCORE they are written over their exponents, those
+// that do not matter as zeros.  False if a sum is so large that top may be too low.
+template <class T, int R, bool SCORE>
+inline __attribute__((always_inline)) bool sum_terms(const Tiles<T, R>& tiles, const Scratch<T>& scratch, const T* top,
+                                                     const T* limit, Vec<T>* sum) {
+  Mask<T> few = kEveryLane<T>;
+  for (int r = 0; r < R; ++r) {
+    Vec<T> sums[2] = {};
+    for (int i = 0; i < tiles.count; ++i) {
+      T* const a = tiles.tile(i) + r * kPanel<T>;
+      Vec<T> x[2] = {load<T>(a) - top[r], load<T>(a + kWidth<T>) - top[r]};
+      if constexpr (SCORE) {
+        exp_terms<T>(x, least_term<T>(limit[r] - scratch.steep[tiles.index[i]], top[r]));
+        sums[0] += x[0];
+        sums[1] += x[1];
+        store<T>(a, x[0]);
+        store<T>(a + kWidth<T>, x[1]);
+      } else {
+        add_exp_terms<T>(x, sums);
+      }
+    }
+    sum[r] = sums[0] + sums[1];
+    few = below(sum[r], kMost<T>, few);
+  }
+  return every_lane<T>(few);
 }
 
 // R rows against the packed panels; row counts from the beginning of the task's range.
@@ -81,36 +119,28 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   Vec<T> total[R] = {};
 
   Tiles<T, R> tiles(scratch, task.mixture, exclude, task.range.row_begin + row, first, panels, task.exponents);
-  bool any = false;
+  bool any = false, within = false;
   while (tiles.find(limit)) {
-    if (SCORE && !any) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
     any = true;
-    for (int r = 0; r < R; ++r) {
-      Vec<T> largest = broadcast<T>(kLowest<T>);  // a NaN is not, but comes out of exp
-      for (int i = 0; i < tiles.count; ++i) {
-        const T* a = tiles.tile(i) + r * kPanel<T>;
-        largest = larger<T>(load<T>(a), larger<T>(load<T>(a + kWidth<T>), largest));
-      }
-      if (__builtin_expect(!every_lane<T>(below(largest, top[r] + kMargin, kEveryLane<T>)), 0)) {
-        raise_top<T, R, SCORE>(max<T>(largest), top + r, partial + r, total + r, scratch.dz + r * kWidth<T>,
-                               score + r * D, D);
-        if (!(top[r] < known[r])) limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
-      }
-      Vec<T> sum0{}, sum1{};
-      for (int i = 0; i < tiles.count; ++i) {
-        T* a = tiles.tile(i) + r * kPanel<T>;
-        const T least = SCORE ? least_term<T>(limit[r] - scratch.steep[tiles.index[i]], top[r]) : -Format<T>::kExpLimit;
-        Vec<T> e[2] = {load<T>(a) - top[r], load<T>(a + kWidth<T>) - top[r]};
-        exp_terms<T>(e, least);
-        sum0 += e[0];
-        sum1 += e[1];
-        if constexpr (SCORE) {
-          store<T>(a, e[0]);
-          store<T>(a + kWidth<T>, e[1]);
+    Vec<T> sum[R];
+    // Where no term can leave the range of exp, tops are looked at afterwards.
+    if (SCORE || !within || !sum_terms<T, R, SCORE>(tiles, scratch, top, limit, sum)) {
+      within = true;
+      for (int r = 0; r < R; ++r) {
+        const T* a = tiles.tile(0) + r * kPanel<T>;
+        Vec<T> largest = broadcast<T>(kLowest<T>);  // a NaN is not, but comes out of exp
+        for (int i = 0; i < tiles.count; ++i, a += R * kPanel<T>)
+          largest = larger<T>(load<T>(a), larger<T>(load<T>(a + kWidth<T>), largest));
+        if (!every_lane<T>(below(largest, top[r] + kMargin, kEveryLane<T>))) {
+          raise_top<T, R, SCORE>(max<T>(largest), top + r, partial + r, total + r, scratch.dz + r * kWidth<T>,
+                                 score + r * D, D);
+          if (!(top[r] < known[r])) limit[r] = limit_for<T>(top[r], negligible, task.mixture, extremes);
         }
+        within &= extremes.c - top[r] < Format<T>::kExpLimit - kMargin;
       }
-      total[r] += sum0 + sum1;
+      sum_terms<T, R, SCORE>(tiles, scratch, top, limit, sum);
     }
+    for (int r = 0; r < R; ++r) total[r] += sum[r];
     if constexpr (SCORE) {
       for (int i = 0; i < tiles.count; ++i)
         tile_gradients<T, R, true, false, false>(scratch, tiles.index[i], D, tiles.tile(i));
@@ -121,8 +151,8 @@ void forward_rows(const Forward<T>& task, const Scratch<T>& scratch, const Extre
   for (int r = 0; r < R; ++r) {
     partial[r].top = top[r];
     partial[r].total += sum<T>(total[r]);
-    if constexpr (SCORE) add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(2), score + r * D);
   }
+  if constexpr (SCORE) add_rows<T, R>(scratch.dz, D, task.mixture.place, T(2), score);
 }
 
 // f of the rows by tiles of R, of what is left by tiles of half as many.
@@ -156,7 +186,10 @@ void mixture_forward(const Forward<T>& task) {
   const Scratch<T> scratch(task.scratch, D, task.mixture.shared, false);
   pack_shared(task.mixture, scratch);
   for (int64_t r = 0; r < rows; ++r) task.partial[r] = {kLowest<T>, 0.0};
-  if (task.score) __builtin_memset(task.score, 0, size_t(rows * D) * sizeof(T));
+  if (task.score) {
+    __builtin_memset(task.score, 0, size_t(rows * D) * sizeof(T));
+    scratch.clear_dz(D);
+  }
 
   const int64_t step = scratch.chunk * kPanel<T>;
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {
@@ -189,7 +222,6 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
   Tiles<T, R> tiles(scratch, task.mixture, exclude, m, first, panels, task.exponents);
   bool any = false;
   while (task.exponents.a ? tiles.find_kept(limit) : tiles.find(limit)) {
-    if (DZ && !any) __builtin_memset(scratch.dz, 0, size_t(D) * R * kBytes);
     any = true;
     for (int i = 0; i < tiles.count; ++i) {
       T *w = tiles.tile(i), *weights = scratch.weights + tiles.index[i] * kPanel<T>, least[R];
@@ -216,10 +248,7 @@ void backward_rows(const Backward<T>& task, const Scratch<T>& scratch, const Ext
     }
   }
 
-  if (DZ && any) {
-    for (int r = 0; r < R; ++r)
-      add_rows<T, R>(scratch.dz, r, D, task.mixture.place, T(-2), task.dz + (row + r) * D);
-  }
+  if (DZ && any) add_rows<T, R>(scratch.dz, D, task.mixture.place, T(-2), task.dz + row * D);
 }
 
 template <class T, bool DZ, bool DMU, bool DLOGVAR>
@@ -239,6 +268,7 @@ void mixture_backward_as(const Backward<T>& task) {
   const int64_t D = task.mixture.D, rows = task.range.row_end - task.range.row_begin;
   const Scratch<T> scratch(task.scratch, D, task.mixture.shared, true);
   pack_shared(task.mixture, scratch);
+  if (DZ) scratch.clear_dz(D);
 
   const int64_t step = scratch.chunk * kPanel<T>;
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {

@@ -35,13 +35,15 @@ struct Scratch {
   T* steep;       // [chunk]: log of the largest ratio of a component's 1 / sigma_d to the least one of all components
   T* grads;       // [chunk, D, 2, kPanel]: sum_m w u, and sum_m w u^2; backward only
   T* weights;     // [chunk, kPanel]: sum_m w
-  T* dz;          // [D, kRows, kWidth]: sum_k w u v / 2, a vector of partial sums each
+  T* dz;          // [D, rows, kWidth]: sum_k w u v / 2, a vector of partial sums each; zero between tiles of rows
   T* z;           // [D, kRows]
   T* tiles;       // [kBatch, kRows, kPanel]
 
   // Of panel i.
   int64_t at(int64_t i) const { return i * panel; }
   int64_t v_at(int64_t i) const { return shared ? 0 : i * panel; }
+
+  void clear_dz(int64_t D) const { __builtin_memset(dz, 0, size_t(D) * kRows * kBytes); }
 
   static int64_t bytes(int64_t D, bool shared) {
     const Scratch forward(nullptr, D, shared, false), backward(nullptr, D, shared, true);

@@ -217,13 +217,17 @@ inline Vec<T> smaller(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// table[i % W] for each lane i, from a table of one number for each lane.
+// table[i % N] for each lane i, from a table that fills a register, or two.
 #if FASTVAE_BYTES == 64
-inline Vec<uint32_t> look_up(const uint32_t* table, Vec<uint32_t> i) {
+inline Vec<uint32_t> look_up(const uint32_t (&table)[16], Vec<uint32_t> i) {
   return (Vec<uint32_t>)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)i, (__m512i)load<uint32_t>(table));
 }
+inline Vec<uint32_t> look_up(const uint32_t (&table)[32], Vec<uint32_t> i) {
+  return (Vec<uint32_t>)_mm512_permutex2var_epi32((__m512i)load<uint32_t>(table), (__m512i)i,
+                                                 (__m512i)load<uint32_t>(table + 16));
+}
 #elif FASTVAE_BYTES == 32
-inline Vec<uint32_t> look_up(const uint32_t* table, Vec<uint32_t> i) {
+inline Vec<uint32_t> look_up(const uint32_t (&table)[8], Vec<uint32_t> i) {
   return (Vec<uint32_t>)_mm256_permutevar8x32_epi32((__m256i)load<uint32_t>(table), (__m256i)i);
 }
 #endif
@@ -251,13 +255,25 @@ inline Vec<T> odd_blocks(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, int(I & S ? kWidth<T> + I : I + S)...);
 }
 
+// The lanes of a where their blocks of S are even, and of b where they are odd.
+template <class T, int S, size_t... I>
+inline Vec<T> blocks_in_turn(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, int(I & S ? kWidth<T> + I : I)...);
+}
+template <class T, int S, size_t... I>
+inline Vec<T> swap_blocks(Vec<T> v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, int(I ^ S)...);
+}
+
 // Lane i becomes the sum of the lanes of v[i]; v is used up.
 template <class T, int S = 1>
 inline __attribute__((always_inline)) Vec<T> sums(Vec<T>* v) {
   constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
 #pragma GCC unroll 8
-  for (int i = 0; i < kWidth<T> / 2 / S; ++i)
-    v[i] = even_blocks<T, S>(v[2 * i], v[2 * i + 1], lanes) + odd_blocks<T, S>(v[2 * i], v[2 * i + 1], lanes);
+  for (int i = 0; i < kWidth<T> / 2 / S; ++i) {
+    const Vec<T> a = v[2 * i], b = v[2 * i + 1];  // taking turns is cheaper than moving lanes, which is done once
+    v[i] = blocks_in_turn<T, S>(a, b, lanes) + swap_blocks<T, S>(blocks_in_turn<T, S>(b, a, lanes), lanes);
+  }
   if constexpr (2 * S < kWidth<T>) return sums<T, 2 * S>(v);
   return v[0];
 }

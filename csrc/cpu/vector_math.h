@@ -39,18 +39,27 @@ struct Format<double> {
   static constexpr int kExpTerms = 13, kLogTerms = 12, kTrigTerms = 8;
 };
 
-// Minimax coefficients of 2^r on [-1/2, 1/2] by Remez exchange: relative error 2e-9 and 3e-18.
+// How terms are raised: 2^(j / 2^kSteps) from a table in registers, and 2^(r / 2^kSteps), r in [-1/2, 1/2], by a polynomial,
+// minimax in relative error by Remez exchange.
 template <class T>
 struct Exp2;
 template <>
 struct Exp2<float> {
-  static constexpr int kDegree = 6;
-  static constexpr float c[] = {1.0f,           0.6931472057f,   0.2402264689f,   0.05550328777f,
-                                0.009618488957f, 0.001339993121f, 0.0001534581216f};
+#if FASTVAE_BYTES == 64
+  static constexpr int kSteps = 5, kDegree = 2;
+  static constexpr float c[] = {1.0f, 0.021661166555f, 0.000234596189f};  // 5e-8
+#elif FASTVAE_BYTES == 32
+  static constexpr int kSteps = 3, kDegree = 3;
+  static constexpr float c[] = {1.0f, 0.08664340178f, 0.003754025465f, 1.083910586e-4f};  // 3e-8
+#else
+  static constexpr int kSteps = 0, kDegree = 6;
+  static constexpr float c[] = {1.0f, 0.6931472057f, 0.2402264689f, 0.05550328777f,
+                                0.009618488957f, 0.001339993121f, 0.0001534581216f};  // 2e-9
+#endif
 };
 template <>
 struct Exp2<double> {
-  static constexpr int kDegree = 11;
+  static constexpr int kSteps = 0, kDegree = 11;
   static constexpr double c[] = {1.0,
                                  0.69314718055994533046,
                                  0.24022650695910156205,
@@ -62,65 +71,75 @@ struct Exp2<double> {
                                  1.3215433089594629037e-6,
                                  1.0178198033328527662e-7,
                                  7.0741056262456593708e-9,
-                                 4.4352809446103361611e-10};
+                                 4.4352809446103361611e-10};  // 3e-18
 };
-
-// x becomes exp(x), for x <= 0 or a little above it: terms of a sum whose largest is about 1.  0 below `least`, which is
-// not below -kExpLimit; NaN stays NaN.  Relative error 1e-7 + |x| 2^-25, so the absolute one is below 1e-7 everywhere.
-template <class T>
-inline void exp_terms(Vec<T> (&x)[2], T least = -Format<T>::kExpLimit) {
-  using F = Format<T>;
-  const Vec<T> log2e = broadcast<T>(T(kLog2E));
-  const Vec<T> bias = broadcast<T>(F::kRound + F::kBias);
-  for (Vec<T>& v : x) {
-    const Vec<T> y = fma<T>(v, log2e, bias);  // its low bits are the biased exponent
-    const Vec<T> r = fma<T>(v, log2e, bias - y);
-    Vec<T> p = broadcast<T>(Exp2<T>::c[Exp2<T>::kDegree]);
-    for (int i = Exp2<T>::kDegree - 1; i >= 0; --i) p = fma<T>(p, r, broadcast<T>(Exp2<T>::c[i]));
-    p *= (Vec<T>)((Vec<Bits<T>>)y << F::kMantissaBits);
-    v = v < broadcast<T>(least) ? Vec<T>{} : p;
-  }
-}
 
 #if FASTVAE_BYTES >= 32
-// With a table of 2^(j / W) in a register, one float to a lane, the polynomial is half as long.
+// 2^(j / 2^kSteps), less the j that the exponent's shift puts into the mantissa.
+template <int kSteps>
 struct Exp2Table {
-  static constexpr int W = kWidth<float>, kSteps = W == 16 ? 4 : 3;
-  // Of 2^(r / W) on [-1/2, 1/2], minimax in relative error: 3e-8 for 8 lanes, 2e-9 for 16.
-  static constexpr float c[] = {W == 16 ? 0.04332169892f : 0.08664340178f, W == 16 ? 0.0009384151876f : 0.003754025465f,
-                                W == 16 ? 1.355032631e-5f : 1.083910586e-4f};
-  uint32_t bits[W];  // of 2^(j / W), less the j that the exponent's shift puts into the mantissa
+  uint32_t bits[1 << kSteps];
   constexpr Exp2Table() : bits() {
-    constexpr uint32_t sixteenths[] = {0x3f800000, 0x3f85aac3, 0x3f8b95c2, 0x3f91c3d3, 0x3f9837f0, 0x3f9ef532,
-                                      0x3fa5fed7, 0x3fad583f, 0x3fb504f3, 0x3fbd08a4, 0x3fc5672a, 0x3fce248c,
-                                      0x3fd744fd, 0x3fe0ccdf, 0x3feac0c7, 0x3ff5257d};
-    for (int j = 0; j < W; ++j) bits[j] = sixteenths[j * 16 / W] - (uint32_t(j) << (23 - kSteps));
+    constexpr uint32_t thirty_seconds[] = {
+        0x3f800000, 0x3f82cd87, 0x3f85aac3, 0x3f88980f, 0x3f8b95c2, 0x3f8ea43a, 0x3f91c3d3, 0x3f94f4f0,
+        0x3f9837f0, 0x3f9b8d3a, 0x3f9ef532, 0x3fa27043, 0x3fa5fed7, 0x3fa9a15b, 0x3fad583f, 0x3fb123f6,
+        0x3fb504f3, 0x3fb8fbaf, 0x3fbd08a4, 0x3fc12c4d, 0x3fc5672a, 0x3fc9b9be, 0x3fce248c, 0x3fd2a81e,
+        0x3fd744fd, 0x3fdbfbb8, 0x3fe0ccdf, 0x3fe5b907, 0x3feac0c7, 0x3fefe4ba, 0x3ff5257d, 0x3ffa83b3};
+    for (int j = 0; j < 1 << kSteps; ++j)
+      bits[j] = thirty_seconds[j << (5 - kSteps)] - (uint32_t(j) << (Format<float>::kMantissaBits - kSteps));
   }
 };
-inline constexpr Exp2Table kExp2Table;
+template <int kSteps>
+inline constexpr Exp2Table<kSteps> kExp2Table;
 
-// 2^(n / W) for n in the low bits of y.
-inline Vec<float> exp2_of_low_bits(Vec<float> y) {
-  const auto n = (Vec<uint32_t>)y;
-  return (Vec<float>)((n << (Format<float>::kMantissaBits - Exp2Table::kSteps)) + look_up(kExp2Table.bits, n));
-}
-
-template <>
-inline __attribute__((always_inline)) void exp_terms<float>(Vec<float> (&x)[2], float least) {
-  constexpr auto& c = Exp2Table::c;
-  const Vec<float> scale = broadcast<float>(float(kLog2E * Exp2Table::W));
-  const Vec<float> round = broadcast<float>(Format<float>::kRound);
-  Vec<float> y[2], r[2], p[2], power[2];
-  side_by_side(y, [&](int i) { return fma<float>(x[i], scale, round); });
-  side_by_side(r, [&](int i) { return round - y[i]; });
-  side_by_side(r, [&](int i) { return fma<float>(x[i], scale, r[i]); });
-  side_by_side(power, [&](int i) { return exp2_of_low_bits(y[i]); });
-  side_by_side(p, [&](int i) { return fma<float>(r[i], broadcast<float>(c[2]), broadcast<float>(c[1])); });
-  side_by_side(p, [&](int i) { return fma<float>(p[i], r[i], broadcast<float>(c[0])); });
-  side_by_side(p, [&](int i) { return fma<float>(p[i], r[i], broadcast<float>(1.0f)); });
-  for (int i = 0; i < 2; ++i) x[i] = x[i] < broadcast<float>(least) ? Vec<float>{} : p[i] * power[i];
-}
 #endif
+
+// 2^(n / 2^kSteps) for n in the low bits of y; without steps for n less the exponent's bias.
+template <int kSteps, class T>
+inline Vec<T> exp2_of_low_bits(Vec<T> y) {
+  const auto n = (Vec<Bits<T>>)y << (Format<T>::kMantissaBits - kSteps);
+#if FASTVAE_BYTES >= 32
+  if constexpr (kSteps > 0) return (Vec<T>)((Vec<uint32_t>)n + look_up(kExp2Table<kSteps>.bits, (Vec<uint32_t>)y));
+#endif
+  return (Vec<T>)n;
+}
+
+// exp(x) is the product of p and power, which is exactly zero at 2^-kBias.
+template <class T>
+inline __attribute__((always_inline)) void exp_factors(const Vec<T> (&x)[2], Vec<T> (&p)[2], Vec<T> (&power)[2]) {
+  using F = Format<T>;
+  using E = Exp2<T>;
+  const Vec<T> scale = broadcast<T>(T(kLog2E * (1 << E::kSteps)));
+  const Vec<T> round = broadcast<T>(F::kRound + (E::kSteps ? 0 : F::kBias));
+  Vec<T> y[2], r[2];
+  side_by_side(y, [&](int i) { return fma<T>(x[i], scale, round); });
+  side_by_side(r, [&](int i) { return round - y[i]; });
+  side_by_side(r, [&](int i) { return fma<T>(x[i], scale, r[i]); });
+  side_by_side(power, [&](int i) { return exp2_of_low_bits<E::kSteps, T>(y[i]); });
+  side_by_side(p, [&](int i) { return fma<T>(r[i], broadcast<T>(E::c[E::kDegree]), broadcast<T>(E::c[E::kDegree - 1])); });
+#pragma GCC unroll 16
+  for (int k = E::kDegree - 2; k >= 0; --k)
+    side_by_side(p, [&](int i) { return fma<T>(p[i], r[i], broadcast<T>(E::c[k])); });
+}
+
+// x becomes exp(x), for x <= 0 or a little above it: terms of a sum whose largest is about 1.  0 below `least`, which is
+// not below -kExpLimit; NaN stays NaN.  Relative error 2e-7 + |x| 2^-25, so the absolute one is below 2e-7 everywhere.
+template <class T>
+inline __attribute__((always_inline)) void exp_terms(Vec<T> (&x)[2], T least) {
+  Vec<T> p[2], power[2];
+  exp_factors<T>(x, p, power);
+  for (int i = 0; i < 2; ++i) x[i] = x[i] < broadcast<T>(least) ? Vec<T>{} : p[i] * power[i];
+}
+
+// sum += exp(x), likewise; 0 where exp(x) leaves the normal numbers.  Without a comparison, which on some cores takes a
+// multiplier.
+template <class T>
+inline __attribute__((always_inline)) void add_exp_terms(Vec<T> (&x)[2], Vec<T> (&sum)[2]) {
+  Vec<T> p[2], power[2];
+  for (Vec<T>& v : x) v = larger<T>(broadcast<T>(T(-kLn2 * Format<T>::kBias)), v);
+  exp_factors<T>(x, p, power);
+  for (int i = 0; i < 2; ++i) sum[i] = fma<T>(p[i], power[i], sum[i]);
+}
 
 constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
 
@@ -163,7 +182,7 @@ inline void exponentials_within(Vec<T> (&x)[2]) {
 template <>
 inline __attribute__((always_inline)) void exponentials_within<float>(Vec<float> (&x)[2]) {
   using F = Format<float>;
-  constexpr int W = Exp2Table::W;
+  constexpr int W = kWidth<float>, kSteps = W == 16 ? 4 : 3;
   // Of exp(t) for |t| <= ln 2 / 2 W, minimax in relative error: 3e-8 for 8 lanes, 2e-9 for 16.
   constexpr float c2 = W == 16 ? 0.5000162f : 0.5000648f, c3 = W == 16 ? 0.1666607f : 0.16664298f;
   const Vec<float> round = broadcast<float>(F::kRound), one = broadcast<float>(1.0f);
@@ -171,7 +190,7 @@ inline __attribute__((always_inline)) void exponentials_within<float>(Vec<float>
   side_by_side(y, [&](int i) { return fma<float>(x[i], broadcast<float>(float(kLog2E * W)), round); });
   side_by_side(n, [&](int i) { return y[i] - round; });
   side_by_side(t, [&](int i) { return fma<float>(n[i], broadcast<float>(-F::kLn2High / W), x[i]); });
-  side_by_side(power, [&](int i) { return exp2_of_low_bits(y[i]); });
+  side_by_side(power, [&](int i) { return exp2_of_low_bits<kSteps, float>(y[i]); });
   side_by_side(t, [&](int i) { return fma<float>(n[i], broadcast<float>(-F::kLn2Low / W), t[i]); });
   side_by_side(p, [&](int i) { return fma<float>(broadcast<float>(c3), t[i], broadcast<float>(c2)); });
   side_by_side(p, [&](int i) { return fma<float>(p[i], t[i], one); });
