@@ -13,6 +13,7 @@
 
 namespace FASTVAE_ISA {
 
+using fastvae::KlBackward;
 using fastvae::Sample;
 using fastvae::SampleBackward;
 
@@ -42,16 +43,10 @@ class Noise {
 };
 
 // While the noise is made nothing is loaded, so that the hardware does not look far enough ahead by itself.
-constexpr int64_t kAhead = 2048;  // bytes
-
 template <class T>
 inline void prefetch(const T* p) {
+  constexpr int64_t kAhead = 1024;  // bytes
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
-}
-
-template <class T>
-inline void prefetch_to_write(T* p) {
-  __builtin_prefetch(reinterpret_cast<char*>(p) + kAhead, 1);
 }
 
 // Two vectors from p on, or the n numbers that there are of them.
@@ -61,10 +56,21 @@ inline void load_two(const T* p, int64_t n, Vec<T> (&v)[2]) {
   v[1] = kWhole ? load<T>(p + kWidth<T>) : load_up_to(p + kWidth<T>, n > kWidth<T> ? n - kWidth<T> : 0);
 }
 
+// The way back; past the caches if `past`, which wants p aligned.
 template <bool kWhole, class T>
-inline void store_two(T* p, const Vec<T> (&v)[2], int64_t n) {
+inline void store_two(T* p, const Vec<T> (&v)[2], int64_t n, bool past) {
+  if (kWhole && past) {
+    stream<T>(p, v[0]);
+    stream<T>(p + kWidth<T>, v[1]);
+    return;
+  }
   kWhole ? store<T>(p, v[0]) : store_up_to(p, v[0], n);
   kWhole ? store<T>(p + kWidth<T>, v[1]) : store_up_to(p + kWidth<T>, v[1], n > kWidth<T> ? n - kWidth<T> : 0);
+}
+
+template <class T>
+inline bool aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % kBytes == 0;
 }
 
 // f(whole, d, n) for every two vectors of a row, n numbers from d on, of which the last may not be whole.
@@ -89,12 +95,12 @@ void gaussian_rsample(const Sample<T>& task) {
   for (int64_t row = task.row_begin; row < task.row_end; ++row) {
     const T *of_mu = task.mu + row % task.M * D, *of_logvar = task.logvar + row % task.M * D;
     T* of_z = task.z + row * D;
+    const bool past = task.large && aligned(of_z);
     Vec<T> total{};
     for_pairs<T>(D, [&](auto whole, int64_t d, int64_t n) {
       constexpr bool kWhole = decltype(whole)::value;
       prefetch(of_mu + d);
       prefetch(of_logvar + d);
-      prefetch_to_write(of_z + d);
       Vec<T> mu[2], logvar[2], eps[2], z[2];
       load_two<kWhole>(of_mu + d, n, mu);
       load_two<kWhole>(of_logvar + d, n, logvar);
@@ -106,10 +112,11 @@ void gaussian_rsample(const Sample<T>& task) {
         const Vec<T> term = fma<T>(eps[i], eps[i], logvar[i]);
         total += kWhole ? term : keep<T>(term, n - i * kWidth<T>);
       }
-      store_two<kWhole>(of_z + d, z, n);
+      store_two<kWhole>(of_z + d, z, n, past);
     });
     task.log_q[row] = T(-0.5) * (sum<T>(total) + T(D) * log_2pi);
   }
+  if (task.large) drain();
 }
 
 template <class T>
@@ -122,12 +129,11 @@ void gaussian_rsample_backward(const SampleBackward<T>& task) {
       const T g_log_q = task.grad_log_q[row];
       const T *of_logvar = task.logvar + m * D, *of_g_z = task.grad_z + row * D;
       T *of_dmu = task.dmu + m * D, *of_dlogvar = task.dlogvar + m * D;
+      const bool past = task.large && s == task.S - 1 && aligned(of_dmu) && aligned(of_dlogvar);
       for_pairs<T>(D, [&](auto whole, int64_t d, int64_t n) {
         constexpr bool kWhole = decltype(whole)::value;
         prefetch(of_logvar + d);
         prefetch(of_g_z + d);
-        prefetch_to_write(of_dmu + d);
-        prefetch_to_write(of_dlogvar + d);
         Vec<T> sigma[2], eps[2], g_z[2], dmu[2] = {}, dlogvar[2] = {};
         load_two<kWhole>(of_logvar + d, n, sigma);
         load_two<kWhole>(of_g_z + d, n, g_z);
@@ -146,35 +152,53 @@ void gaussian_rsample_backward(const SampleBackward<T>& task) {
           dmu[i] += through_mu;
           dlogvar[i] = fma<T>(through_logvar, broadcast<T>(T(0.5)), dlogvar[i]);
         }
-        store_two<kWhole>(of_dmu + d, dmu, n);
-        store_two<kWhole>(of_dlogvar + d, dlogvar, n);
+        store_two<kWhole>(of_dmu + d, dmu, n, past);
+        store_two<kWhole>(of_dlogvar + d, dlogvar, n, past);
       });
     }
   }
+  if (task.large) drain();
 }
 
 template <class T>
 void gaussian_kl(const T* mu, const T* logvar, int64_t rows, int64_t D, T* kl) {
-  for (int64_t m = 0; m < rows; ++m) {
-    Vec<T> total{};
-    for (int64_t d = 0; d < D; d += kWidth<T>) {  // a lane past the end holds mu = logvar = 0, which adds 0
-      const Vec<T> x = load_up_to(mu + m * D + d, D - d);
-      total += fma<T>(x, x, exponential<T>(load_up_to(logvar + m * D + d, D - d)).exp_minus_1_minus_x);
-    }
-    kl[m] = T(0.5) * sum<T>(total);
+  for (int64_t m = 0; m < rows; ++m, mu += D, logvar += D) {
+    Vec<T> total[2] = {};
+    for_pairs<T>(D, [&](auto whole, int64_t d, int64_t n) {
+      constexpr bool kWhole = decltype(whole)::value;
+      prefetch(mu + d);
+      prefetch(logvar + d);
+      Vec<T> x[2], lv[2];  // a lane past the end holds mu = logvar = 0, which adds 0
+      load_two<kWhole>(mu + d, n, x);
+      load_two<kWhole>(logvar + d, n, lv);
+      for (int i = 0; i < 2; ++i) total[i] += fma<T>(x[i], x[i], exponential<T>(lv[i]).exp_minus_1_minus_x);
+    });
+    kl[m] = T(0.5) * sum<T>(total[0] + total[1]);
   }
 }
 
 template <class T>
-void gaussian_kl_backward(const T* grad, const T* mu, const T* logvar, int64_t rows, int64_t D, T* dmu, T* dlogvar) {
-  for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t d = 0; d < D; d += kWidth<T>) {
-      const int64_t i = m * D + d, n = D - d;
-      const Vec<T> lv = load_up_to(logvar + i, n);
-      store_up_to(dmu + i, load_up_to(mu + i, n) * grad[m], n);
-      store_up_to(dlogvar + i, (exponential<T>(lv).exp_minus_1_minus_x + lv) * (T(0.5) * grad[m]), n);
-    }
+void gaussian_kl_backward(const KlBackward<T>& task) {
+  const int64_t D = task.D;
+  for (int64_t m = task.row_begin; m < task.row_end; ++m) {
+    const T g = task.grad[m];
+    const T *of_mu = task.mu + m * D, *of_logvar = task.logvar + m * D;
+    T *of_dmu = task.dmu + m * D, *of_dlogvar = task.dlogvar + m * D;
+    const bool past = task.large && aligned(of_dmu) && aligned(of_dlogvar);
+    for_pairs<T>(D, [&](auto whole, int64_t d, int64_t n) {
+      constexpr bool kWhole = decltype(whole)::value;
+      Vec<T> dmu[2], dlogvar[2];
+      load_two<kWhole>(of_mu + d, n, dmu);
+      load_two<kWhole>(of_logvar + d, n, dlogvar);
+      for (int i = 0; i < 2; ++i) {
+        dmu[i] *= g;
+        dlogvar[i] = (exponential<T>(dlogvar[i]).exp_minus_1_minus_x + dlogvar[i]) * (T(0.5) * g);
+      }
+      store_two<kWhole>(of_dmu + d, dmu, n, past);
+      store_two<kWhole>(of_dlogvar + d, dlogvar, n, past);
+    });
   }
+  if (task.large) drain();
 }
 
 }  // namespace FASTVAE_ISA

@@ -12,6 +12,12 @@ void run_rows(int64_t rows, int64_t D, const F& f) {
   run_pieces(rows, std::max<int64_t>(1, (1 << 13) / D), f);
 }
 
+// Whether a result is so large that the caches would not hold it until it is read.
+bool is_large(const Tensor& t) {
+  constexpr int64_t kCached = 8 << 20;  // bytes
+  return t.numel() * int64_t(t.element_size()) > kCached;
+}
+
 uint64_t seed_of(const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "fastvae: want one int64 seed");
   return uint64_t(*input<int64_t>(seed));
@@ -28,7 +34,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample(const Tensor& mu, const Tensor& logv
     using T = decltype(zero);
     run_rows(num_samples * M, D, [&](int64_t begin, int64_t end) {
       kernels.gaussian_rsample({input<T>(mu), input<T>(logvar), seed_of(seed), M, D, begin, end, output<T>(z),
-                                output<T>(log_q)});
+                                output<T>(log_q), is_large(z)});
     });
   });
   return {z, log_q};
@@ -45,7 +51,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_backward(const Tensor& grad_z, const
     using T = decltype(zero);
     run_rows(M, S * D, [&](int64_t begin, int64_t end) {
       kernels.gaussian_rsample_backward({input<T>(grad_z), input<T>(grad_log_q), input<T>(logvar), seed_of(seed),
-                                         path_derivative, S, M, D, begin, end, output<T>(dmu), output<T>(dlogvar)});
+                                         path_derivative, S, M, D, begin, end, output<T>(dmu), output<T>(dlogvar), is_large(dmu)});
     });
   });
   return {dmu, dlogvar};
@@ -76,8 +82,8 @@ std::tuple<Tensor, Tensor> gaussian_kl_backward(const Tensor& grad, const Tensor
   by_dtype(mu, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     run_rows(M, D, [&](int64_t begin, int64_t end) {
-      kernels.gaussian_kl_backward(input<T>(grad) + begin, input<T>(mu) + begin * D, input<T>(logvar) + begin * D,
-                                   end - begin, D, output<T>(dmu) + begin * D, output<T>(dlogvar) + begin * D);
+      kernels.gaussian_kl_backward({input<T>(grad), input<T>(mu), input<T>(logvar), D, begin, end, output<T>(dmu),
+                                    output<T>(dlogvar), is_large(dmu)});
     });
   });
   return {dmu, dlogvar};

@@ -82,6 +82,7 @@ struct Sample {
   int64_t M, D, row_begin, row_end;
   T* z;      // [S * M, D]
   T* log_q;  // [S * M]
+  bool large;  // z would not stay in the caches
 };
 
 // For rows [row_begin, row_end) of M, the sum over the S samples.
@@ -95,6 +96,19 @@ struct SampleBackward {
   int64_t S, M, D, row_begin, row_end;
   T* dmu;      // [M, D]
   T* dlogvar;  // [M, D]
+  bool large;  // nor would these
+};
+
+// For rows [row_begin, row_end) of M.
+template <class T>
+struct KlBackward {
+  const T* grad;    // [M]
+  const T* mu;      // [M, D]
+  const T* logvar;  // [M, D]
+  int64_t D, row_begin, row_end;
+  T* dmu;      // [M, D]
+  T* dlogvar;  // [M, D]
+  bool large;
 };
 
 template <class T>
@@ -105,7 +119,7 @@ struct Kernels {
   void (*gaussian_rsample)(const Sample<T>&);
   void (*gaussian_rsample_backward)(const SampleBackward<T>&);
   void (*gaussian_kl)(const T* mu, const T* logvar, int64_t rows, int64_t D, T* kl);
-  void (*gaussian_kl_backward)(const T* grad, const T* mu, const T* logvar, int64_t rows, int64_t D, T* dmu, T* dlogvar);
+  void (*gaussian_kl_backward)(const KlBackward<T>&);
 };
 
 struct Isa {

@@ -90,6 +90,26 @@ inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, kBytes);
 }
 
+// Stores past the caches, where the machine can: what it overwrites is not read first.  p is a multiple of kBytes, and
+// other threads may read after drain().
+template <class T>
+inline void stream(T* p, Vec<T> v) {
+#if FASTVAE_BYTES == 64
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif FASTVAE_BYTES == 32
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  store<T>(p, v);
+#endif
+}
+inline void drain() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes, at most all; load puts zeros after them.
 #if FASTVAE_BYTES == 64
 inline Vec<float> load_up_to(const float* p, int64_t n) {

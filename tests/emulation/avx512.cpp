@@ -47,8 +47,8 @@ Wide<T> smaller_of(Wide<T> a, Wide<T> b) {
   return lanes<T>([&](int i) { return a[i] < b[i] ? a[i] : b[i]; });
 }
 
-Wide<uint32_t> looked_up(Wide<uint32_t> index, Wide<uint32_t> table) {
-  return lanes<uint32_t>([&](int i) { return table[index[i] % 16]; });
+Wide<uint32_t> looked_up(Wide<uint32_t> index, Wide<uint32_t> low, Wide<uint32_t> high) {
+  return lanes<uint32_t>([&](int i) { return index[i] / 16 % 2 ? high[index[i] % 16] : low[index[i] % 16]; });
 }
 
 template <class T>
@@ -76,7 +76,11 @@ Wide<T> roots(Wide<T> v) {
 #define _mm512_maskz_min_pd(mask, a, b) smaller_of<double>((Wide<double>)(a), (Wide<double>)(b))
 #define _mm512_maskz_mul_epu32(mask, a, b) \
   (((Wide<uint64_t>)(a) & 0xFFFFFFFFu) * ((Wide<uint64_t>)(b) & 0xFFFFFFFFu))
-#define _mm512_maskz_permutexvar_epi32(mask, index, table) looked_up((Wide<uint32_t>)(index), (Wide<uint32_t>)(table))
+#define _mm512_maskz_permutexvar_epi32(mask, index, table) \
+  looked_up((Wide<uint32_t>)(index), (Wide<uint32_t>)(table), (Wide<uint32_t>)(table))
+#define _mm512_permutex2var_epi32(low, index, high) \
+  looked_up((Wide<uint32_t>)(index), (Wide<uint32_t>)(low), (Wide<uint32_t>)(high))
+#define _mm512_stream_si512(p, v) (*reinterpret_cast<Wide<int64_t>*>(p) = (Wide<int64_t>)(v))
 
 #define FASTVAE_EMULATED  // there are no registers of this width
 #define FASTVAE_ISA fastvae_emulated_avx512
