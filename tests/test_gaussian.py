@@ -126,6 +126,25 @@ def test_backward_is_the_specifications(impl: str, num_samples: int | None, path
             assert torch.allclose(got, want, rtol=1e-5, atol=1e-5), shape
 
 
+@pytest.mark.parametrize("D", [256, 257])  # rows that begin where a vector does, and rows that do not
+def test_results_beyond_the_caches(cpu_impl: str, D: int) -> None:
+    """Above 8 MiB results are stored another way: every row is there, the first ones with a small call's bits."""
+    M = (8 << 20) // (4 * D) + 2
+    mu, logvar = (v.requires_grad_() for v in posterior((M, D)))
+
+    def results(rows: int) -> list[Tensor]:
+        z, _ = sample(3, mu[:rows], logvar[:rows], impl=cpu_impl)
+        kl = fastvae.gaussian_kl(mu[:rows], logvar[:rows], impl=cpu_impl)
+        return [z, *torch.autograd.grad(z.sum(), (mu, logvar)), *torch.autograd.grad(kl.sum(), (mu, logvar))]
+
+    large = results(M)
+    assert all(torch.equal(got[:3], want[:3]) for got, want in zip(large, results(3), strict=True))
+    z, dmu, dlogvar, kl_dmu, kl_dlogvar = large
+    assert torch.equal(dmu, torch.ones(M, D)) and torch.equal(kl_dmu, mu)
+    assert torch.allclose(dlogvar, 0.5 * (z - mu), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(kl_dlogvar, 0.5 * torch.expm1(logvar), rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_asked_for(impl: str) -> None:
     """mu alone, logvar alone, and a logvar that is shared."""
     mu, logvar = posterior((7, 5))
