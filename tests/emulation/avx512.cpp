@@ -14,7 +14,7 @@ constexpr int kLanes = 64 / sizeof(T);
 
 template <class T, class F>
 Wide<T> lanes(const F& f) {
-  Wide<T> v;
+  Wide<T> v{};
   for (int i = 0; i < kLanes<T>; ++i) v[i] = f(i);
   return v;
 }
