@@ -210,7 +210,7 @@ def test_variances_beyond_float32(impl: str, logvar: float) -> None:
 
 @pytest.mark.parametrize("gap", [3.0, 82.5, 200.0])
 def test_the_largest_terms_come_last(impl: str, gap: float) -> None:
-    """The first 256 components lie `gap` nats below the others: exp(gap) must not be summed, which may be no float32."""
+    """The first 256 components lie `gap` nats below the others: exp(gap), which may be no float32, is not summed."""
     mu = torch.zeros(4096, 2)
     mu[:256, 0] = math.sqrt(2 * gap)
     case = Case(torch.full((9, 2), 0.01), mu, torch.zeros(4096, 2), None, torch.ones(9))

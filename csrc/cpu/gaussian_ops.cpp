@@ -51,7 +51,8 @@ std::tuple<Tensor, Tensor> gaussian_rsample_backward(const Tensor& grad_z, const
     using T = decltype(zero);
     run_rows(M, S * D, [&](int64_t begin, int64_t end) {
       kernels.gaussian_rsample_backward({input<T>(grad_z), input<T>(grad_log_q), input<T>(logvar), seed_of(seed),
-                                         path_derivative, S, M, D, begin, end, output<T>(dmu), output<T>(dlogvar), is_large(dmu)});
+                                         path_derivative, S, M, D, begin, end, output<T>(dmu), output<T>(dlogvar),
+                                         is_large(dmu)});
     });
   });
   return {dmu, dlogvar};

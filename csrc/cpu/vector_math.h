@@ -39,8 +39,8 @@ struct Format<double> {
   static constexpr int kExpTerms = 13, kLogTerms = 12, kTrigTerms = 8;
 };
 
-// How terms are raised: 2^(j / 2^kSteps) from a table in registers, and 2^(r / 2^kSteps), r in [-1/2, 1/2], by a polynomial,
-// minimax in relative error by Remez exchange.
+// How terms are raised: 2^(j / 2^kSteps) from a table in registers, and 2^(r / 2^kSteps), r in [-1/2, 1/2], by a
+// polynomial, minimax in relative error by Remez exchange.
 template <class T>
 struct Exp2;
 template <>
@@ -116,14 +116,14 @@ inline __attribute__((always_inline)) void exp_factors(const Vec<T> (&x)[2], Vec
   side_by_side(r, [&](int i) { return round - y[i]; });
   side_by_side(r, [&](int i) { return fma<T>(x[i], scale, r[i]); });
   side_by_side(power, [&](int i) { return exp2_of_low_bits<E::kSteps, T>(y[i]); });
-  side_by_side(p, [&](int i) { return fma<T>(r[i], broadcast<T>(E::c[E::kDegree]), broadcast<T>(E::c[E::kDegree - 1])); });
+  p[0] = p[1] = broadcast<T>(E::c[E::kDegree]);
 #pragma GCC unroll 16
-  for (int k = E::kDegree - 2; k >= 0; --k)
+  for (int k = E::kDegree - 1; k >= 0; --k)
     side_by_side(p, [&](int i) { return fma<T>(p[i], r[i], broadcast<T>(E::c[k])); });
 }
 
-// x becomes exp(x), for x <= 0 or a little above it: terms of a sum whose largest is about 1.  0 below `least`, which is
-// not below -kExpLimit; NaN stays NaN.  Relative error 2e-7 + |x| 2^-25, so the absolute one is below 2e-7 everywhere.
+// x becomes exp(x), for x <= 0 or a little above it: terms of a sum whose largest is about 1.  0 below `least`, which
+// is not below -kExpLimit; NaN stays NaN.  Relative error 2e-7 + |x| 2^-25, so the absolute one is below 2e-7.
 template <class T>
 inline __attribute__((always_inline)) void exp_terms(Vec<T> (&x)[2], T least) {
   Vec<T> p[2], power[2];
