@@ -51,8 +51,8 @@ template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
 
 constexpr int kMargin = 4;  // how far a term may exceed top before top is raised
-template <class T>
-constexpr T kMost = 1024;  // and how large a sum of terms over it may be
+constexpr int kMost = 1024;  // a batch's sum in a lane, over top, is less while none does: exp(kMargin) < 64
+static_assert(2 * kBatch * 64 <= kMost);
 
 // A term of this row exceeds top by more than the margin: what was summed so far shrinks to the new one.
 template <class T, int R, bool SCORE>
@@ -94,7 +94,7 @@ inline __attribute__((always_inline)) bool sum_terms(const Tiles<T, R>& tiles, c
       }
     }
     sum[r] = sums[0] + sums[1];
-    few = below(sum[r], kMost<T>, few);
+    few = below(sum[r], T(kMost), few);
   }
   return every_lane<T>(few);
 }

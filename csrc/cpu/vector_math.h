@@ -91,7 +91,6 @@ struct Exp2Table {
 };
 template <int kSteps>
 inline constexpr Exp2Table<kSteps> kExp2Table;
-
 #endif
 
 // 2^(n / 2^kSteps) for n in the low bits of y; without steps for n less the exponent's bias.
