@@ -13,7 +13,7 @@ from fastvae.functional import (
     mixture_log_prob,
     mixture_log_prob_and_score,
 )
-from fastvae.groups import grouped_mixture_log_prob
+from fastvae.grouped import grouped_mixture_log_prob
 from fastvae.priors import MixturePrior, StandardNormalPrior
 from fastvae.vae import VAE
 

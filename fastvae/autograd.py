@@ -1,6 +1,7 @@
 """The autograd.Functions: which operator runs forward, what is kept, which runs backward.
 
-They take checked, flattened input (see `ops.py`); the last argument names the backend.
+They take checked, flattened input (see `operators.py`).  Their last argument is the name of a backend in the registry,
+whose traits they ask and whose name means nothing to them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastvae.ops import Keeping, kept_numbers, operators
+from fastvae.backends import BACKENDS
+from fastvae.operators import ExponentOperators, exponents_per_row
+
+NO_SECOND_DERIVATIVE = (
+    "fastvae's operations can be differentiated once: their gradients have no gradients; impl='reference' has them, in "
+    "plain PyTorch"
+)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -29,7 +35,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Gradients:
-        raise RuntimeError("fastvae's operations can be differentiated once; their gradients have no gradients")
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
@@ -53,51 +59,27 @@ def _differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gr
     return wrapper
 
 
-class _NoGraph:
-    """The ctx of a forward that no backward will follow."""
-
-    needs_input_grad = (False,) * 16
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
-    def set_materialize_grads(self, value: bool) -> None: ...
+MAX_EXPONENT_BYTES = 2**24
 
 
-def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply(*arguments), but for the node where nothing asks for one: it takes as long as a small operator.
+def _exponents(backend: str, M: int, mu: Tensor) -> ExponentOperators | None:
+    """The operators that keep the exponents of M rows, if the backend has them and there are not too many of them.
 
-    Transforms (torch.func, forward mode) and the compiler always meet the function, which raises or is traced.
+    An exported program keeps none: its M may be any, and a program cannot ask how large it is.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments))
-    ):
-        return function.apply(*arguments)
-    return function.forward(_NoGraph(), *arguments)
-
-
-def _apart(backend: str) -> bool:
-    """Whether its kernels compute the gradient of z apart from those of the parameters: then forward may as well."""
-    return backend.startswith(("triton", "cuda"))
-
-
-_MOST_KEPT = 2**24  # bytes
-
-
-def _keeping(backend: str, M: int, mu: Tensor) -> Keeping | None:
-    """The operators that keep the exponents of M rows, if the backend has them and exponents are not too many."""
-    size = M * kept_numbers(len(mu)) * mu.element_size()
-    return operators[backend].keeping if 0 < size <= _MOST_KEPT else None
+    operators = BACKENDS[backend].exponents
+    if operators is None or torch.compiler.is_exporting():
+        return None
+    size = M * exponents_per_row(mu.shape[0]) * mu.element_size()
+    return operators if 0 < size <= MAX_EXPONENT_BYTES else None
 
 
 class MixtureLogProb(torch.autograd.Function):
     """log p(z) [M].
 
-    The score is dl/dz.  Where z alone needs a gradient, forward computes it on the way and backward is one product.
-    With Triton and CUDA so it is wherever z needs one: their kernels compute the gradients of z and of the parameters
-    apart.  A small problem's exponents are kept for the gradients of the parameters, where the kernels can.
+    The score is dl/dz.  Where z alone needs a gradient, forward computes the score and backward is one product; a
+    backend with `score_in_forward` does so wherever z needs a gradient.  A backend with `exponents` keeps those of a
+    small problem from forward for the gradients of the parameters.
     """
 
     @staticmethod
@@ -113,12 +95,12 @@ class MixtureLogProb(torch.autograd.Function):
     ) -> Tensor:
         need_z, *need_parameters = ctx.needs_input_grad[:4]
         mixture, score, exponents = (z, mu, logvar, log_weights, exclude), None, None
-        if need_z and (_apart(backend) or not any(need_parameters)):
-            log_prob, score = operators[backend].mixture_log_prob_and_score(*mixture)
-        elif any(need_parameters) and not dense and (keeping := _keeping(backend, len(z), mu)):
+        if need_z and (BACKENDS[backend].score_in_forward or not any(need_parameters)):
+            log_prob, score = BACKENDS[backend].operators.mixture_log_prob_and_score(*mixture)
+        elif any(need_parameters) and not dense and (keeping := _exponents(backend, z.shape[0], mu)):
             log_prob, exponents = keeping.mixture_log_prob(*mixture, need_z)
         else:
-            log_prob = operators[backend].mixture_log_prob(*mixture)
+            log_prob = BACKENDS[backend].operators.mixture_log_prob(*mixture)
         ctx.save_for_backward(log_prob, score, exponents, *mixture)
         ctx.dense, ctx.backend = dense, backend
         return log_prob
@@ -144,7 +126,7 @@ class MixtureLogProbAndScore(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         mixture = z, mu, logvar, log_weights, exclude
-        log_prob, score = operators[backend].mixture_log_prob_and_score(*mixture)
+        log_prob, score = BACKENDS[backend].operators.mixture_log_prob_and_score(*mixture)
         ctx.save_for_backward(log_prob, score, None, *mixture)
         ctx.mark_non_differentiable(score)
         ctx.dense, ctx.backend = dense, backend
@@ -158,17 +140,17 @@ class MixtureLogProbAndScore(torch.autograd.Function):
 
 def _mixture_gradients(ctx: Any, grad: Tensor) -> Gradients:
     log_prob, score, exponents, *mixture = ctx.saved_tensors
-    ops = operators[ctx.backend]
+    backend = BACKENDS[ctx.backend]
     need = list(ctx.needs_input_grad[:4])
     grads: list[Tensor | None] = [None] * 4
     if need[0] and score is not None:
         grads[0], need[0] = grad[:, None] * score, False
     if any(need):
         arriving = grad.contiguous(), log_prob
-        if ops.keeping and exponents is not None:
-            computed = ops.keeping.mixture_log_prob_backward(*arriving, exponents, *mixture, *need)
+        if backend.exponents and exponents is not None:
+            computed = backend.exponents.mixture_log_prob_backward(*arriving, exponents, *mixture, *need)
         else:
-            computed = ops.mixture_log_prob_backward(*arriving, *mixture, ctx.dense, *need)
+            computed = backend.operators.mixture_log_prob_backward(*arriving, *mixture, ctx.dense, *need)
         grads = [new if needed else old for old, new, needed in zip(grads, computed, need, strict=True)]
     return (*grads, None, None, None)
 
@@ -191,10 +173,10 @@ class GroupedMixtureLogProb(torch.autograd.Function):
         dense: bool,
         backend: str,
     ) -> Tensor:
-        log_prob = z.new_full((len(starts) - 1, len(z)), -math.inf)
-        for row, components in zip(log_prob, _groups(mu, logvar, log_weights, starts), strict=True):
+        log_prob = z.new_full((len(starts) - 1, z.shape[0]), -math.inf)
+        for row, components in zip(log_prob, groups(mu, logvar, log_weights, starts), strict=True):
             if components is not None:
-                row.copy_(operators[backend].mixture_log_prob(z, *components, None))
+                row.copy_(BACKENDS[backend].operators.mixture_log_prob(z, *components, None))
         ctx.save_for_backward(log_prob, z, mu, logvar, log_weights)
         ctx.starts, ctx.dense, ctx.backend = starts, dense, backend
         return log_prob
@@ -205,10 +187,10 @@ class GroupedMixtureLogProb(torch.autograd.Function):
         log_prob, z, mu, logvar, log_weights = ctx.saved_tensors
         need = ctx.needs_input_grad[:4]
         totals = [torch.zeros_like(t) if n else None for t, n in zip((z, mu, logvar, log_weights), need, strict=True)]
-        backward = operators[ctx.backend].mixture_log_prob_backward
-        groups = _groups(mu, logvar, log_weights, ctx.starts)
+        backward = BACKENDS[ctx.backend].operators.mixture_log_prob_backward
+        mixtures = groups(mu, logvar, log_weights, ctx.starts)
         slices = (slice(*pair) for pair in pairwise(ctx.starts))
-        for g, log_p, components, k in zip(grad.contiguous(), log_prob, groups, slices, strict=True):
+        for g, log_p, components, k in zip(grad.contiguous(), log_prob, mixtures, slices, strict=True):
             if components is None:
                 continue
             places = slice(None), k, k if len(logvar) == len(mu) else slice(None), k
@@ -219,7 +201,7 @@ class GroupedMixtureLogProb(torch.autograd.Function):
         return (*totals, None, None, None)
 
 
-def _groups(
+def groups(
     mu: Tensor, logvar: Tensor, log_weights: Tensor | None, starts: tuple[int, ...]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None] | None]:
     """Each group's (mu, logvar, log_weights), None for one without components; logvar is [K, D] or shared [1, D]."""
@@ -251,7 +233,7 @@ class GaussianRsample(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logvar, seed)
         ctx.path_derivative, ctx.backend, ctx.one = path_derivative, backend, num_samples is None
-        z, log_q = operators[backend].gaussian_rsample(mu, logvar, seed, num_samples or 1)
+        z, log_q = BACKENDS[backend].operators.gaussian_rsample(mu, logvar, seed, num_samples or 1)
         return (_without_samples(z), _without_samples(log_q)) if ctx.one else (z, log_q)
 
     @staticmethod
@@ -260,7 +242,7 @@ class GaussianRsample(torch.autograd.Function):
         logvar, seed = ctx.saved_tensors
         if ctx.one:
             grad_z, grad_log_q = grad_z.unsqueeze(0), grad_log_q.unsqueeze(0)
-        dmu, dlogvar = operators[ctx.backend].gaussian_rsample_backward(
+        dmu, dlogvar = BACKENDS[ctx.backend].operators.gaussian_rsample_backward(
             grad_z.contiguous(), grad_log_q.contiguous(), logvar, seed, ctx.path_derivative
         )
         return dmu, dlogvar, None, None, None, None
@@ -290,11 +272,11 @@ class MixtureKL(torch.autograd.Function):
         need_q, need_prior = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:5])
         S, prior = num_samples or 1, (prior_mu, prior_logvar, log_weights, exclude)
         arguments, score, exponents = (mu, logvar, seed, S, *prior), None, None
-        if need_prior and not dense and (keeping := _keeping(backend, S * len(mu), prior_mu)):
+        if need_prior and not dense and (keeping := _exponents(backend, S * mu.shape[0], prior_mu)):
             z, kl, log_prob, exponents = keeping.mixture_kl(*arguments, need_q)
         else:
-            with_score = need_q and (_apart(backend) or not need_prior)
-            z, kl, log_prob, score = operators[backend].mixture_kl(*arguments, with_score)
+            with_score = need_q and (BACKENDS[backend].score_in_forward or not need_prior)
+            z, kl, log_prob, score = BACKENDS[backend].operators.mixture_kl(*arguments, with_score)
         ctx.one = num_samples is None
         if ctx.one:
             z, kl = _without_samples(z), _without_samples(kl)
@@ -314,12 +296,13 @@ class MixtureKL(torch.autograd.Function):
             grad_z = None if grad_z is None else grad_z.unsqueeze(0)
         need = ctx.needs_input_grad
         need_q = need[0] or need[1]
-        ops, sampled = operators[ctx.backend], (logvar, seed, ctx.path_derivative, z, log_prob)
+        backend, sampled = BACKENDS[ctx.backend], (logvar, seed, ctx.path_derivative, z, log_prob)
         arriving = None if grad_z is None else grad_z.contiguous(), grad_kl.contiguous()
-        if ops.keeping and exponents is not None:
-            computed = ops.keeping.mixture_kl_backward(*arriving, *sampled, exponents, *prior, need_q, *need[2:5])
+        wanted = need_q, *need[2:5]
+        if backend.exponents and exponents is not None:
+            computed = backend.exponents.mixture_kl_backward(*arriving, *sampled, exponents, *prior, *wanted)
         else:
-            computed = ops.mixture_kl_backward(*arriving, *sampled, score, *prior, ctx.dense, need_q, *need[2:5])
+            computed = backend.operators.mixture_kl_backward(*arriving, *sampled, score, *prior, ctx.dense, *wanted)
         gradients = (g if needed else None for g, needed in zip(computed, need[:5], strict=True))
         return (*gradients, None, None, None, None, None, None)
 
@@ -331,9 +314,9 @@ class GaussianKL(torch.autograd.Function):
     def forward(ctx: Any, mu: Tensor, logvar: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(mu, logvar)
         ctx.backend = backend
-        return operators[backend].gaussian_kl(mu, logvar)
+        return BACKENDS[backend].operators.gaussian_kl(mu, logvar)
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        return (*operators[ctx.backend].gaussian_kl_backward(grad.contiguous(), *ctx.saved_tensors), None)
+        return (*BACKENDS[ctx.backend].operators.gaussian_kl_backward(grad.contiguous(), *ctx.saved_tensors), None)

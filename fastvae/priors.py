@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as F
-from fastvae.reference import LOG_2PI
+from fastvae._noise import LOG_2PI
 
 Density = Callable[[Tensor], Tensor]
 

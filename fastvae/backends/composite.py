@@ -1,4 +1,4 @@
-"""The chunked backend: plain PyTorch on any device, with hand-written gradients, in O(chunk) memory.
+"""The composite backend: plain PyTorch on any device, with hand-written gradients, in O(chunk) memory.
 
 The symbols are those of `reference.py`.  With g the gradient arriving at l, and w_mk = g_m r_mk:
 
@@ -16,7 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvae.reference import LOG_2PI, philox_normal
+from fastvae._noise import LOG_2PI, normal
+from fastvae.backends import from_parts
+from fastvae.backends.backend import Backend
+from fastvae.operators import SCHEMAS, Operators, define, library
 
 CHUNK = 2**21  # numbers in the largest temporary, [rows, components, D]; 8 MiB in float32 stays in a CPU's cache
 
@@ -125,7 +128,7 @@ def _noise(seed: Tensor, s: slice, m: slice, logvar: Tensor) -> Tensor:
     """The standard normal numbers of the samples s and rows m, which must be contiguous: [s, m, D]."""
     M, D = logvar.shape
     start, count = (s.start * M + m.start) * D, (s.stop - s.start) * (m.stop - m.start) * D
-    return philox_normal(seed, start, count).to(logvar.dtype).reshape(s.stop - s.start, m.stop - m.start, D)
+    return normal(seed, start, count).to(logvar.dtype).reshape(s.stop - s.start, m.stop - m.start, D)
 
 
 def _sample_slices(S: int, M: int, D: int) -> Iterator[tuple[slice, slice]]:
@@ -166,3 +169,26 @@ def gaussian_kl(mu, logvar) -> Tensor:
 
 def gaussian_kl_backward(grad, mu, logvar) -> tuple[Tensor, Tensor]:
     return grad[:, None] * mu, 0.5 * grad[:, None] * torch.expm1(logvar)
+
+
+_operators = Operators(*define("composite_", SCHEMAS))
+for _implementation in (
+    mixture_log_prob,
+    mixture_log_prob_and_score,
+    mixture_log_prob_backward,
+    gaussian_rsample,
+    gaussian_rsample_backward,
+    gaussian_kl,
+    gaussian_kl_backward,
+):
+    library.impl(f"composite_{_implementation.__name__}", _implementation, "CompositeExplicitAutograd")
+from_parts.register(library, "composite_", _operators)
+
+COMPOSITE = Backend(
+    impl="composite",
+    devices=None,
+    missing=lambda device: None,
+    operators=_operators,
+    default_on=("*",),
+    about="plain PyTorch in chunks, on any device",
+)

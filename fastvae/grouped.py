@@ -7,9 +7,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastvae import backends, reference
-from fastvae import functional as F
-from fastvae.autograd import GroupedMixtureLogProb, call
+from fastvae import _checks, backends, reference
+from fastvae.autograd import GroupedMixtureLogProb
+from fastvae.dispatch import call
+
+_MOST_UNSAID = 2**16  # groups without components, which the result has room for, that need not be asked for
 
 
 def grouped_mixture_log_prob(
@@ -50,19 +52,9 @@ def grouped_mixture_log_prob(
 
         torch.stack([mixture_log_prob(z, mu[groups == g], logvar[groups == g]) for g in range(num_groups)], -1)
     """
-    z, mu, logvar, log_weights, _ = F._check_mixture(z, mu, logvar, log_weights, None)
-    K = len(mu)
-    if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
-        raise TypeError(f"groups must be an int64 tensor, not {getattr(groups, 'dtype', type(groups).__name__)}")
-    if groups.shape != (K,) or groups.device != mu.device:
-        raise ValueError(
-            f"groups must be [{K}] on {mu.device} to match mu {list(mu.shape)}, not {list(groups.shape)} on "
-            f"{groups.device}"
-        )
-    low, high = (int(v) for v in groups.aminmax())
-    G = high + 1 if num_groups is None else num_groups
-    if low < 0 or high >= G:
-        raise ValueError(f"groups must be in 0 ... {G - 1}, the groups there are; they span {low} ... {high}")
+    z, mu, logvar, log_weights, _ = _checks.mixture(z, mu, logvar, log_weights, None)
+    K = mu.shape[0]
+    G = _number_of_groups(groups, mu, num_groups)
     if bool((groups[1:] < groups[:-1]).any()):
         order = torch.argsort(groups, stable=True)
         mu, logvar = mu[order], logvar if len(logvar) != K else logvar[order]
@@ -71,9 +63,36 @@ def grouped_mixture_log_prob(
     backend = backends.choose(impl, z.device)
     if backend == "reference":
         return _by_reference(z, mu, logvar, log_weights, starts)
-    rows, mu, logvar, log_weights, _ = F._flat(z, mu, logvar, log_weights, None)
+    rows, mu, logvar, log_weights, _ = _checks.flat(z, mu, logvar, log_weights, None)
     log_prob = call(GroupedMixtureLogProb, rows, mu, logvar, log_weights, starts, dense_backward, backend)
     return log_prob.reshape(G, *z.shape[:-1]).movedim(0, -1)
+
+
+def _number_of_groups(groups: Tensor, mu: Tensor, num_groups: int | None) -> int:
+    """G, of groups [K] that were checked."""
+    K = mu.shape[0]
+    _checks.tensor("groups", groups)
+    if groups.dtype != torch.int64:
+        raise TypeError(f"groups must be an int64 tensor, not {groups.dtype}")
+    if groups.shape != (K,) or groups.device != mu.device:
+        raise ValueError(
+            f"groups must be [{K}] on {mu.device} to match mu {list(mu.shape)}, not {list(groups.shape)} on "
+            f"{groups.device}"
+        )
+    low, high = (int(v) for v in groups.aminmax())
+    if num_groups is None:
+        if high >= max(K, _MOST_UNSAID):
+            raise ValueError(
+                f"groups must be numbered from 0, and are up to {high} with {K} components: number them anew by "
+                "torch.unique(groups, return_inverse=True), or give num_groups if most groups are to be empty"
+            )
+        G = high + 1
+    else:
+        _checks.count("num_groups", num_groups)
+        G = num_groups
+    if low < 0 or high >= G:
+        raise ValueError(f"groups must be in 0 ... {G - 1}, the groups there are; they span {low} ... {high}")
+    return G
 
 
 def _by_reference(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None, starts: tuple[int, ...]) -> Tensor:

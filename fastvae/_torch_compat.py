@@ -1,0 +1,40 @@
+"""What is asked of PyTorch beside its public interface, in one room, so that a new version is checked in one room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Let torch.compile call the function while it traces and keep the result as a constant of the graph.
+
+    torch.compiler.assume_constant_result sets the same mark, but imports the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def in_functorch_transform() -> bool:
+    """Whether a transform of torch.func is active: grad, vmap, jvp, ..."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation may be going on."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(value: object) -> bool:
+    """Whether a value is a tensor that carries a tangent of forward mode."""
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+def has_kernel(operator: str, dispatch_key: str) -> bool:
+    """Whether an operator ("fastvae::mixture_log_prob") has a kernel of its own for a dispatch key ("CUDA")."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)

@@ -1,0 +1,73 @@
+"""The compiled kernels of `csrc/`, for the CPU and for CUDA devices: one extension, one set of operators.
+
+The dispatcher of PyTorch takes the kernel by the device of the tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastvae import _torch_compat
+from fastvae.backends import from_parts
+from fastvae.backends.backend import Backend
+from fastvae.operators import EXPONENT_SCHEMAS, SCHEMAS, ExponentOperators, Operators, define, library
+
+_EXTENSION = Path(__file__).parent.parent / "_C.abi3.so"
+_BUILD = (
+    "build it with `pip install --no-build-isolation .` on a machine with a C++17 compiler, ninja and torch >= 2.10"
+)
+_BUILD_CUDA = "build fastvae again with nvcc on the PATH or CUDA_HOME set; FASTVAE_CUDA=1 fails where there is none"
+
+operators = Operators(*define("", SCHEMAS))
+from_parts.register(library, "", operators)
+
+
+def _load_extension() -> str | None:
+    """Load the compiled kernels; the reason why not, or None."""
+    if not _EXTENSION.exists():
+        return "the extension was not built"
+    try:
+        torch.ops.load_library(_EXTENSION)
+    except OSError as error:  # built for another machine, or against a torch that this one cannot serve
+        return f"the extension does not load: {error}"
+    return None
+
+
+extension_missing = _load_extension()
+
+
+@_torch_compat.constant_in_graphs
+def missing_on_cpu(device: torch.device) -> str | None:
+    """Why the CPU kernels cannot run, and what would make them; or None."""
+    return None if extension_missing is None else f"{extension_missing}; {_BUILD}"
+
+
+@_torch_compat.constant_in_graphs
+def missing_on_cuda(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run, and what would make them; or None."""
+    if extension_missing is not None:
+        return f"{extension_missing}; {_BUILD_CUDA}"
+    if not _torch_compat.has_kernel("fastvae::mixture_log_prob", "CUDA"):
+        return f"the extension was built without CUDA; {_BUILD_CUDA}"
+    return None
+
+
+CPU = Backend(
+    impl="cpu",
+    devices=("cpu",),
+    missing=missing_on_cpu,
+    operators=operators,
+    default_on=("cpu",),
+    exponents=ExponentOperators(*define("", EXPONENT_SCHEMAS)),
+    about="compiled kernels",
+)
+CUDA = Backend(
+    impl="cuda",
+    devices=("cuda",),
+    missing=missing_on_cuda,
+    operators=operators,
+    score_in_forward=True,
+    about="compiled kernels on CUDA cores",
+)

@@ -1,0 +1,70 @@
+"""Every backend there is, and which of them a call takes."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvae import _torch_compat
+from fastvae.backends import composite, native, triton
+from fastvae.backends.backend import Backend
+
+# In the order in which impl=None looks through them.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (native.CPU, native.CUDA, *triton.TRITON, composite.COMPOSITE)
+}
+IMPLS = ("reference", "composite", "cpu", "triton", "cuda")
+PRECISIONS = ("highest", "high", "medium")
+
+
+@_torch_compat.constant_in_graphs
+def _precision_of_torch() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+def choose(
+    impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32, precision: str | None = "highest"
+) -> str:
+    """The name in BACKENDS of the backend that runs, or "reference".
+
+    Args:
+        impl: the backend's word; None takes the first in BACKENDS that is a default on the device and can run there.
+        device: where the tensors are.
+        dtype: what is computed with.
+        precision: for float32; None is PyTorch's own setting.  A backend that has no such precision computes with
+            the highest, as all do in float64.
+
+    Raises:
+        ValueError: no backend has that name, or the one named does not take tensors on that device.
+        RuntimeError: the backend named cannot run here; the message says what would make it run.
+    """
+    if impl is None:
+        impl = _default(device)
+    elif impl == "reference":
+        return impl
+    else:
+        _check(impl, device)
+    if precision is None:
+        precision = _precision_of_torch()
+    if precision != "highest" and dtype == torch.float32 and f"{impl}-{precision}" in BACKENDS:
+        return f"{impl}-{precision}"
+    return impl
+
+
+def _default(device: torch.device) -> str:
+    for backend in BACKENDS.values():
+        if (device.type in backend.default_on or "*" in backend.default_on) and backend.missing(device) is None:
+            return backend.impl
+    raise AssertionError("composite runs on every device")
+
+
+def _check(impl: str, device: torch.device) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))} or None, not {impl!r}")
+    backend = BACKENDS[impl]
+    if (why := backend.missing(device)) is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run: {why}; impl='composite' runs on {device}")
+    if backend.devices is not None and device.type not in backend.devices:
+        raise ValueError(
+            f"impl={impl!r} takes tensors on {' or '.join(backend.devices)}, these are on {device}; move them, or use "
+            "impl=None"
+        )
