@@ -1,6 +1,7 @@
 """The operators under torch.vmap.
 
-A batch of rows joins the rows where an operator treats each by itself; else the operator is called for each of the batch.
+Where an operator treats each row by itself, a batch of rows becomes more rows; else the operator is called once for
+each element of the batch.
 """
 
 from __future__ import annotations

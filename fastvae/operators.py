@@ -191,7 +191,7 @@ class Operators(NamedTuple):
 
 
 class ExponentOperators(NamedTuple):
-    """The handles of the operators that pass the exponents from forward to backward, in the order of EXPONENT_SCHEMAS."""
+    """The handles of the operators that pass exponents from forward to backward, in the order of EXPONENT_SCHEMAS."""
 
     mixture_log_prob: torch._ops.OpOverload
     mixture_log_prob_backward: torch._ops.OpOverload

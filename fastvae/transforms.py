@@ -8,7 +8,6 @@ exponents are kept, and `mixture_kl` and the groups are made of the others.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
