@@ -60,7 +60,9 @@ class Loss(nn.Module):
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "mixture_log_prob": fastvae.mixture_log_prob,
     "one variance": lambda z, mu, logvar, w: fastvae.mixture_log_prob(z, mu, logvar[0], w),
-    "exclude": lambda z, mu, logvar, w: fastvae.mixture_log_prob(z, mu, logvar, w, exclude=torch.ones_like(z[:, 0]).long()),
+    "exclude": lambda z, mu, logvar, w: fastvae.mixture_log_prob(
+        z, mu, logvar, w, exclude=torch.ones_like(z[:, 0]).long()
+    ),
     "batch shape": lambda z, mu, logvar, w: fastvae.mixture_log_prob(torch.stack((z, -z)), mu, logvar, w),
     "score": fastvae.mixture_log_prob_and_score,
     "gaussian_rsample": lambda z, mu, logvar, w: fastvae.gaussian_rsample(z, logvar[0], 2),
