@@ -133,11 +133,11 @@ def test_what_is_not_there_raises(operation: Operation, backend: str) -> None:
     def total(z: Tensor, impl: str = backend) -> Tensor:
         return operation(z, mu, impl).sum()
 
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp.*impl='reference'"):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"jvp.*impl='reference'"):
         total(forward_ad.make_dual(z, z))
-    with pytest.raises(NotImplementedError, match="jvp.*impl='reference'"):
+    with pytest.raises(NotImplementedError, match=r"jvp.*impl='reference'"):
         jvp(total, (z,), (z,))
-    with pytest.raises(RuntimeError, match="differentiated once.*impl='reference'"):
+    with pytest.raises(RuntimeError, match=r"differentiated once.*impl='reference'"):
         grad(lambda z: grad(total)(z).square().sum())(z)
     if operation in DENSITIES:  # a sampler's noise has no place in the Hessian's vmap
         with pytest.raises((NotImplementedError, RuntimeError), match="impl='reference'"):
@@ -169,5 +169,5 @@ def test_no_transform_no_tangent_no_cost(monkeypatch: pytest.MonkeyPatch) -> Non
         gradients(operation, z, mu, "composite")
         with forward_ad.dual_level():  # no argument has a tangent
             operation(z, mu, "composite")
-    with pytest.raises(AssertionError, match="torch.func"):
+    with pytest.raises(AssertionError, match=r"torch\.func"):
         vmap(lambda one: log_prob(one, mu, "composite"))(z)
