@@ -118,10 +118,11 @@ def mixture_log_prob(rng: random.Random, impl: str, largest: int) -> str | None:
         else {}
     )
     underflow = torch.finfo(case.z.dtype).tiny
-    if not dense:  # what a row's gradient may leave out: a rounding of what its widest component alone could give
-        u = torch.finfo(case.z.dtype).eps / 2
-        widest = torch.exp(-0.5 * case.logvar.double()).expand(case.mu.shape).amin(0)  # 1 / sigma, [D]
-        allowed = allowed._replace(dz=allowed.dz + u * case.grad.abs()[:, None] * widest.max())
+    # what a row's gradient may leave out, and its score: a rounding of what its widest component alone could give
+    widest = torch.exp(-0.5 * case.logvar.double()).expand(case.mu.shape).amin(0).max()  # 1 / sigma
+    left_out = torch.finfo(case.z.dtype).eps / 2 * widest
+    if not dense:
+        allowed = allowed._replace(dz=allowed.dz + left_out * case.grad.abs()[:, None])
     got, limits = [log_prob.detach()], [allowed.log_prob]
     for n, w, limit in zip(names, want[1:], allowed[1:], strict=True):
         got.append(grads.get(n, w).detach())
@@ -131,9 +132,9 @@ def mixture_log_prob(rng: random.Random, impl: str, largest: int) -> str | None:
     if score is not None and not bad:
         ones = replace(case, grad=torch.ones_like(case.grad))
         exact, limit = allowance(ones, dense_backward=True)
-        ratio = difference(score.to(exact.dz), exact.dz) / limit.dz
-        if score.numel() and not bool((ratio.nan_to_num(0.0) <= 1).all()):
-            bad["score"] = float(ratio.max())
+        off = difference(score, exact.dz)
+        if bool((off > limit.dz + left_out + underflow).any()):
+            bad["score"] = float((off / (limit.dz + left_out + underflow)).max())
     shapes = {n: None if v is None else list(v.shape) for n, v in leaves.items()}
     return f"{dtype} {shapes} dense={dense} wanted={wanted} error / allowed: {bad}" if bad else None
 
