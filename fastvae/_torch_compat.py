@@ -20,9 +20,8 @@ def constant_in_graphs(function: Function) -> Function:
     return function
 
 
-def in_functorch_transform() -> bool:
-    """Whether a transform of torch.func is active: grad, vmap, jvp, ..."""
-    return torch._C._are_functorch_transforms_active()
+# () -> bool, whether a transform of torch.func is active: grad, vmap, jvp, ...
+in_functorch_transform = torch._C._are_functorch_transforms_active
 
 
 def in_forward_mode() -> bool:

@@ -33,8 +33,13 @@ def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         return transforms.call(function, *arguments)
     if _torch_compat.in_forward_mode() and any(map(_torch_compat.has_tangent, arguments)):
         raise NotImplementedError(transforms.NO_FORWARD_MODE)
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    ):
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _want_gradients(arguments)):
         return function.apply(*arguments)
     return function.forward(_NoGraph(), *arguments)
+
+
+def _want_gradients(arguments: tuple[Any, ...]) -> bool:
+    for argument in arguments:  # noqa: SIM110  a loop takes half the time of any() of a generator
+        if isinstance(argument, Tensor) and argument.requires_grad:
+            return True
+    return False

@@ -14,6 +14,7 @@ BACKENDS: dict[str, Backend] = {
 }
 IMPLS = ("reference", "composite", "cpu", "triton", "cuda")
 PRECISIONS = ("highest", "high", "medium")
+_WITH_LOWER_PRECISIONS = {backend.impl for backend in BACKENDS.values() if backend.precision != "highest"}
 
 
 @_torch_compat.constant_in_graphs
@@ -43,16 +44,16 @@ def choose(
         return impl
     else:
         _check(impl, device)
-    if precision is None:
-        precision = _precision_of_torch()
-    if precision != "highest" and dtype == torch.float32 and f"{impl}-{precision}" in BACKENDS:
-        return f"{impl}-{precision}"
-    return impl
+    if precision == "highest" or impl not in _WITH_LOWER_PRECISIONS or dtype != torch.float32:
+        return impl
+    named = f"{impl}-{precision or _precision_of_torch()}"
+    return named if named in BACKENDS else impl
 
 
 def _default(device: torch.device) -> str:
+    kind = device.type
     for backend in BACKENDS.values():
-        if (device.type in backend.default_on or "*" in backend.default_on) and backend.missing(device) is None:
+        if (kind in backend.default_on or "*" in backend.default_on) and backend.missing(device) is None:
             return backend.impl
     raise AssertionError("composite runs on every device")
 
