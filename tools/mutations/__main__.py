@@ -19,6 +19,13 @@ from table import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "results", "runs", "dist", "*.egg-info")
+# By the folder of what is mutated: the tests that run it, by their names, and of these the marked ones.
+SELECTION = {
+    "kernels/": ("triton", "triton"),
+    "csrc/cuda/": ("emulated or cuda", "emulated"),
+    "csrc/cpu/": ("not composite and not triton and not emulated", "emulated or slow"),
+    "fastvae/": ("not triton and not emulated", "slow"),
+}
 CHECK = """
 import fastvae, pathlib
 from fastvae import triton_kernels
@@ -83,14 +90,14 @@ def judge(folder: Path, mutation: Mutation) -> tuple[str, str]:
     """(the tier that catches it, the test)."""
     target = folder / mutation.file
     before = target.read_text()
-    native = mutation.file.startswith("csrc/cpu")
     try:
         target.write_text(mutated(mutation))
-        if native:
+        if mutation.file.startswith("csrc/cpu"):
             build(folder)
         tests = list(dict.fromkeys(mutation.tests))
-        for tier, selection in (("fast", ["--fast"]), ("full", [])):
-            if test := caught(folder, tests, *selection):
+        names, marks = next(found for start, found in SELECTION.items() if mutation.file.startswith(start))
+        for tier, selection in (("fast", "--fast"), ("full", f"-m={marks}")):
+            if test := caught(folder, tests, "-k", names, selection):
                 return tier, test
         return "none", ""
     finally:
