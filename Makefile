@@ -5,13 +5,19 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint bench bench-alone gpu dist clean
+.PHONY: demo test test-all lint bench bench-alone gpu dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
 
+# test: the fast tier, without what tests/support/tiers.py marks
+PYTEST := FASTVAE_TEST_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: .venv/ready
-	FASTVAE_TEST_REQUIRE_CPU=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) --fast
+
+test-all: .venv/ready
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -7,28 +7,30 @@ it cannot show is what only a GPU has: its memory model, its timing, its exp and
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from fastvae.ops import Operators
+from support.internals import Operators
 
-from . import CSRC, HERE, compile_library, register
+from .library import CSRC, HERE, library, once, register
 
 CUDA = CSRC / "cuda"
 
 
-@cache
-def operators() -> Operators:
-    """Built once a run, which takes a C++ compiler and some seconds."""
-    global _library
+def _library() -> Path:
     sources = [*CUDA.glob("*.cu"), *CUDA.glob("*_ops.cpp"), HERE / "device.cpp"]
-    flags = [f"-I{HERE}", f"-I{CUDA}", "-DFASTVAE_CUDA_LIBRARY=fastvae_emulated", "-DFASTVAE_CUDA_KEY=CPU"]
-    with TemporaryDirectory() as folder:
-        library = compile_library(Path(folder, "cuda.so"), sources, flags)
-        found = register(library, "fastvae_emulated")
-        _library = ctypes.CDLL(str(library))
-    return found
+    # not fortified: that takes a jump to another stack for a mistake
+    flags = ["-DFASTVAE_CUDA_LIBRARY=fastvae_emulated", "-DFASTVAE_CUDA_KEY=CPU", "-U_FORTIFY_SOURCE"]
+    return library("cuda", sources, [HERE, CUDA], flags)
+
+
+@once
+def _loaded() -> tuple[Operators, ctypes.CDLL]:
+    built = _library()
+    return register(built, "fastvae_emulated"), ctypes.CDLL(str(built))
+
+
+def operators() -> Operators:
+    return _loaded()[0]
 
 
 def launches() -> int:
@@ -42,11 +44,6 @@ def largest_shared() -> int:
 
 
 def _ask(name: str) -> int:
-    operators()
-    assert _library is not None
-    question = getattr(_library, name)
+    question = getattr(_loaded()[1], name)
     question.restype = ctypes.c_int64
     return int(question())
-
-
-_library: ctypes.CDLL | None = None

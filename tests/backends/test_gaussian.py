@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS, use_backend
+from support.backend import BACKENDS, use_backend
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import use_triton
+from support.internals import triton_module
 
 import fastvae
-from fastvae import triton_kernels
 
 pytest.importorskip("triton")
-autotune, tile_file, tiles = (triton_kernels.load(name) for name in ("autotune", "tile_file", "tiles"))
+autotune, tile_file, tiles = (triton_module(name) for name in ("autotune", "tile_file", "tiles"))
 
 
 @dataclass
@@ -39,9 +38,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
+def clock(triton: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     """Tuning is on; of three small candidates the second is the fastest, unless a test says otherwise."""
-    use_triton(monkeypatch)
     monkeypatch.setenv("FASTVAE_AUTOTUNE", "1")
     monkeypatch.setenv("FASTVAE_CACHE_DIR", str(tmp_path))
     forget(monkeypatch)
@@ -75,7 +73,7 @@ def offered(kind: str = "forward") -> list[Any]:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The tiles that calls from here on run with."""
     seen: list[Any] = []
-    mixture = triton_kernels.load("mixture")
+    mixture = triton_module("mixture")
 
     def watch(launch: Callable[..., None]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import pytest
-from test_processes import run
+from support.internals import COMPOSITE_CHUNK
 
-from fastvae import composite
+from core.test_processes import run
 
 LIMIT = 200e6  # bytes, the contract's figure for M = 4096, K = 100,000, D = 64
 
@@ -61,7 +61,7 @@ def test_compiled_kernels() -> None:
 
 def test_composite() -> None:
     """Five of its chunks at most; M x K x D numbers would be 64 of them."""
-    assert added("composite", 1024, 8192, 16) < 5 * 4 * composite.CHUNK
+    assert added("composite", 1024, 8192, 16) < 5 * 4 * COMPOSITE_CHUNK
 
 
 STEP = """

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from budget import diffuse_case
+from support.internals import operators, triton_module
 from torch import Tensor
 
 import fastvae
-from fastvae import triton_kernels
-from fastvae.ops import operators
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PRECISIONS = ("highest", "high", "medium")
@@ -77,7 +76,7 @@ def test_gpu_other_streams(precision: str) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gpu_tiles_are_chosen_by_time_once(precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Not while a graph is captured, which has the table's; then once, and every later call has those bits."""
-    autotune = triton_kernels.load("autotune")
+    autotune = triton_module("autotune")
     monkeypatch.setenv("FASTVAE_TILES", "1")
     given = arguments()
     table = [t.clone() for t in step(given, precision)]

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from budget import Case, allowance, assert_within, diffuse_case, hard_case, run
+from support.internals import COMPOSITE_CHUNK, set_composite_chunk
 
 import fastvae
-from fastvae import composite
 
 # one number at a time; a row against some of the components; some rows; some rows with a last piece of one
 SIZES = [1, 40, 130, 333]
@@ -29,7 +29,7 @@ def cases() -> list[Case]:
 @pytest.mark.parametrize("size", SIZES)
 def test_mixture(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     expected = [(case, *allowance(case)) for case in cases()]
-    monkeypatch.setattr(composite, "CHUNK", size)
+    set_composite_chunk(monkeypatch, size)
     for case, want, allowed in expected:
         assert_within(run(case, "composite"), want, allowed)
         args = case.z, case.mu, case.logvar, case.log_weights
@@ -45,8 +45,8 @@ def test_gaussian(monkeypatch: pytest.MonkeyPatch, size: int, path_derivative: b
     """Several whole samples at a time, or some rows of one; sums over samples may be rounded otherwise."""
     mu, logvar = torch.randn(2, 7, 9)
     results = []
-    for chunk in (composite.CHUNK, size):
-        monkeypatch.setattr(composite, "CHUNK", chunk)
+    for chunk in (COMPOSITE_CHUNK, size):
+        set_composite_chunk(monkeypatch, chunk)
         leaves = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
         torch.manual_seed(1)
         z, log_q = fastvae.gaussian_rsample(*leaves, 11, path_derivative=path_derivative, impl="composite")

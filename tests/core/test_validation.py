@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import Encoder
+from support import internals
 
 import fastvae
 from fastvae import VAE, MixturePrior, StandardNormalPrior, VampPrior
@@ -125,7 +126,7 @@ def test_mixture_kl_names_its_own_arguments() -> None:
 @pytest.mark.parametrize("impl", ["triton"])
 def test_a_named_backend_that_cannot_run_raises(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says what would run."""
-    monkeypatch.setattr("fastvae.triton_kernels.missing", lambda device: "it is not there")
+    internals.pretend(monkeypatch, "triton", missing="it is not there")
     for operation, args in (
         (fastvae.mixture_log_prob, (Z, MU, LOGVAR)),
         (fastvae.gaussian_rsample, (Z, Z)),
@@ -140,11 +141,9 @@ def test_the_compiled_backend_takes_cpu_tensors_only() -> None:
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """impl='cpu' raises and says how to build it, None takes composite, and info() says so aloud."""
-    from fastvae import backends
-
-    monkeypatch.setattr(backends, "_missing", "the extension was not built")
+    internals.pretend(monkeypatch, "cpu", missing="the extension was not built")
     raises(RuntimeError, ["impl='cpu'", "not built", "pip install"], fastvae.gaussian_kl, Z, Z, impl="cpu")
-    assert backends.choose(None, torch.device("cpu")) == "composite"
+    assert internals.choose(None, torch.device("cpu")) == "composite"
     assert fastvae.info()["extension"] == "missing" and "not built" in str(fastvae.info())
 
 
@@ -157,20 +156,16 @@ def test_an_unknown_instruction_set_raises(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("compiled")
 def test_the_default_is_the_compiled_backend() -> None:
-    from fastvae import backends
-
-    assert backends.choose(None, torch.device("cpu")) == "cpu"
+    assert internals.choose(None, torch.device("cpu")) == "cpu"
     info = fastvae.info()
     assert info["extension"] == "built" and torch.ops.fastvae.cpu_isa() in info["on cpu"]
 
 
 def test_impl_none_elsewhere_and_info() -> None:
     """The table behind impl=None, and what is printed."""
-    from fastvae import backends
-
-    assert backends.choose(None, META) == "composite"
+    assert internals.choose(None, META) == "composite"
     for impl in ("reference", "composite"):
-        assert backends.choose(impl, torch.device("cpu")) == impl
+        assert internals.choose(impl, torch.device("cpu")) == impl
     info = fastvae.info()
     assert info["fastvae"] == fastvae.__version__ and info["torch"] == torch.__version__
     assert all(key in str(info) and value in str(info) for key, value in info.items())

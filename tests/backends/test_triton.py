@@ -12,21 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from budget import Case, Result, allowance, assert_within, difference, diffuse_case, hard_case, run
-from conftest import use_triton
+from support.backend import use_backend
+from support.internals import SCHEMAS, at_precision, choose, interpreted, operators, triton_module
 from torch import Tensor
 
 import fastvae
-from fastvae import backends, ops, reference, triton_kernels
-from fastvae.ops import operators
+from fastvae import reference
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton")
 LOWER = ("high", "medium")
 ROUNDING = {"high": 3 * 2.0**-22, "medium": 2.0**-10}  # of a product: two parts and three products; two TF32 operands
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_triton(monkeypatch)
 
 
 def design_case(logvar: float, spread: float, M: int = 40, K: int = 300, D: int = 40) -> Case:
@@ -158,8 +154,8 @@ def test_lower_precisions_at_the_edges_of_the_contract(precision: str) -> None:
 def test_the_tiles_that_users_get(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """Not the small ones: a shape that is cut by rows, components and dimensions."""
     monkeypatch.undo()
-    if not triton_kernels.load("launch").INTERPRETED:
-        use_triton(monkeypatch)
+    if not interpreted():
+        use_backend("triton", monkeypatch)
     case = diffuse_case(130, 150, 67)
     case = replace(case, log_weights=torch.log_softmax(torch.randn(150), 0))
     exact = case.to(torch.float64)
@@ -171,7 +167,7 @@ def test_the_tiles_that_users_get(monkeypatch: pytest.MonkeyPatch, precision: st
 @pytest.mark.parametrize("form", ("highest", *LOWER, "float64"))
 def test_every_tile_that_autotuning_offers(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Values and gradients by each, on any generation, within the budget of the table's."""
-    tiles, autotune = triton_kernels.load("tiles"), triton_kernels.load("autotune")
+    tiles, autotune = triton_module("tiles"), triton_module("autotune")
     precision, dtype = (form, torch.float32) if form != "float64" else ("highest", torch.float64)
     M, K, D = 70, 70, 10
     case = diffuse_case(M, K, D, dtype=dtype)
@@ -231,15 +227,15 @@ def test_precision_follows_pytorchs_setting(monkeypatch: pytest.MonkeyPatch) -> 
         for precision, want in named.items():
             torch.set_float32_matmul_precision(precision)
             assert torch.equal(fastvae.mixture_log_prob(*args, impl="triton"), want)
-            assert backends.at_precision("composite", None, torch.float32) == "composite"
-            assert backends.at_precision("triton", None, torch.float64) == "triton"
+            assert at_precision("composite", None, torch.float32) == "composite"
+            assert at_precision("triton", None, torch.float64) == "triton"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_every_precision_has_the_mixture_operators() -> None:
     for precision in LOWER:
-        for name in ops._SCHEMAS:
+        for name in SCHEMAS:
             high, highest = getattr(operators[f"triton-{precision}"], name), getattr(operators["triton"], name)
             assert (high is highest) == name.startswith("gaussian")
 
@@ -280,7 +276,7 @@ def test_importing_fastvae_imports_no_triton() -> None:
 
 def test_it_is_never_the_default() -> None:
     """What was never run on a GPU is not chosen on one."""
-    assert backends.choose(None, torch.device("cuda")) == "composite"
+    assert choose(None, torch.device("cuda")) == "composite"
     assert "never on a GPU" in fastvae.info()["triton"]
 
 
@@ -306,7 +302,7 @@ def test_the_stream_is_the_specifications(seed: int) -> None:
 
 def test_no_kernel_assigns_to_nested_targets() -> None:
     """`a, (b, c) = ...` is what Triton 3.6 cannot hash, so a kernel that has it compiles with later ones only."""
-    folder = Path(triton_kernels.load("noise").__file__ or "").parent
+    folder = Path(triton_module("noise").__file__ or "").parent
     functions = [
         node
         for file in folder.glob("*.py")

@@ -1,4 +1,4 @@
-"""The CUDA kernels: the host side, what the compiler makes of them, and races.
+"""The CUDA kernels: the host side, races, launches, and what all backends are not tested for.
 
 Their values are tested with every other backend's, where "cuda-emulated" runs their source on the CPU.
 """
@@ -6,123 +6,28 @@ Their values are tested with every other backend's, where "cuda-emulated" runs t
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from budget import Case, Result, allowance, assert_within, diffuse_case, hard_case, run
-from conftest import use_backend
+from core.test_operators import inputs
 from emulation import cuda
-from test_operators import inputs
-from test_skipping import concentrated, responsibilities
+from support import internals
+from support.internals import Operators
 from torch import Tensor
 
 import fastvae
-from benchmarks.static_report import disassembly, limits
-from benchmarks.static_report.disassembly import Code
-from benchmarks.static_report.families import cuda_family
-from benchmarks.static_report.kernel import Kernel
-from fastvae import backends, ops
-from fastvae.ops import Operators
 
-ROOT = Path(__file__).parent.parent
-ARCHES = list(cuda_family.flags_and_targets()[1])
-SIDES = ("rows", "components")
+from .test_skipping import concentrated, responsibilities
 
-
-@pytest.fixture(params=["small", "tiled"])
-def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operators:
-    """The kernels on the CPU, also behind impl="cuda": those for small problems where one is small, or never."""
-    use_backend("cuda-emulated-tiled" if request.param == "tiled" else "cuda-emulated", monkeypatch)
-    return cuda.operators()
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Operators:
-    use_backend("cuda-emulated", monkeypatch)
-    return cuda.operators()
-
-
-# The compiler's view.
-
-
-@cache
-def compiled_for(arch: int) -> list[tuple[Kernel, Code]]:
-    if why := cuda_family.missing():
-        pytest.skip(why)
-    return [(kernel, disassembly.read(kernel)) for kernel in cuda_family.kernels(arch, re.compile(""))]
-
-
-@pytest.mark.parametrize("arch", ARCHES)
-def test_every_kernel_compiles_without_spills(arch: int) -> None:
-    """The compiler stops at a spill: it is told that warnings are errors."""
-    wanted = ("forward<", "backward<rows", "backward<components", "pack_rows", "rsample<", "rsample_backward", "kl<")
-    names = [kernel.name for kernel, _ in compiled_for(arch)]
-    for dtype, several in (("float", 4), ("double", 2)):
-        small = [f"small_{side}<{dtype}, {v}, {n}>" for side in SIDES for v in ("true", "false") for n in (1, several)]
-        for name in (*wanted, *small):
-            assert any(n.startswith(name) and dtype in n for n in names), f"{name} for {dtype} is not there"
-    for kernel, code in compiled_for(arch):
-        assert code.registers <= 255
-        assert (code.stack, code.local, code.local_accesses) == (0, 0, 0), f"{kernel.name}: {code}"
-        if kernel.name.startswith(("forward<", "small_")):  # so that two blocks run at a time
-            assert code.registers <= 128
-        if kernel.name in cuda_family.SHARED:
-            two = kernel.name.startswith(("forward<", "small_")) and arch != 80
-            assert limits.blocks_at_once(arch, code.registers, kernel.threads, kernel.shared) >= 1 + two, kernel.name
-
-
-@pytest.mark.parametrize("arch", ARCHES)
-def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
-    """Of the innermost loop, at any D; what it loads, it loads 16 bytes at a time."""
-    for kernel, code in compiled_for(arch):
-        if kernel.name not in ("forward<float>", "backward<rows, float>", "backward<components, float>"):
-            continue
-        loop = code.loops[0]
-        assert loop.share("FFMA") >= 0.8, f"{kernel.name}: {loop}"
-        assert loop.kinds["LDS.128"] > 0 and not {"LDS.32", "LDS.64"} & set(loop.kinds), f"{kernel.name}: {loop}"
-        # copies to shared memory are asynchronous and 16 bytes wide
-        assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
-        if kernel.name != "forward<float>":  # the second pass
-            assert any(k.kinds["LDG.128"] for k in code.loops), kernel.name
-
-
-@pytest.mark.parametrize("arch", ARCHES)
-def test_small_problems_and_samples_move_16_bytes_at_a_time(arch: int) -> None:
-    for kernel, code in compiled_for(arch):
-        if kernel.name in ("rsample<float, true>", "rsample_backward<float, true>", "kl<float, true>"):
-            assert code.memory["LDG.128"] > 0 and code.memory["STG.128"] > 0, kernel.name
-        if kernel.name.startswith("small_") and "true" in kernel.name:
-            assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
-            assert code.memory["LDS.128"] > 0, kernel.name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtype: torch.dtype) -> None:
-    """What the machine code does not tell is a table of the report: it must be what is launched."""
-    if torch.cuda.is_available():
-        pytest.skip("the emulation tells what is launched, a GPU does not")
-    tiled = os.environ["FASTVAE_TILES"] == "1"
-    name, several = {4: ("float", 4), 8: ("double", 2)}[dtype.itemsize]
-    for n, own in ((2, 1), (140, several)):
-        for D, whole in ((4, "true"), (3, "false")):
-            case = hard_case(n, n, D, dtype=dtype)
-            args = case.z, case.mu, case.logvar, None, None
-            cuda.largest_shared()
-            log_prob = emulated.mixture_log_prob(*args)
-            rows = "forward<{}>" if tiled else f"small_rows<{{}}, {whole}, {own}>"
-            assert cuda.largest_shared() == cuda_family.SHARED[rows.format(name)]
-            emulated.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
-            components = "backward<components, {}>" if tiled else f"small_components<{{}}, {whole}, {own}>"
-            assert cuda.largest_shared() == cuda_family.SHARED[components.format(name)]
+ROOT = Path(__file__).parents[2]
 
 
 # The host side.
@@ -130,7 +35,7 @@ def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtyp
 
 def test_impl_cuda_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.zeros(2, 3)
-    monkeypatch.setattr(backends, "_missing_cuda", lambda: "the extension was built without CUDA")
+    internals.pretend(monkeypatch, "cuda", missing="the extension was built without CUDA")
     for operation, args in (
         (fastvae.mixture_log_prob, (z, z, z)),
         (fastvae.gaussian_rsample, (z, z)),
@@ -139,14 +44,14 @@ def test_impl_cuda_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(RuntimeError, match=r"impl='cuda'.*without CUDA.*nvcc.*FASTVAE_CUDA=1.*composite"):
             operation(*args, impl="cuda")
     assert "without CUDA" in fastvae.info()["cuda"]
-    monkeypatch.setattr(backends, "_missing_cuda", lambda: None)
+    internals.pretend(monkeypatch, "cuda", missing=None)
     with pytest.raises(ValueError, match=r"impl='cuda' takes tensors on a CUDA device.* cpu"):
         fastvae.gaussian_kl(z, z, impl="cuda")
-    assert backends.choose("cuda", torch.device("cuda")) == "cuda"
+    assert internals.choose("cuda", torch.device("cuda")) == "cuda"
 
 
 def test_what_has_never_run_on_a_gpu_is_not_its_default() -> None:
-    assert backends.choose(None, torch.device("cuda")) == "composite"
+    assert internals.choose(None, torch.device("cuda")) == "composite"
     assert "never run on a GPU" in fastvae.info()["cuda"] or "missing" in fastvae.info()["cuda"]
 
 
@@ -157,7 +62,7 @@ def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
         pytest.skip("there is no nvcc on the PATH")
     if os.environ.get("FASTVAE_CUDA") == "0":
         pytest.skip("FASTVAE_CUDA=0 built the extension without CUDA")
-    assert backends._missing_cuda() is None
+    assert internals.missing_cuda() is None
     library = Path(fastvae.__file__).parent / "_C.abi3.so"
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu" in needed and "cuda" not in needed
@@ -218,7 +123,7 @@ def test_operators_check_what_they_are_given(emulated: Operators) -> None:
             )
 
 
-@pytest.mark.parametrize("name", ops._SCHEMAS)
+@pytest.mark.parametrize("name", internals.SCHEMAS)
 def test_opcheck(emulated: Operators, name: str) -> None:
     """Schema, aliasing and fakes agree with what the host side returns."""
     for args in inputs(name):
@@ -232,7 +137,7 @@ def test_the_cpu_kernels_compute_what_device_math_does(emulated: Operators, dtyp
     components = case.mu, case.logvar, case.log_weights, None
     of_cpu, of_header = (
         (*kernels.gaussian_rsample(case.mu, case.logvar, seed, 3), kernels.mixture_log_prob(case.z, *components))
-        for kernels in (ops.native, emulated)
+        for kernels in (internals.native, emulated)
     )
     rounding, sigma = torch.finfo(dtype).eps, (0.5 * case.logvar).exp()
     noise = 4 * 2.0**-23 * 6  # some roundings of float32, in which all noise is made; below 6 there is all of it
@@ -285,36 +190,36 @@ def launches(operator: Callable[..., Any], *args: Any) -> tuple[Any, int]:
 
 
 @pytest.mark.parametrize("D", [7, 40])
-def test_a_small_problem_takes_one_launch(small: Operators, D: int) -> None:
+def test_a_small_problem_takes_one_launch(emulated_small: Operators, D: int) -> None:
     """And its gradients two; where the components share logvar one or two more are for their sum."""
     if torch.cuda.is_available():
         pytest.skip("the emulation counts launches, a GPU does not")
     M, K, seed = 100, 500, torch.tensor([3])
     case = diffuse_case(M, K, D)
     args = case.z, case.mu, case.logvar, None, None
-    log_prob, taken = launches(small.mixture_log_prob, *args)
+    log_prob, taken = launches(emulated_small.mixture_log_prob, *args)
     assert taken == 1
-    _, taken = launches(small.mixture_log_prob_and_score, *args)
+    _, taken = launches(emulated_small.mixture_log_prob_and_score, *args)
     assert taken == 1
     everything = False, True, True, True, True
-    assert launches(small.mixture_log_prob_backward, case.grad, log_prob, *args, *everything)[1] == 2
-    together, taken = launches(small.mixture_kl, case.z, case.z, seed, 1, *args[1:], True)
+    assert launches(emulated_small.mixture_log_prob_backward, case.grad, log_prob, *args, *everything)[1] == 2
+    together, taken = launches(emulated_small.mixture_kl, case.z, case.z, seed, 1, *args[1:], True)
     assert taken == 1
     saved = case.z, seed, False, together[0], *together[2:], *args[1:], *everything
-    assert launches(small.mixture_kl_backward, together[0], together[1], *saved)[1] == 2
+    assert launches(emulated_small.mixture_kl_backward, together[0], together[1], *saved)[1] == 2
     shared = case.z, case.mu, case.logvar[:1].clone(), None, None
-    assert launches(small.mixture_log_prob, *shared)[1] == 1
-    assert launches(small.mixture_log_prob_backward, case.grad, log_prob, *shared, *everything)[1] == 3
+    assert launches(emulated_small.mixture_log_prob, *shared)[1] == 1
+    assert launches(emulated_small.mixture_log_prob_backward, case.grad, log_prob, *shared, *everything)[1] == 3
 
 
-def test_what_is_small_is_what_the_documentation_says(small: Operators) -> None:
+def test_what_is_small_is_what_the_documentation_says(emulated_small: Operators) -> None:
     """M <= 528, K <= 1024, D <= 512 and K D <= 65,536: at the limits one launch, beyond them more."""
     if torch.cuda.is_available():
         pytest.skip("the emulation counts launches, a GPU does not")
     for M, K, D in ((528, 3, 1), (1, 1024, 2), (2, 2, 512), (1, 1024, 64)):
-        assert launches(small.mixture_log_prob, *arguments(M, K, D))[1] == 1, (M, K, D)
+        assert launches(emulated_small.mixture_log_prob, *arguments(M, K, D))[1] == 1, (M, K, D)
     for M, K, D in ((529, 3, 1), (1, 1025, 2), (2, 2, 513), (1, 1023, 65)):
-        assert launches(small.mixture_log_prob, *arguments(M, K, D))[1] > 1, (M, K, D)
+        assert launches(emulated_small.mixture_log_prob, *arguments(M, K, D))[1] > 1, (M, K, D)
 
 
 def arguments(M: int, K: int, D: int) -> tuple[Tensor | None, ...]:
@@ -322,7 +227,7 @@ def arguments(M: int, K: int, D: int) -> tuple[Tensor | None, ...]:
     return case.z, case.mu, case.logvar, case.log_weights, None
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("emulated_small")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
 def test_small_problems_around_every_edge(dtype: torch.dtype, shared: bool) -> None:
@@ -337,7 +242,7 @@ def test_small_problems_around_every_edge(dtype: torch.dtype, shared: bool) -> N
             assert_within(run(case, "cuda", dense), *allowance(case, dense), f"M={M} K={K} D={D} dense={dense}")
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("emulated_small")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_small_and_tiled_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A problem on either side of the limit differs by roundings, and on both it is within its budget."""
@@ -427,7 +332,7 @@ def test_a_gpu_gives_what_the_emulation_gives(tiles: str, monkeypatch: pytest.Mo
     """The first thing to look at on a machine with a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    if (why := backends._missing_cuda()) is not None:
+    if (why := internals.missing_cuda()) is not None:
         pytest.skip(f"no CUDA kernels: {why}")
     monkeypatch.setenv("FASTVAE_TILES", tiles)
     for dtype in (torch.float32, torch.float64):

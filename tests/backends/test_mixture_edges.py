@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from budget import Case, allowance, assert_within, band, diffuse_case, hard_case, run
+from support.backend import interpreted
 
 import fastvae
 
@@ -151,7 +152,7 @@ def test_the_same_bits_run_to_run_and_for_any_number_of_threads(impl: str) -> No
         diffuse_case(300, 1500, 20),
         diffuse_case(900, 90, 30),
     ]
-    if impl == "triton":  # has no threads, and interpreted takes minutes for the large ones
+    if interpreted(impl):  # which has no threads, and takes minutes for the large ones
         del cases[1:]
     try:
         for case in cases:
@@ -179,11 +180,12 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_output_is_written(impl: str) -> None:
     assert torch.empty(3).isnan().all()
-    for case in (hard_case(17, 65, 8), hard_case(1, 1, 1), diffuse_case(600, 130, 20)):
+    many = diffuse_case(70, 130, 6) if interpreted(impl) else diffuse_case(600, 130, 20)
+    for case in (hard_case(17, 65, 8), hard_case(1, 1, 1), many):
         got = run(case, impl)
         score = fastvae.mixture_log_prob_and_score(case.z, case.mu, case.logvar, case.log_weights, impl=impl)
         assert all(bool(torch.isfinite(g).all()) for g in (*got, *score))
-        if case.z.shape[0] < 100:
+        if case is not many:
             assert_within(got, *allowance(case))
 
 
@@ -211,9 +213,10 @@ def test_variances_beyond_float32(impl: str, logvar: float) -> None:
 @pytest.mark.parametrize("gap", [3.0, 82.5, 200.0])
 def test_the_largest_terms_come_last(impl: str, gap: float) -> None:
     """The first 256 components lie `gap` nats below the others: exp(gap), which may be no float32, is not summed."""
-    mu = torch.zeros(4096, 2)
+    K = 520 if interpreted(impl) else 4096
+    mu = torch.zeros(K, 2)
     mu[:256, 0] = math.sqrt(2 * gap)
-    case = Case(torch.full((9, 2), 0.01), mu, torch.zeros(4096, 2), None, torch.ones(9))
+    case = Case(torch.full((9, 2), 0.01), mu, torch.zeros(K, 2), None, torch.ones(9))
     assert_within(run(case, impl), *allowance(case))
 
 

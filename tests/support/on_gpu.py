@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae import ops
-from fastvae.ops import Operators
+from .internals import Operators, functions_of, make_operators
 
 
 def through_gpu(operators: Operators) -> Operators:
     """The same operators, there and back; autograd, checks and the choice of a backend stay what they are."""
-    return Operators(*map(_there_and_back, operators[: len(ops._SCHEMAS)]), keeping=None)
+    return make_operators(map(_there_and_back, functions_of(operators)))
 
 
 def _there_and_back(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,18 +13,13 @@ from typing import Any
 import pytest
 import torch
 from budget import allowance, assert_within, diffuse_case, hard_case, run
-from conftest import use_triton
+from support.internals import interpreted, triton_module
 from torch import Tensor
 
 import fastvae
-from fastvae import triton_kernels
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_triton(monkeypatch, small=True)
+pytestmark = pytest.mark.usefixtures("small_triton")
 
 
 def arguments(M: int = 5, K: int = 9, D: int = 3) -> list[Tensor]:
@@ -48,7 +43,7 @@ def recorded() -> Iterator[list[str]]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        if triton_kernels.load("launch").INTERPRETED:
+        if interpreted():
             from triton.runtime.interpreter import GridExecutor
 
             patch.setattr(GridExecutor, "__call__", recording(GridExecutor.__call__))
@@ -90,7 +85,7 @@ def test_the_density_is_one_launch_each_way(precision: str) -> None:
 
 def test_launches_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of docs/triton-kernels.md."""
-    small, counts = triton_kernels.load("small"), []
+    small, counts = triton_module("small"), []
     for largest in (small.LARGEST, -1):
         monkeypatch.setattr(small, "LARGEST", largest)
         leaves = arguments()
@@ -127,7 +122,7 @@ def test_every_precision_has_the_same_bits() -> None:
 
 def test_what_is_small() -> None:
     """By M K D, by what one program reads, by D; one more of anything is not."""
-    fits = triton_kernels.load("small").fits
+    fits = triton_module("small").fits
     assert fits(100, 500, 40) and fits(0, 1, 1)
     for M, K, D in ((256, 256, 256), (256, 2**16, 1), (2**24, 1, 1)):
         assert fits(M, K, D) and not fits(M + 1, K, D) and not fits(1, 2**16 // D + 1, D)
@@ -138,7 +133,7 @@ def test_what_is_not_small_is_composed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers from its parts, by tiles: as close as float32 is, and other launches."""
     results = []
     for largest in (2**24, 5 * 9 * 3 - 1):
-        monkeypatch.setattr(triton_kernels.load("small"), "LARGEST", largest)
+        monkeypatch.setattr(triton_module("small"), "LARGEST", largest)
         leaves = arguments()
         torch.manual_seed(1)
         with recorded() as launched:
@@ -153,7 +148,7 @@ def test_what_is_not_small_is_composed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("D", [1, 7, 40, 130])
 def test_sizes_around_tiles(monkeypatch: pytest.MonkeyPatch, D: int, dtype: torch.dtype) -> None:
     """The tiles that users get: rows shared by one program or not, a component more or less than a tile has."""
-    small = triton_kernels.load("small")
+    small = triton_module("small")
     monkeypatch.setattr(small, "MULTIPROCESSORS", 3)
     for M, K in ((1, 1), (3, small._sizes(3, D, True).COLUMNS), (13, small._sizes(13, D, True).COLUMNS + 1)):
         for case in (hard_case(M, K, D, dtype=dtype), diffuse_case(M, K, D, dtype=dtype)):

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from budget import Case, diffuse_case, hard_case, run
-from test_order import apart_case
-from test_skipping import concentrated
+from support import internals
 
 import fastvae
-from fastvae import autograd, ops
+
+from .test_order import apart_case
+from .test_skipping import concentrated
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -41,7 +42,7 @@ def test_the_gradients_are_those_of_exponents_computed_again(
     for name, case in cases(dtype).items():
         kept = run(case, cpu_impl)
         with monkeypatch.context() as patch:
-            patch.setattr(autograd, "_MOST_KEPT", 0)
+            internals.limit_kept(patch, 0)
             again = run(case, cpu_impl)
         for field, got, want in zip(kept._fields, kept, again, strict=True):
             assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), f"{name}: {field}"
@@ -59,10 +60,11 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    common = {name: named(name, getattr(ops.on_cpu, name)) for name in ops._SCHEMAS}
-    keeping = (named(f"keeping {name}", operator) for name, operator in ops.on_cpu.keeping._asdict().items())
-    monkeypatch.setitem(ops.operators, "cpu", ops.Operators(**common, keeping=ops.Keeping(*keeping)))
-    monkeypatch.setattr(autograd, "_MOST_KEPT", 6 * ops.kept_numbers(9) * 4)
+    names = [*internals.SCHEMAS, *(f"keeping {name}" for name in internals.keeping._fields)]
+    functions = [*internals.functions_of(internals.operators["cpu"]), *internals.keeping]
+    watched = [named(name, function) for name, function in zip(names, functions, strict=True)]
+    internals.use_operators(monkeypatch, "cpu", internals.make_operators(watched, of_cpu=True))
+    internals.limit_kept(monkeypatch, 6 * internals.kept_numbers(9) * 4)
 
     z, mu = torch.randn(6, 3), torch.randn(9, 3)
     leaf, z_leaf = mu.clone().requires_grad_(), z.clone().requires_grad_()
@@ -90,8 +92,8 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_kept_is_within_the_limit(K: int, dtype: torch.dtype) -> None:
     """Of few components too, which are kept by whole panels."""
     mu = torch.empty(K, 1, dtype=dtype, device="meta")
-    most = max(M for M in range(1, 2**17, 31) if autograd._keeping("cpu", M, mu))
-    _, kept = ops.on_cpu.keeping.mixture_log_prob(mu.new_empty(most, 1), mu, mu, None, None, True)
+    most = max(M for M in range(1, 2**17, 31) if internals.keeps_exponents(M, mu))
+    _, kept = internals.keeping.mixture_log_prob(mu.new_empty(most, 1), mu, mu, None, None, True)
     assert 0.9 * 2**24 < kept.nbytes <= 2**24
 
 
@@ -109,14 +111,14 @@ def test_mixture_kl(
         return torch.autograd.grad(loss, [*leaves, weights], retain_graph=True) + torch.autograd.grad(loss, leaves)
 
     kept = gradients()
-    monkeypatch.setattr(autograd, "_MOST_KEPT", 0)
+    internals.limit_kept(monkeypatch, 0)
     assert all(torch.equal(got, want) for got, want in zip(kept, gradients(), strict=True))
 
 
 @pytest.mark.usefixtures("compiled")
 def test_the_operator_takes_only_what_was_kept() -> None:
     z, mu = torch.randn(6, 3), torch.randn(9, 3)
-    keeping = ops.on_cpu.keeping
+    keeping = internals.keeping
     log_prob, exponents = keeping.mixture_log_prob(z, mu, mu, None, None, True)
     for wrong in (exponents[:5], exponents.double()):
         with pytest.raises(RuntimeError, match="want"):

@@ -1,0 +1,59 @@
+"""Each CUDA kernel once, emulated, in every tier; the tests marked `emulated` go into it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from budget import allowance, assert_within, hard_case, run
+from support.internals import Operators
+
+import fastvae
+
+from .test_cuda import everything
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
+def test_the_density_and_its_gradients(shared: bool) -> None:
+    """Several tiles, a component left out or absent; D of whole vectors or not; all gradients or not the negligible."""
+    for dtype, D, dense in ((torch.float32, 8, False), (torch.float64, 5, True)):
+        case = hard_case(135, 140, D, dtype=dtype)
+        case = replace(case, exclude=torch.arange(135) - 1)
+        if shared:
+            case = replace(case, logvar=torch.linspace(-1, 1, D, dtype=dtype))
+        assert_within(run(case, "cuda", dense), *allowance(case, dense), f"{dtype} {D}")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_score() -> None:
+    case = hard_case(17, 65, 8)
+    want, allowed = allowance(replace(case, grad=torch.ones(17)), dense_backward=True)
+    log_prob, score = fastvae.mixture_log_prob_and_score(case.z, case.mu, case.logvar, case.log_weights, impl="cuda")
+    assert_within(type(want)(log_prob, score, *want[2:]), want, allowed)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_sampling_and_kl_are_the_specifications() -> None:
+    for shape in ((7, 33), (3, 8)):
+        mu, logvar = torch.randn(2, *shape, dtype=torch.float64)
+        results = []
+        for impl in ("cuda", "reference"):
+            leaves = [mu.clone().requires_grad_(), logvar.clone().requires_grad_()]
+            torch.manual_seed(3)
+            z, log_q = fastvae.gaussian_rsample(*leaves, 2, path_derivative=True, impl=impl)
+            kl = fastvae.gaussian_kl(*leaves, impl=impl)
+            loss = (z.square().sum(-1) * log_q).sum() + kl.square().sum()
+            results.append((z, log_q, kl, *torch.autograd.grad(loss, leaves)))
+        for got, want in zip(*results, strict=True):
+            assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_no_thread_depends_on_when_another_runs(emulated: Operators, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read of shared memory without a barrier after its write would give other bits in another order."""
+    results = []
+    for order in ("ascending", "descending"):
+        monkeypatch.setenv("FASTVAE_EMULATION_ORDER", order)
+        results.append(everything(emulated, 20, 150, 5, torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,95 @@
+"""Each Triton kernel once, in every tier; the tests marked `triton` go into it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from budget import allowance, assert_within, hard_case, run
+from support.backend import use_backend
+from support.internals import operators
+from torch import Tensor
+
+import fastvae
+from fastvae import reference
+
+from .test_triton import product_band, run_at
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(params=["triton", "triton-small"])
+def tiled_and_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_backend(request.param, monkeypatch)
+
+
+@pytest.mark.usefixtures("tiled_and_small")
+@pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
+def test_the_density_and_its_gradients(shared: bool) -> None:
+    """Several tiles and parts of rows and of components, a component left out or absent; dense or not."""
+    for dtype, dense in ((torch.float32, False), (torch.float64, True)):
+        case = hard_case(35, 70, 5, dtype=dtype)
+        case = replace(case, exclude=torch.arange(35) - 1)
+        if shared:
+            case = replace(case, logvar=torch.linspace(-1, 1, 5, dtype=dtype))
+        assert_within(run(case, "triton", dense), *allowance(case, dense))
+
+
+@pytest.mark.usefixtures("tiled_and_small")
+def test_the_score() -> None:
+    case = hard_case(17, 65, 8)
+    want, allowed = allowance(replace(case, grad=torch.ones(17)), dense_backward=True)
+    log_prob, score = fastvae.mixture_log_prob_and_score(case.z, case.mu, case.logvar, case.log_weights, impl="triton")
+    assert_within(type(want)(log_prob, score, *want[2:]), want, allowed)
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_lower_precisions(precision: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    mu, z = torch.randn(70, 20, generator=rng), torch.randn(17, 20, generator=rng)
+    case = replace(hard_case(17, 70, 20), z=z, mu=mu, logvar=0.2 * mu.flip(0), log_weights=mu[:, 0].log_softmax(0))
+    exact = case.to(torch.float64)
+    assert_within(run_at(case, precision), run(exact, "reference"), product_band(exact, precision))
+
+
+@pytest.mark.usefixtures("triton")
+def test_noise_sampling_and_kl() -> None:
+    """The specification's numbers, from blocks of four and one by one; and their gradients."""
+    for shape in ((7, 33), (3, 8)):
+        mu, logvar = torch.randn(2, *shape, dtype=torch.float64)
+        results = []
+        for impl in ("triton", "reference"):
+            leaves = [mu.clone().requires_grad_(), logvar.clone().requires_grad_()]
+            torch.manual_seed(3)
+            z, log_q = fastvae.gaussian_rsample(*leaves, 2, path_derivative=True, impl=impl)
+            kl = fastvae.gaussian_kl(*leaves, impl=impl)
+            loss = (z.square().sum(-1) * log_q).sum() + kl.square().sum()
+            results.append((z, log_q, kl, *torch.autograd.grad(loss, leaves)))
+        for got, want in zip(*results, strict=True):
+            assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+    noise = reference.philox_normal(torch.tensor([5]), 0, 64)
+    mu = torch.zeros(1, 64)
+    assert torch.allclose(sampled(mu, 5), noise.float()[None], atol=1e-6)
+
+
+def sampled(mu: Tensor, seed: int) -> Tensor:
+    return operators["triton"].gaussian_rsample(mu, mu, torch.tensor([seed]), 1)[0][0]
+
+
+@pytest.mark.usefixtures("tiled_and_small")
+def test_mixture_kl_is_its_parts() -> None:
+    """The same bits in one call, values and gradients."""
+    results = []
+    for together in (True, False):
+        torch.manual_seed(1)
+        leaves = [torch.randn(n, 6, requires_grad=True) for n in (4, 4, 40, 40)]
+        torch.manual_seed(2)
+        if together:
+            z, kl = fastvae.mixture_kl(*leaves, None, 2, impl="triton")
+        else:
+            z, log_q = fastvae.gaussian_rsample(*leaves[:2], 2, impl="triton")
+            kl = log_q - fastvae.mixture_log_prob(z, *leaves[2:], impl="triton")
+        results.append((z, kl, *torch.autograd.grad(kl.square().sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,92 @@
+"""What the compiler makes of the CUDA kernels, for GPUs that are not here."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+
+import pytest
+import torch
+from budget import hard_case
+from emulation import cuda
+from support.internals import Operators
+
+from benchmarks.static_report import disassembly, limits
+from benchmarks.static_report.disassembly import Code
+from benchmarks.static_report.families import cuda_family
+from benchmarks.static_report.kernel import Kernel
+
+ARCHES = list(cuda_family.flags_and_targets()[1])
+SIDES = ("rows", "components")
+
+
+@cache
+def compiled_for(arch: int) -> list[tuple[Kernel, Code]]:
+    if why := cuda_family.missing():
+        pytest.skip(why)
+    return [(kernel, disassembly.read(kernel)) for kernel in cuda_family.kernels(arch, re.compile(""))]
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_compiles_without_spills(arch: int) -> None:
+    """The compiler stops at a spill: it is told that warnings are errors."""
+    wanted = ("forward<", "backward<rows", "backward<components", "pack_rows", "rsample<", "rsample_backward", "kl<")
+    names = [kernel.name for kernel, _ in compiled_for(arch)]
+    for dtype, several in (("float", 4), ("double", 2)):
+        small = [f"small_{side}<{dtype}, {v}, {n}>" for side in SIDES for v in ("true", "false") for n in (1, several)]
+        for name in (*wanted, *small):
+            assert any(n.startswith(name) and dtype in n for n in names), f"{name} for {dtype} is not there"
+    for kernel, code in compiled_for(arch):
+        assert code.registers <= 255
+        assert (code.stack, code.local, code.local_accesses) == (0, 0, 0), f"{kernel.name}: {code}"
+        if kernel.name.startswith(("forward<", "small_")):  # so that two blocks run at a time
+            assert code.registers <= 128
+        if kernel.name in cuda_family.SHARED:
+            two = kernel.name.startswith(("forward<", "small_")) and arch != 80
+            assert limits.blocks_at_once(arch, code.registers, kernel.threads, kernel.shared) >= 1 + two, kernel.name
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
+    """Of the innermost loop, at any D; what it loads, it loads 16 bytes at a time."""
+    for kernel, code in compiled_for(arch):
+        if kernel.name not in ("forward<float>", "backward<rows, float>", "backward<components, float>"):
+            continue
+        loop = code.loops[0]
+        assert loop.share("FFMA") >= 0.8, f"{kernel.name}: {loop}"
+        assert loop.kinds["LDS.128"] > 0 and not {"LDS.32", "LDS.64"} & set(loop.kinds), f"{kernel.name}: {loop}"
+        # copies to shared memory are asynchronous and 16 bytes wide
+        assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
+        if kernel.name != "forward<float>":  # the second pass
+            assert any(k.kinds["LDG.128"] for k in code.loops), kernel.name
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_small_problems_and_samples_move_16_bytes_at_a_time(arch: int) -> None:
+    for kernel, code in compiled_for(arch):
+        if kernel.name in ("rsample<float, true>", "rsample_backward<float, true>", "kl<float, true>"):
+            assert code.memory["LDG.128"] > 0 and code.memory["STG.128"] > 0, kernel.name
+        if kernel.name.startswith("small_") and "true" in kernel.name:
+            assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
+            assert code.memory["LDS.128"] > 0, kernel.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtype: torch.dtype) -> None:
+    """What the machine code does not tell is a table of the report: it must be what is launched."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulation tells what is launched, a GPU does not")
+    tiled = os.environ["FASTVAE_TILES"] == "1"
+    name, several = {4: ("float", 4), 8: ("double", 2)}[dtype.itemsize]
+    for n, own in ((2, 1), (140, several)):
+        for D, whole in ((4, "true"), (3, "false")):
+            case = hard_case(n, n, D, dtype=dtype)
+            args = case.z, case.mu, case.logvar, None, None
+            cuda.largest_shared()
+            log_prob = emulated.mixture_log_prob(*args)
+            rows = "forward<{}>" if tiled else f"small_rows<{{}}, {whole}, {own}>"
+            assert cuda.largest_shared() == cuda_family.SHARED[rows.format(name)]
+            emulated.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
+            components = "backward<components, {}>" if tiled else f"small_components<{{}}, {whole}, {own}>"
+            assert cuda.largest_shared() == cuda_family.SHARED[components.format(name)]

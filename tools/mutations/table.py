@@ -1,0 +1,341 @@
+"""The mutations: mistakes that one can make, as small substitutions in the source.
+
+Each `old` has to be there exactly once.  `tests` are the files that should notice, the likeliest first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    old: str
+    new: str
+    why: str
+    tests: tuple[str, ...]
+
+
+DENSITY = ("tests/backends/test_mixture.py", "tests/backends/test_mixture_edges.py")
+ARGUMENTS = ("tests/backends/test_mixture_arguments.py",)
+SAMPLING = ("tests/backends/test_gaussian.py", "tests/backends/test_mixture_kl.py")
+CPU = (*DENSITY, *ARGUMENTS, "tests/backends/test_skipping.py", "tests/backends/test_order.py")
+CUDA = ("tests/backends/test_emulated_smoke.py", "tests/backends/test_cuda.py", *CPU[:-1])
+TRITON = (
+    *("tests/backends/test_triton_smoke.py", "tests/backends/test_triton_small.py"),
+    *("tests/backends/test_triton.py", *CPU[:-1]),
+)
+
+
+def cpu(name: str, file: str, old: str, new: str, why: str, tests: tuple[str, ...] = CPU) -> Mutation:
+    return Mutation(f"cpu: {name}", f"csrc/cpu/{file}", old, new, why, tests)
+
+
+def cuda(name: str, file: str, old: str, new: str, why: str, tests: tuple[str, ...] = CUDA) -> Mutation:
+    return Mutation(f"cuda: {name}", f"csrc/cuda/{file}", old, new, why, tests)
+
+
+def triton(name: str, file: str, old: str, new: str, why: str, tests: tuple[str, ...] = TRITON) -> Mutation:
+    return Mutation(f"triton: {name}", f"kernels/{file}", old, new, why, tests)
+
+
+def python(name: str, file: str, old: str, new: str, why: str, tests: tuple[str, ...]) -> Mutation:
+    return Mutation(f"python: {name}", f"fastvae/{file}", old, new, why, tests)
+
+
+MUTATIONS = [
+    cpu(
+        "earlier sums keep the old maximum",
+        "mixture.h",
+        "  *total *= T(shrink);\n",
+        "",
+        "the online logsumexp mixes two scales",
+    ),
+    cpu(
+        "dlogvar's second term with the wrong sign",
+        "panels.h",
+        "T(-0.5) * weight",
+        "T(0.5) * weight",
+        "(t^2 - 1) / 2 becomes (t^2 + 1) / 2",
+    ),
+    cpu(
+        "half the distance is enough to be left out",
+        "tiles.h",
+        "limit = reference - negligible;",
+        "limit = reference - T(0.5) * negligible;",
+        "what float32 can see is left out",
+    ),
+    cpu(
+        "steepness is ignored in the score",
+        "mixture.h",
+        "exp_terms<T>(x, least_term<T>(limit[r] - scratch.steep[tiles.index[i]], top[r]));",
+        "exp_terms<T>(x, least_term<T>(limit[r], top[r]));",
+        "a faint narrow component is lost from the score",
+        ("tests/backends/test_skipping.py", *CPU),
+    ),
+    cpu(
+        "a lane past the last component is one",
+        "panels.h",
+        "i >= places.count ? minus_infinity",
+        "i > places.count ? minus_infinity",
+        "the padding of the last panel is not masked",
+    ),
+    cpu(
+        "an absent component keeps its mean",
+        "panels.h",
+        "absent ? Vec<T>{} : x[i]",
+        "x[i]",
+        "NaN in a component of weight zero reaches others",
+        ("tests/backends/test_mixture_edges.py",),
+    ),
+    cpu(
+        "the last panel is dropped",
+        "tiles.h",
+        "  bool find(const T (&limit)[R]) {\n    for (count = 0; next_ < panels_ &&",
+        "  bool find(const T (&limit)[R]) {\n    for (count = 0; next_ < panels_ - (panels_ > 2) &&",
+        "the last components of a chunk are not looked at",
+    ),
+    cpu(
+        "exclude is off by one",
+        "tiles.h",
+        "lane = exclude_[r] - first_ - next_",
+        "lane = exclude_[r] + 1 - first_ - next_",
+        "another component is left out",
+        ("tests/backends/test_mixture_edges.py",),
+    ),
+    cpu(
+        "exclude is not brought into order",
+        "prepared.h",
+        "k >= mixture.K ? -1 : place[k]",
+        "k >= mixture.K ? -1 : k",
+        "where components are in order another is left out",
+        ("tests/backends/test_order.py",),
+    ),
+    cpu(
+        "splits are added as they are",
+        "mixture_ops.cpp",
+        "partial[i * stride].total * shrink;",
+        "partial[i * stride].total;",
+        "parts with different maxima are merged wrongly",
+    ),
+    cpu(
+        "a shared logvar's gradient is the last panel's",
+        "panels.h",
+        "task.dlogvar[d + i] += sum<T>(dlogvar[i]);",
+        "task.dlogvar[d + i] = sum<T>(dlogvar[i]);",
+        "the sum over components is lost",
+        ARGUMENTS,
+    ),
+    cpu(
+        "the score times two",
+        "mixture.h",
+        "task.mixture.place, T(2), score)",
+        "task.mixture.place, T(4), score)",
+        "v is kept halved, and somebody forgets",
+    ),
+    cpu(
+        "a second slab overwrites the first",
+        "mixture_ops.cpp",
+        "b.add = begin > 0;",
+        "b.add = false;",
+        "the gradients of many rows are those of the last",
+        ("tests/backends/test_mixture_edges.py",),
+    ),
+    cpu(
+        "kept exponents forget the steepness",
+        "tiles.h",
+        "limit[r] - scratch_.steep[next_], m);\n          store",
+        "limit[r], m);\n          store",
+        "gradients from kept exponents are not those computed again",
+        ("tests/backends/test_exponents.py",),
+    ),
+    cpu(
+        "Philox with another constant",
+        "vector_math.h",
+        "0xCD9E8D57",
+        "0xCD9E8D59",
+        "another stream: backends disagree",
+        SAMPLING,
+    ),
+    cpu(
+        "the noise of the wrong sample",
+        "gaussian.h",
+        "(s * task.M + task.row_begin) * D",
+        "(task.row_begin) * D",
+        "backward draws other noise than forward",
+        SAMPLING,
+    ),
+    cpu(
+        "the path derivative without its term in mu",
+        "gaussian.h",
+        "through_mu = g_z[i] - g_log_q * eps[i] / sigma[i];",
+        "through_mu = g_z[i];",
+        "sticking the landing does not stick",
+        SAMPLING,
+    ),
+    cuda(
+        "a barrier is left out of the tiles",
+        "tile.cuh",
+        "    __syncthreads();  // the stage is there for all, and nobody reads the other one any more\n",
+        "",
+        "a race in shared memory",
+    ),
+    cuda(
+        "a barrier is left out of the small rows",
+        "small_rows.cu",
+        "  if (!task.dz) return;\n  __syncthreads();\n",
+        "  if (!task.dz) return;\n",
+        "a race in shared memory",
+    ),
+    cuda(
+        "a merge forgets to shrink",
+        "device_math.h",
+        "other.total * exp_term(other.top - higher)",
+        "other.total",
+        "the sums of two threads have different scales",
+    ),
+    cuda(
+        "exclude is off by one",
+        "small_components.cu",
+        "first + own == left_out",
+        "first + own == left_out + 1",
+        "backward leaves another component out",
+    ),
+    cuda(
+        "exclude in the wrong tile",
+        "tile.cuh",
+        "component / Shape::kSide != panel",
+        "component / Shape::kSide != 0",
+        "components beyond the first tile are not left out, or others are",
+    ),
+    cuda(
+        "dlogvar's sum has the wrong sign",
+        "mixture_backward.cu",
+        "T(fma(v[i], sums.wuu[o][i], -sums.w_sum[o]))",
+        "T(fma(v[i], sums.wuu[o][i], sums.w_sum[o]))",
+        "(t^2 - 1) / 2 becomes (t^2 + 1) / 2",
+    ),
+    cuda(
+        "too much is left out",
+        "plan.h",
+        "- Limits<T>::kDigits * kLn2",
+        "- Limits<T>::kDigits * kLn2 / 2",
+        "what float32 can see is left out",
+    ),
+    cuda(
+        "a NaN of an absent component",
+        "pack.cu",
+        "real ? mix.mu[other * mix.D + d] : T(0)",
+        "other < mix.K && d < mix.D ? mix.mu[other * mix.D + d] : T(0)",
+        "0 times NaN",
+        ("tests/backends/test_mixture_edges.py",),
+    ),
+    cuda(
+        "the path derivative without its square",
+        "gaussian.cu",
+        "less *= eps[j] * eps[j];",
+        "",
+        "sticking the landing does not stick",
+        ("tests/backends/test_emulated_smoke.py", *SAMPLING),
+    ),
+    triton(
+        "earlier sums keep the old maximum",
+        "logsumexp.py",
+        "total * shrink + tl.sum(p, 1), shrink, p",
+        "total + tl.sum(p, 1), shrink, p",
+        "the online logsumexp mixes two scales",
+    ),
+    triton(
+        "exclude is off by one",
+        "difference.py",
+        "left_out[:, None] == columns[None, :]",
+        "left_out[:, None] == columns[None, :] + 1",
+        "another component is left out",
+    ),
+    triton(
+        "dlogvar's sum has the wrong sign",
+        "merge.py",
+        "0.5 * (sum2 - sum0[:, None])",
+        "0.5 * (sum2 + sum0[:, None])",
+        "(t^2 - 1) / 2 becomes (t^2 + 1) / 2",
+    ),
+    triton(
+        "splits are added as they are",
+        "merge.py",
+        "total += tl.load(partial_total + offset) * shrink",
+        "total += tl.load(partial_total + offset)",
+        "parts with different maxima are merged wrongly",
+    ),
+    triton(
+        "half of the score's square term",
+        "product.py",
+        "linear + 2.0 * centred * square",
+        "linear + centred * square",
+        "the score of the lower precisions",
+    ),
+    triton(
+        "the small kernel's last columns",
+        "small.py",
+        "    for start in range(0, K, COLUMNS):\n        k = start",
+        "    for start in range(0, K - COLUMNS + 1 if K > COLUMNS else K, COLUMNS):\n        k = start",
+        "components of a tile that is not whole are dropped",
+    ),
+    triton(
+        "sine for cosine",
+        "noise.py",
+        "(index & 1) != 0, sin, cos",
+        "(index & 1) == 0, sin, cos",
+        "where D is no multiple of four the noise is another",
+        ("tests/backends/test_triton_smoke.py", *SAMPLING),
+    ),
+    triton(
+        "a faint narrow component",
+        "logsumexp.py",
+        "a * (1.0 - 1.0 / TOUCHES) + reach[None, :]",
+        "a",
+        "the steepness of a component is ignored in the score",
+        ("tests/backends/test_skipping.py",),
+    ),
+    python(
+        "the chunked backend's maximum",
+        "composite.py",
+        "total * torch.exp(top - new_top)",
+        "total",
+        "the online logsumexp mixes two scales",
+        ("tests/backends/test_composite.py",),
+    ),
+    python(
+        "the gradient of kl reaches the prior as it is",
+        "composition.py",
+        "grad = -grad_kl.flatten()",
+        "grad = grad_kl.flatten()",
+        "the prior is driven away",
+        ("tests/backends/test_mixture_kl.py",),
+    ),
+    python(
+        "IWAE is a sum",
+        "bounds.py",
+        "torch.logsumexp(log_weights, 0) - math.log(len(log_weights))",
+        "torch.logsumexp(log_weights, 0)",
+        "the bound grows by log S",
+        ("tests/core/test_bounds.py",),
+    ),
+    python(
+        "DReG scales once",
+        "bounds.py",
+        "return grad_z * scale[..., None], grad_log_q * scale",
+        "return grad_z * scale[..., None], grad_log_q",
+        "a biased gradient",
+        ("tests/core/test_bounds.py",),
+    ),
+    python(
+        "an exemplar counts itself out",
+        "encoded_priors.py",
+        "math.log(K / (K - 1))",
+        "math.log(K)",
+        "leave-one-out weights do not add up to one",
+        ("tests/core/test_exemplars.py",),
+    ),
+]
