@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 import sys
 from collections import Counter
@@ -294,8 +295,9 @@ OPERATIONS: tuple[Callable[[random.Random, str, int], str | None], ...] = (
 
 
 def main() -> None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     import pytest
-    from conftest import BACKENDS, use_backend
+    from support.backend import BACKENDS, use_backend
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=BACKENDS, required=True)

@@ -35,24 +35,23 @@ ROOT = Path(__file__).parents[2]
 
 def test_impl_cuda_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     z = torch.zeros(2, 3)
-    internals.pretend(monkeypatch, "cuda", missing="the extension was built without CUDA")
+    internals.pretend_no_extension(monkeypatch, "the extension was not built")
     for operation, args in (
         (fastvae.mixture_log_prob, (z, z, z)),
         (fastvae.gaussian_rsample, (z, z)),
         (fastvae.gaussian_kl, (z, z)),
     ):
-        with pytest.raises(RuntimeError, match=r"impl='cuda'.*without CUDA.*nvcc.*FASTVAE_CUDA=1.*composite"):
+        with pytest.raises(RuntimeError, match=r"impl='cuda'.*not built.*nvcc.*FASTVAE_CUDA=1.*composite"):
             operation(*args, impl="cuda")
-    assert "without CUDA" in fastvae.info()["cuda"]
+    assert "not built" in fastvae.info()["impl='cuda'"]
     internals.pretend(monkeypatch, "cuda", missing=None)
-    with pytest.raises(ValueError, match=r"impl='cuda' takes tensors on a CUDA device.* cpu"):
+    with pytest.raises(ValueError, match=r"impl='cuda' takes tensors on cuda.* cpu"):
         fastvae.gaussian_kl(z, z, impl="cuda")
     assert internals.choose("cuda", torch.device("cuda")) == "cuda"
 
 
 def test_what_has_never_run_on_a_gpu_is_not_its_default() -> None:
     assert internals.choose(None, torch.device("cuda")) == "composite"
-    assert "never run on a GPU" in fastvae.info()["cuda"] or "missing" in fastvae.info()["cuda"]
 
 
 @pytest.mark.usefixtures("compiled")
@@ -123,7 +122,7 @@ def test_operators_check_what_they_are_given(emulated: Operators) -> None:
             )
 
 
-@pytest.mark.parametrize("name", internals.SCHEMAS)
+@pytest.mark.parametrize("name", internals.NAMES)
 def test_opcheck(emulated: Operators, name: str) -> None:
     """Schema, aliasing and fakes agree with what the host side returns."""
     for args in inputs(name):
@@ -137,7 +136,7 @@ def test_the_cpu_kernels_compute_what_device_math_does(emulated: Operators, dtyp
     components = case.mu, case.logvar, case.log_weights, None
     of_cpu, of_header = (
         (*kernels.gaussian_rsample(case.mu, case.logvar, seed, 3), kernels.mixture_log_prob(case.z, *components))
-        for kernels in (internals.native, emulated)
+        for kernels in (internals.operators_of("cpu"), emulated)
     )
     rounding, sigma = torch.finfo(dtype).eps, (0.5 * case.logvar).exp()
     noise = 4 * 2.0**-23 * 6  # some roundings of float32, in which all noise is made; below 6 there is all of it

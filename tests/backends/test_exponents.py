@@ -42,7 +42,7 @@ def test_the_gradients_are_those_of_exponents_computed_again(
     for name, case in cases(dtype).items():
         kept = run(case, cpu_impl)
         with monkeypatch.context() as patch:
-            internals.limit_kept(patch, 0)
+            internals.limit_exponents(patch, 0)
             again = run(case, cpu_impl)
         for field, got, want in zip(kept._fields, kept, again, strict=True):
             assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), f"{name}: {field}"
@@ -60,11 +60,18 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    names = [*internals.SCHEMAS, *(f"keeping {name}" for name in internals.keeping._fields)]
-    functions = [*internals.functions_of(internals.operators["cpu"]), *internals.keeping]
+    exponents = internals.exponent_operators()
+    names = [*internals.NAMES, *(f"keeping {name}" for name in exponents._fields)]
+    functions = [*internals.operators_of("cpu"), *exponents]
     watched = [named(name, function) for name, function in zip(names, functions, strict=True)]
-    internals.use_operators(monkeypatch, "cpu", internals.make_operators(watched, of_cpu=True))
-    internals.limit_kept(monkeypatch, 6 * internals.kept_numbers(9) * 4)
+    common = len(internals.NAMES)
+    internals.use_operators(
+        monkeypatch,
+        "cpu",
+        internals.Operators(*watched[:common]),
+        internals.ExponentOperators(*watched[common:]),
+    )
+    internals.limit_exponents(monkeypatch, 6 * internals.exponents_per_row(9) * 4)
 
     z, mu = torch.randn(6, 3), torch.randn(9, 3)
     leaf, z_leaf = mu.clone().requires_grad_(), z.clone().requires_grad_()
@@ -93,7 +100,7 @@ def test_what_is_kept_is_within_the_limit(K: int, dtype: torch.dtype) -> None:
     """Of few components too, which are kept by whole panels."""
     mu = torch.empty(K, 1, dtype=dtype, device="meta")
     most = max(M for M in range(1, 2**17, 31) if internals.keeps_exponents(M, mu))
-    _, kept = internals.keeping.mixture_log_prob(mu.new_empty(most, 1), mu, mu, None, None, True)
+    _, kept = internals.exponent_operators().mixture_log_prob(mu.new_empty(most, 1), mu, mu, None, None, True)
     assert 0.9 * 2**24 < kept.nbytes <= 2**24
 
 
@@ -111,14 +118,14 @@ def test_mixture_kl(
         return torch.autograd.grad(loss, [*leaves, weights], retain_graph=True) + torch.autograd.grad(loss, leaves)
 
     kept = gradients()
-    internals.limit_kept(monkeypatch, 0)
+    internals.limit_exponents(monkeypatch, 0)
     assert all(torch.equal(got, want) for got, want in zip(kept, gradients(), strict=True))
 
 
 @pytest.mark.usefixtures("compiled")
 def test_the_operator_takes_only_what_was_kept() -> None:
     z, mu = torch.randn(6, 3), torch.randn(9, 3)
-    keeping = internals.keeping
+    keeping = internals.exponent_operators()
     log_prob, exponents = keeping.mixture_log_prob(z, mu, mu, None, None, True)
     for wrong in (exponents[:5], exponents.double()):
         with pytest.raises(RuntimeError, match="want"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import diffuse_case
-from support.internals import operators, triton_module
+from support.internals import operators_of, triton_module
 from torch import Tensor
 
 import fastvae
@@ -114,8 +114,8 @@ def test_gpu_other_devices() -> None:
 @pytest.mark.parametrize("backend", ["triton", "triton-high", "triton-medium"])
 def test_gpu_opcheck(backend: str) -> None:
     given = [t.detach() for t in arguments(5, 9, 3)]
-    torch.library.opcheck(operators[backend].mixture_log_prob_and_score, (*given, None))
-    torch.library.opcheck(operators[backend].mixture_log_prob, (*given, torch.arange(5, device="cuda") - 1))
+    torch.library.opcheck(operators_of(backend).mixture_log_prob_and_score, (*given, None))
+    torch.library.opcheck(operators_of(backend).mixture_log_prob, (*given, torch.arange(5, device="cuda") - 1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

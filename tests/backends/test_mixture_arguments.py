@@ -9,7 +9,7 @@ import pytest
 import torch
 from budget import Case, allowance, assert_within, hard_case, run
 from support.backend import interpreted
-from support.internals import operators
+from support.internals import operators_of
 from torch import Tensor
 
 import fastvae
@@ -175,7 +175,7 @@ def test_only_the_gradients_asked_for(impl: str, dense: bool) -> None:
 def test_operators_return_empty_for_what_was_not_asked(each_impl: str) -> None:
     """The operator itself does not compute, or allocate, a gradient that nobody wants."""
     case = hard_case(9, 33, 5)
-    op = operators[each_impl]
+    op = operators_of(each_impl)
     log_prob = op.mixture_log_prob(*full(case), None)
     for wanted in itertools.product((False, True), repeat=4):
         grads = op.mixture_log_prob_backward(case.grad, log_prob, *full(case), None, True, *wanted)

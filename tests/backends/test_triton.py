@@ -13,7 +13,7 @@ import pytest
 import torch
 from budget import Case, Result, allowance, assert_within, difference, diffuse_case, hard_case, run
 from support.backend import use_backend
-from support.internals import SCHEMAS, at_precision, choose, interpreted, operators, triton_module
+from support.internals import NAMES, choose, interpreted, operators_of, triton_module
 from torch import Tensor
 
 import fastvae
@@ -227,16 +227,16 @@ def test_precision_follows_pytorchs_setting(monkeypatch: pytest.MonkeyPatch) -> 
         for precision, want in named.items():
             torch.set_float32_matmul_precision(precision)
             assert torch.equal(fastvae.mixture_log_prob(*args, impl="triton"), want)
-            assert at_precision("composite", None, torch.float32) == "composite"
-            assert at_precision("triton", None, torch.float64) == "triton"
+            assert choose("composite", torch.device("cpu"), torch.float32, None) == "composite"
+            assert choose("triton", torch.device("cpu"), torch.float64, None) == "triton"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_every_precision_has_the_mixture_operators() -> None:
     for precision in LOWER:
-        for name in SCHEMAS:
-            high, highest = getattr(operators[f"triton-{precision}"], name), getattr(operators["triton"], name)
+        for name in NAMES:
+            high, highest = getattr(operators_of(f"triton-{precision}"), name), getattr(operators_of("triton"), name)
             assert (high is highest) == name.startswith("gaussian")
 
 
@@ -288,7 +288,7 @@ def test_shifting_rows_does_not_change_bits_between_runs() -> None:
 
 def noise(seed: int, count: int) -> Tensor:
     mu = torch.zeros(1, count)
-    z, _ = operators["triton"].gaussian_rsample(mu, mu, torch.tensor([seed]), 1)
+    z, _ = operators_of("triton").gaussian_rsample(mu, mu, torch.tensor([seed]), 1)
     return z[0, 0]
 
 

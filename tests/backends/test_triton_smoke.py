@@ -8,7 +8,7 @@ import pytest
 import torch
 from budget import allowance, assert_within, hard_case, run
 from support.backend import use_backend
-from support.internals import operators
+from support.internals import operators_of
 from torch import Tensor
 
 import fastvae
@@ -75,7 +75,7 @@ def test_noise_sampling_and_kl() -> None:
 
 
 def sampled(mu: Tensor, seed: int) -> Tensor:
-    return operators["triton"].gaussian_rsample(mu, mu, torch.tensor([seed]), 1)[0][0]
+    return operators_of("triton").gaussian_rsample(mu, mu, torch.tensor([seed]), 1)[0][0]
 
 
 @pytest.mark.usefixtures("tiled_and_small")

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.internals import SCHEMAS, SCHEMAS_OF_CPU, autograd_functions, choose, keeping, operators
+from support.internals import EXPONENT_NAMES, NAMES, autograd_functions, choose, exponent_operators, operators_of
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import fastvae
 
@@ -48,11 +47,11 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                     yield args
                 case "mixture_log_prob_backward":
                     wanted = WANTED[turn % 3]
-                    yield (per_row, operators["composite"].mixture_log_prob(*args), *args, True, *wanted)
+                    yield (per_row, operators_of("composite").mixture_log_prob(*args), *args, True, *wanted)
                 case "mixture_log_prob_and_exponents":
                     yield *args, M > 1
                 case "mixture_log_prob_backward_from_exponents":
-                    log_prob, exponents = keeping.mixture_log_prob(*args, True)
+                    log_prob, exponents = exponent_operators().mixture_log_prob(*args, True)
                     for wanted in ((True, True, True, True), (False, True, False, True)):
                         yield per_row, log_prob, exponents, *args, *wanted
                 case "gaussian_rsample":
@@ -69,7 +68,7 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                     if name == "mixture_kl_and_exponents":
                         yield *forward, M > 1
                         continue
-                    z, grad_kl, *saved = keeping.mixture_kl(*forward, True)
+                    z, grad_kl, *saved = exponent_operators().mixture_kl(*forward, True)
                     for wanted in ((True, True, True, True), (False, True, False, True)):
                         grad_z = torch.randn_like(z) if all(wanted) else None
                         yield grad_z, grad_kl, per_element, seed, M > 1, z, *saved, *args[1:], *wanted
@@ -81,22 +80,22 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                         if name == "mixture_kl":
                             yield forward
                             continue
-                        z, grad_kl, *saved = operators["composite"].mixture_kl(*forward)
+                        z, grad_kl, *saved = operators_of("composite").mixture_kl(*forward)
                         wanted = WANTED_OF_KL[(turn + score) % 3]
                         grad_z = torch.randn_like(z) if all(wanted) else None
                         sampled = per_element, seed, M > 1, z, *saved
                         yield grad_z, grad_kl, *sampled, *prior, of_samples, True, *wanted
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", NAMES)
 def test_opcheck(each_impl: str, name: str) -> None:
     """Schema, aliasing, fakes and dynamic shapes, by PyTorch's own check."""
     for args in inputs(name):
-        torch.library.opcheck(getattr(operators[each_impl], name), args)
+        torch.library.opcheck(getattr(operators_of(each_impl), name), args)
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("name", SCHEMAS_OF_CPU)
+@pytest.mark.parametrize("name", EXPONENT_NAMES)
 def test_opcheck_of_what_the_cpu_alone_has(name: str) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if "and_exponents" not in name:  # where no tile is, the memory is not written: it is not to be compared
@@ -106,8 +105,8 @@ def test_opcheck_of_what_the_cpu_alone_has(name: str) -> None:
 
 
 def test_both_prefixes_have_the_same_operators() -> None:
-    native, plain = operators["cpu"], operators["composite"]
-    for name in SCHEMAS:
+    native, plain = operators_of("cpu"), operators_of("composite")
+    for name in NAMES:
         of_native, of_plain = getattr(native, name)._schema, getattr(plain, name)._schema
         assert str(of_plain) == str(of_native).replace("fastvae::", "fastvae::composite_")
 
@@ -263,19 +262,6 @@ def test_no_node_where_nothing_asks_for_a_gradient(operation: Operation, monkeyp
     assert not any(result.requires_grad for result in operation(z, mu, "composite"))
     with pytest.raises(AssertionError, match="applied"):
         operation(z.requires_grad_(), mu, "composite")
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # within torch itself
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_transforms_raise_and_drop_nothing(operation: Operation) -> None:
-    """Without a node a tangent would be lost in silence."""
-    z, mu = torch.randn(4, 3), torch.randn(5, 3)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        operation(forward_ad.make_dual(z, z), mu, "composite")
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.jvp(lambda z: operation(z, mu, "composite"), (z,), (z,))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda z: operation(z, mu, "composite")[0].sum())(z)
 
 
 def test_meta_tensors_have_shapes() -> None:

@@ -6,15 +6,16 @@ compiler does the arithmetic of wide vectors with narrow ones, and rounds alike.
 
 from __future__ import annotations
 
-from support.internals import Operators
+from support.internals import EXPONENT_SCHEMAS, SCHEMAS, ExponentOperators, Operators, define
 
 from .library import CSRC, HERE, library, once, register
 
 
 @once
-def operators() -> Operators:
+def operators() -> tuple[Operators, ExponentOperators]:
     sources = [*(CSRC / "cpu").glob("*_ops.cpp"), HERE / "avx512.cpp"]
     # -O2: here the arithmetic is what takes the time
     flags = ["-O2", "-DFASTVAE_CPU_LIBRARY=fastvae_avx512", "-Wno-psabi", "-Wno-unused-parameter"]
     built = library("avx512", sources, [CSRC / "cpu"], flags)
-    return register(built, "fastvae_avx512", of_cpu=True)
+    namespace = register(built, "fastvae_avx512")
+    return Operators(*define("", SCHEMAS, namespace)), ExponentOperators(*define("", EXPONENT_SCHEMAS, namespace))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from support.internals import Operators
+from support.internals import SCHEMAS, Operators, define
 
 from .library import CSRC, HERE, library, once, register
 
@@ -26,7 +26,8 @@ def _library() -> Path:
 @once
 def _loaded() -> tuple[Operators, ctypes.CDLL]:
     built = _library()
-    return register(built, "fastvae_emulated"), ctypes.CDLL(str(built))
+    operators = Operators(*define("", SCHEMAS, register(built, "fastvae_emulated")))
+    return operators, ctypes.CDLL(str(built))
 
 
 def operators() -> Operators:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock  # torch depends on it
-from support.internals import SCHEMAS, SCHEMAS_OF_CPU, Operators, fake, make_operators
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
@@ -96,16 +95,12 @@ def _call(*command: str | Path) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def register(path: Path, namespace: str, of_cpu: bool = False) -> Operators:
-    """The operators that a library implements, those of the CPU alone too or not, under a namespace of their own."""
+def register(path: Path, namespace: str) -> torch.library.Library:
+    """Load a library that implements operators under a namespace of its own; where to define these."""
     definitions = torch.library.Library(namespace, "DEF")
-    schemas = SCHEMAS | SCHEMAS_OF_CPU if of_cpu else SCHEMAS
-    for name, schema in schemas.items():
-        definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{namespace}::{name}", fake(name), lib=definitions)
-    torch.ops.load_library(path)
     _keep.append(definitions)
-    return make_operators((getattr(getattr(torch.ops, namespace), name).default for name in schemas), of_cpu)
+    torch.ops.load_library(path)
+    return definitions
 
 
 _keep: list[torch.library.Library] = []

@@ -29,7 +29,7 @@ BACKENDS = (
 def require_cpu() -> None:
     """Skip without the compiled kernels, or fail where FASTVAE_TEST_REQUIRE_CPU=1 asks for them."""
     if fastvae.info()["extension"] != "built":
-        reason = fastvae.info()["on cpu"]
+        reason = fastvae.info()["impl='cpu'"]
         if os.environ.get("FASTVAE_TEST_REQUIRE_CPU") == "1":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
@@ -41,9 +41,9 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if impl == "cuda":
         require_cpu()  # who has no C++ compiler has no emulation either
         real = torch.cuda.is_available() and internals.missing_cuda() is None
-        kernels = through_gpu(internals.native) if real else cuda.operators()
+        kernels = through_gpu(internals.operators_of("cuda")) if real else cuda.operators()
         internals.use_operators(monkeypatch, "cuda", kernels)
-        internals.let_cuda_take_cpu_tensors(monkeypatch)
+        internals.take_any_device(monkeypatch, "cuda")
         monkeypatch.setenv("FASTVAE_TILES", "1" if variant.endswith("tiled") else "0")
     elif impl == "triton":
         _use_triton(monkeypatch, small=variant == "small")
@@ -68,7 +68,7 @@ def _use_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not internals.has_isa(isa):
         if isa != "avx512" or platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip(f"this machine has no {isa}")
-        internals.use_operators(monkeypatch, "cpu", avx512.operators())
+        internals.use_operators(monkeypatch, "cpu", *avx512.operators())
         return
     monkeypatch.setenv("FASTVAE_CPU_ISA", isa)
     assert torch.ops.fastvae.cpu_isa() == isa
@@ -81,7 +81,7 @@ def _use_triton(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
     monkeypatch.setenv("FASTVAE_TILES", "0" if small else "1")
     if not internals.interpreted():
         for name in ("triton", "triton-high", "triton-medium"):
-            internals.use_operators(monkeypatch, name, through_gpu(internals.operators[name]))
+            internals.use_operators(monkeypatch, name, through_gpu(internals.operators_of(name)))
         internals.pretend(monkeypatch, "triton", missing=None)
         return
     patch_once(monkeypatch)

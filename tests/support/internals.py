@@ -2,91 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.probe import has_isa  # noqa: F401  as PyTorch, not the code under test, sees the machine
-from fastvae import autograd, backends, composite, ops, triton_kernels
-from fastvae.ops import Keeping, Operators
+from fastvae import autograd
+from fastvae.backends import BACKENDS, choose, composite, native, registry, triton  # noqa: F401
+from fastvae.operators import (  # noqa: F401
+    EXPONENT_SCHEMAS,
+    SCHEMAS,
+    ExponentOperators,
+    Operators,
+    define,
+    exponents_per_row,
+)
 
-# The operators: their schemas by name, and those of each backend by its name.
-
-SCHEMAS = ops._SCHEMAS  # that every backend has
-SCHEMAS_OF_CPU = ops._SCHEMAS_OF_CPU  # that keep exponents from forward to backward
-operators: dict[str, Operators] = ops.operators
-native: Operators = ops.native  # without those that keep exponents
-keeping: Keeping = ops.on_cpu.keeping
-
-
-def make_operators(functions: Iterable[Callable[..., Any]], of_cpu: bool = False) -> Operators:
-    """In the order of SCHEMAS and, of the CPU, of SCHEMAS_OF_CPU after them."""
-    functions = list(functions)
-    common = len(SCHEMAS)
-    return Operators(*functions[:common], keeping=Keeping(*functions[common:]) if of_cpu else None)
+NAMES = [schema.name for schema in SCHEMAS]  # of the operators that every backend has
+EXPONENT_NAMES = [schema.name for schema in EXPONENT_SCHEMAS]  # of those that keep exponents from forward to backward
 
 
-def functions_of(these: Operators) -> list[Callable[..., Any]]:
-    """Those of SCHEMAS, in that order."""
-    return [getattr(these, name) for name in SCHEMAS]
+def operators_of(backend: str) -> Operators:
+    """Those that run behind a name in the registry."""
+    return BACKENDS[backend].operators
 
 
-def fake(name: str) -> Callable[..., Any]:
-    """What gives an operator's results their shapes."""
-    return getattr(ops, f"_{name}")
+def exponent_operators() -> ExponentOperators:
+    """Those of the compiled kernels on the CPU."""
+    operators = native.CPU.exponents
+    assert operators is not None
+    return operators
 
 
-def use_operators(monkeypatch: pytest.MonkeyPatch, backend: str, these: Operators) -> None:
-    monkeypatch.setitem(ops.operators, backend, these)
+def use_operators(
+    monkeypatch: pytest.MonkeyPatch, backend: str, operators: Operators, exponents: ExponentOperators | None = None
+) -> None:
+    """Put these behind a name in the registry."""
+    monkeypatch.setitem(BACKENDS, backend, replace(BACKENDS[backend], operators=operators, exponents=exponents))
 
 
 # The choice of a backend.
 
-choose = backends.choose
-at_precision = backends.at_precision
-
 
 def missing_cuda() -> str | None:
     """Why there are no CUDA kernels, or None."""
-    return backends._missing_cuda()
+    return native.missing_on_cuda(torch.device("cuda"))
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, backend: str, missing: str | None) -> None:
-    """Let a backend ("cpu", "cuda" or "triton") be missing for that reason, or be there."""
-    if backend == "cpu":
-        monkeypatch.setattr(backends, "_missing", missing)
-    elif backend == "cuda":
-        monkeypatch.setattr(backends, "_missing_cuda", lambda: missing)
-    else:
-        monkeypatch.setattr(triton_kernels, "missing", lambda device: missing)
+def pretend(monkeypatch: pytest.MonkeyPatch, impl: str, missing: str | None) -> None:
+    """Let a backend be missing for that reason, or be there, at every precision."""
+    for name, backend in BACKENDS.items():
+        if backend.impl == impl:
+            monkeypatch.setitem(BACKENDS, name, replace(backend, missing=lambda device: missing))
 
 
-def let_cuda_take_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = backends.choose
+def pretend_no_extension(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """Let the compiled kernels be missing for that reason."""
+    monkeypatch.setattr(native, "extension_missing", reason)
 
-    def choose(impl: str | None, device: torch.device) -> str:
-        return "cuda" if impl == "cuda" else real(impl, device)
 
-    monkeypatch.setattr(backends, "choose", choose)
+def take_any_device(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
+    """Let a backend take tensors on whatever device they are."""
+    backend = BACKENDS[impl]
+    monkeypatch.setitem(BACKENDS, impl, replace(backend, devices=None, missing=lambda device: None))
 
 
 # What backends keep and cut.
 
 
-def limit_kept(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+def limit_exponents(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """At most so many bytes of exponents are kept from forward to backward."""
-    monkeypatch.setattr(autograd, "_MOST_KEPT", nbytes)
+    monkeypatch.setattr(autograd, "MAX_EXPONENT_BYTES", nbytes)
 
 
 def keeps_exponents(M: int, mu: torch.Tensor) -> bool:
     """Whether the compiled backend keeps the exponents of M rows."""
-    return autograd._keeping("cpu", M, mu)
+    return autograd._exponents("cpu", M, mu) is not None
 
 
-kept_numbers = ops.kept_numbers  # of a row, for K components
 COMPOSITE_CHUNK = composite.CHUNK  # numbers that the composite backend holds at a time
 
 
@@ -104,9 +99,9 @@ def autograd_functions() -> list[type[torch.autograd.Function]]:
 
 def triton_module(name: str) -> ModuleType:
     """A module of the Triton kernels."""
-    return triton_kernels.load(name)
+    return triton.load(name)
 
 
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU."""
-    return triton_kernels.load("launch").INTERPRETED
+    return triton_module("launch").INTERPRETED

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .internals import Operators, functions_of, make_operators
+from .internals import Operators
 
 
 def through_gpu(operators: Operators) -> Operators:
     """The same operators, there and back; autograd, checks and the choice of a backend stay what they are."""
-    return make_operators(map(_there_and_back, functions_of(operators)))
+    return Operators(*map(_there_and_back, operators))
 
 
 def _there_and_back(operator: Callable[..., Any]) -> Callable[..., Any]:
