@@ -19,8 +19,8 @@ from fast_interpreter import patch_once
 from on_gpu import through_gpu
 
 import fastvae
-from benchmarks.probe import has_isa
 from fastvae import backends, ops, triton_kernels
+from fastvae.benchmarks.probe import has_isa
 
 ISAS = ("baseline", "avx2", "avx512")
 _GPU_BACKENDS = ("triton", "triton-small", "cuda-emulated", "cuda-emulated-tiled")  # each by tiles, or in one launch

@@ -26,12 +26,12 @@ from test_skipping import concentrated, responsibilities
 from torch import Tensor
 
 import fastvae
-from benchmarks.static_report import disassembly, limits
-from benchmarks.static_report.disassembly import Code
-from benchmarks.static_report.families import cuda_family
-from benchmarks.static_report.kernel import Kernel
 from fastvae import backends, ops
 from fastvae.ops import Operators
+from tools.static_report import disassembly, limits
+from tools.static_report.disassembly import Code
+from tools.static_report.families import cuda_family
+from tools.static_report.kernel import Kernel
 
 ROOT = Path(__file__).parent.parent
 ARCHES = list(cuda_family.flags_and_targets()[1])

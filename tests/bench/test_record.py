@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import targets
-from benchmarks.case import Case, Contender, Prepared
-from benchmarks.record import open_record, read_record
-from benchmarks.run import run_cases
-from benchmarks.targets import MET, MISSED, NOT_MEASURED, REPORTED, judge
-from fastvae.app.errors import ConfigError
+from fastvae.benchmarks import cpu_targets
+from fastvae.benchmarks.case import Case, Contender, Prepared
+from fastvae.benchmarks.cpu_targets import MET, MISSED, NOT_MEASURED, REPORTED, judge
+from fastvae.benchmarks.errors import BenchmarkError
+from fastvae.benchmarks.record import open_record, read_record
+from fastvae.benchmarks.runner import run_cases
 
 from .conftest import TINY
 
@@ -59,7 +59,7 @@ def test_a_record_of_another_run_is_not_mixed_with_this_one(tmp_path: Path, part
     content = json.loads(path.read_text())
     content[part][field] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=f"{part} {field} {value}.*--overwrite"):
+    with pytest.raises(BenchmarkError, match=f"{part} {field} {value}.*--overwrite"):
         open_record(path, "cpu", TINY)
     assert open_record(path, "cpu", TINY, overwrite=True).cases == {}
     assert json.loads(path.read_text())["cases"], "an old record is there until there is something new"
@@ -75,9 +75,9 @@ def test_another_commit_of_the_same_code_continues(tmp_path: Path) -> None:
 def test_what_is_no_record_is_told(tmp_path: Path) -> None:
     for text in ("", "[]", '{"format": 99, "cases": {}}'):
         (tmp_path / "cpu.json").write_text(text)
-        with pytest.raises(ConfigError, match="not a record"):
+        with pytest.raises(BenchmarkError, match="not a record"):
             open_record(tmp_path / "cpu.json", "cpu", TINY)
-    with pytest.raises(ConfigError, match="no record"):
+    with pytest.raises(BenchmarkError, match="no record"):
         read_record(tmp_path / "absent.json")
 
 
@@ -144,5 +144,5 @@ def test_points_of_a_series_are_no_target() -> None:
 
 
 def test_the_table_of_targets_is_complete() -> None:
-    assert all(target.cases for target in targets.TARGETS)
-    assert len({(target.work, target.against) for target in targets.TARGETS}) == len(targets.TARGETS)
+    assert all(target.cases for target in cpu_targets.TARGETS)
+    assert len({(target.work, target.against) for target in cpu_targets.TARGETS}) == len(cpu_targets.TARGETS)
