@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+SIZES = (500, 5_000, 50_000)
 _STEP = """
 import sys, torch, fastvae
 from fastvae.benchmarks.networks import BinaryDecoder, Encoder
@@ -26,7 +27,7 @@ with open("/proc/self/status") as file:
 def study() -> dict[str, Any]:
     """Peak of a process that takes two steps with K pseudo-inputs of 784 pixels, in chunks and at once."""
     rows = []
-    for K in (500, 5_000, 50_000):
+    for K in SIZES:
         for chunk_size in (1000, 0):
             command = [sys.executable, "-c", _STEP, str(K), str(chunk_size)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)

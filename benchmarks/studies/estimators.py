@@ -13,6 +13,8 @@ from fastvae import VAE
 
 from . import digits
 
+DRAWS = 400
+
 
 def study() -> dict[str, Any]:
     """The encoder's gradient on one batch of a trained model: each estimator's variance, and its distance from plain.
@@ -27,7 +29,7 @@ def study() -> dict[str, Any]:
     for S in (5, 50):
         plain_mean = plain_error = plain_variance = None
         for name in ("plain", "stl", "dreg"):
-            draws = torch.stack([_encoder_gradient(vae, x, S, name) for _ in range(400)])
+            draws = torch.stack([_encoder_gradient(vae, x, S, name) for _ in range(DRAWS)])
             mean, variance = draws.mean(0), draws.var(0)
             error = variance / len(draws)
             if plain_mean is None or plain_error is None or plain_variance is None:
@@ -41,7 +43,7 @@ def study() -> dict[str, Any]:
                     "bias_error": math.sqrt(float((error + plain_error).sum())) / float(plain_mean.norm()),
                 }
             )
-    return {"rows": rows, "draws": 400, "images": digits.BATCH}
+    return {"rows": rows, "draws": DRAWS, "images": digits.BATCH}
 
 
 def _encoder_gradient(vae: VAE, x: Tensor, S: int, gradient: str) -> Tensor:

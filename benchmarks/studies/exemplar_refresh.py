@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from . import digits
 
+SAMPLES = 1000  # of the log-likelihood
+
 
 def study() -> dict[str, Any]:
     """An exemplar prior trained with all 1,200 components encoded in each step, and with fewer."""
@@ -25,7 +27,7 @@ def study() -> dict[str, Any]:
         vae, encoded = digits.new_model(data, options), [0]
         vae.encoder.register_forward_pre_hook(_counter(encoded))
         seconds = digits.train(vae, data)
-        log_likelihood = vae.eval().log_likelihood(data.validation, 1000).double()
+        log_likelihood = vae.eval().log_likelihood(data.validation, SAMPLES).double()
         steps = digits.EPOCHS * math.ceil(len(data.train) / digits.BATCH)
         rows.append(
             {

@@ -97,7 +97,7 @@ def test_a_log_without_a_run_says_nothing() -> None:
 def test_a_test_file_is_found_in_whatever_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "ROOT", tmp_path)
     (tmp_path / "tests" / "backends").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="should have one test_gpu.py, it has none"):
+    with pytest.raises(FileNotFoundError, match=r"should have one test_gpu\.py, it has none"):
         stages.find_test("test_gpu.py")
     (tmp_path / "tests" / "backends" / "test_gpu.py").touch()
     assert stages.find_test("test_gpu.py") == "tests/backends/test_gpu.py"

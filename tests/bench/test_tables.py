@@ -143,7 +143,7 @@ def test_the_status_says_what_ran_where_and_what_never(root: Path) -> None:
     assert [line(root, "status", f"{default} |")[1 + i] for i in (0, 3, 7)] == [cpu, cpu, cpu]
     assert line(root, "status", "measure")[1] == "passed: 7 figures measured, 0 failed"
     assert line(root, "status", "tune")[1] == "never"
-    assert line(root, "status", "test |")[1] == "5 passed, 3 failed, ended early"
+    assert line(root, "status", "test | 5")[1] == "5 passed, 3 failed, ended early"
     assert line(root, "status", "`test_a.py::test_it`")[1:] == ["2", "the harness"]
     assert line(root, "status", "`gpu-h200/`")[1:] == ["NVIDIA H200, sm_90, 132 multiprocessors", "0123456", "2.11"]
     assert line(root, "triton-targets", "peak memory")[2:] == ["1.0 GB", "met"]

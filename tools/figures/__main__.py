@@ -17,9 +17,7 @@ def main(arguments: list[str]) -> int:
     """Print the files that were written; 0 if all went well, 2 if a record cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m tools.figures", description=__doc__)
     parser.add_argument("record", type=Path, metavar="RECORD", help="the DEVICE.json of `fastvae bench`")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/figures"), help="the folder for the page and the figures"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/figures"), help="the folder for page and figures")
     options = parser.parse_args(arguments)
     try:
         record = read_record(options.record)
