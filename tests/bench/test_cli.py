@@ -18,15 +18,21 @@ from matplotlib.image import imread
 import fastvae
 from fastvae.app.bench import bench
 from fastvae.app.errors import ConfigError
+from fastvae.benchmarks import timing
 from tools.figures.__main__ import main as draw_figures
 from tools.figures.labels import spread_out
+
+from .conftest import TINY
 
 ROOT = Path(fastvae.__file__).parents[1]
 FIGURES = ["cpu-accuracy.png", "cpu-growth.png", "cpu-memory.png", "cpu-roofline.png", "cpu-time.png"]
 
 
-def test_a_quick_run_writes_record_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quick_run_writes_record_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And its figures are drawn from the record."""
+    monkeypatch.setattr(timing, "QUICK", TINY)
     bench(["mixture"], out=tmp_path, peers="eager,expansion", quick=True)
     told = capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"]
