@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint bench bench-alone gpu dist clean
+.PHONY: demo test lint bench bench-alone static-report gpu dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
@@ -26,7 +26,6 @@ bench: .venv/ready
 	for suite in gaussian train-step; do $(BIN)/fastvae bench $$suite --out benchmarks/results/$$suite || exit 1; done
 	$(BIN)/python examples/score_groups.py --record benchmarks/results/groups.json
 	for study in estimators refresh memory; do $(BIN)/python -m fastvae.benchmarks.studies $$study || exit 1; done
-	$(BIN)/python -m tools.static_report --record benchmarks/results
 	$(BIN)/python -m tools.tables
 
 # beside the best peer alone, each shape in a process of its own: see "What is fair" in the docs
@@ -36,6 +35,11 @@ bench-alone: .venv/ready
 		--out benchmarks/results/alone || exit 1; done
 	test -z "$$FASTVAE_DATA" || $(BIN)/fastvae bench mixture --inputs $$FASTVAE_DATA/mnist_latents.npz \
 		--shapes 1024,25000,40 --peers expansion-compile --out benchmarks/results/alone
+
+# what the compilers make of the GPU kernels; takes Triton and nvcc, and no GPU
+static-report: .venv/ready
+	$(BIN)/python -m tools.static_report --record benchmarks/results
+	$(BIN)/python -m tools.tables
 
 # on a bare machine with PyTorch, Triton, nvcc, ninja and a GPU, without network; `make gpu DRY=1` where there is no GPU
 gpu:
