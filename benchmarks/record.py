@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import fastvae
+from fastvae import backends
 from fastvae._files import whole_file
 
 from .errors import BenchmarkError
@@ -67,7 +68,7 @@ def open_record(path: Path, device: str, settings: Settings, *, overwrite: bool 
         "device": device,
         "machine": machine(device),
         "versions": versions(),
-        "code": code(),
+        "code": code(device),
         "settings": asdict(settings),
         "cases": {},
     }
@@ -146,10 +147,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def code() -> dict[str, Any]:
-    """Which code was measured: the commit, whether files differ from it, and a digest of library and benchmarks.
+def code(device: str) -> dict[str, Any]:
+    """Which code was measured: commit, whether files differ from it, digest of library and benchmarks, default backend.
 
-    The digest alone tells two uncommitted versions apart, and stands where there is no checkout.
+    The digest alone distinguishes two uncommitted versions, and is there without a checkout too.
     """
     here, library = Path(__file__).resolve().parent, Path(fastvae.__file__).parent
     digest = hashlib.sha256()
@@ -164,8 +165,14 @@ def code() -> dict[str, Any]:
         "commit": revision,
         "dirty": None if changed is None else bool(changed),
         "digest": digest.hexdigest()[:16],
-        "extension": fastvae.info()["on cpu"],
+        "default": default_backend(device),
     }
+
+
+def default_backend(device: str) -> str:
+    """What runs on a device where no backend is named: "cuda", or on the CPU "cpu, avx512"."""
+    chosen = backends.choose(None, torch.device(device))
+    return f"{chosen}, {torch.ops.fastvae.cpu_isa()}" if chosen == "cpu" else chosen
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

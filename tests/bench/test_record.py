@@ -13,7 +13,7 @@ from fastvae.benchmarks import cpu_targets
 from fastvae.benchmarks.case import Case, Contender, Prepared
 from fastvae.benchmarks.cpu_targets import MET, MISSED, NOT_MEASURED, REPORTED, judge
 from fastvae.benchmarks.errors import BenchmarkError
-from fastvae.benchmarks.record import open_record, read_record
+from fastvae.benchmarks.record import open_record, read_record, write_record
 from fastvae.benchmarks.runner import run_cases
 
 from .conftest import TINY
@@ -70,6 +70,17 @@ def test_another_commit_of_the_same_code_continues(tmp_path: Path) -> None:
     run_cases([case("a", [])], open_record(path, "cpu", TINY), TINY, "cpu")
     path.write_text(path.read_text().replace('"commit": ', '"commit": "0123", "before": '))
     assert "test, a" in open_record(path, "cpu", TINY).cases
+
+
+def test_a_record_has_a_line_a_case_and_is_whole_or_not_there(tmp_path: Path) -> None:
+    content = {"format": 1, "none": {}, "cases": {"a, b": {"x": [1, {"y": 0.1}]}, "c": {}}, "rows": [{"z": "é"}, 2]}
+    write_record(tmp_path / "cpu.json", content)
+    text = (tmp_path / "cpu.json").read_text()
+    assert json.loads(text) == content and list(json.loads(text)["cases"]) == ["a, b", "c"]
+    assert '"a, b":{"x":[1,{"y":0.1}]},' in text.splitlines()
+    with pytest.raises(ValueError, match="JSON"):
+        write_record(tmp_path / "cpu.json", {"cases": {"a": float("nan")}})
+    assert (tmp_path / "cpu.json").read_text() == text and len([*tmp_path.iterdir()]) == 1
 
 
 def test_what_is_no_record_is_told(tmp_path: Path) -> None:

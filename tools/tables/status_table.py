@@ -55,12 +55,12 @@ def bench_ran(record: Record, machine: str) -> Iterator[Ran]:
 
 
 def _default_backend(record: Record) -> str:
-    """What runs where no backend is named."""
+    """What ran where no backend was named; records that do not say so have a sentence with the instruction set."""
     code = record.content["code"]
+    if "default" in code:
+        return str(code["default"])
     isa = re.match(r"cpu \(compiled kernels, (\w+)", code["extension"])
-    if record.content["device"] == "cpu" and isa:
-        return f"cpu, {isa[1]}"
-    return str(code.get("default", "composite"))
+    return f"cpu, {isa[1]}" if isa else "composite"
 
 
 def _backend(contender: str, default: str) -> str | None:
