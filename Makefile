@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test test-all lint bench bench-alone gpu dist clean
+.PHONY: demo test test-all lint bench bench-alone static-report gpu dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
@@ -23,18 +23,18 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m benchmarks.tables --check
+	$(BIN)/python -m tools.tables --check
 
 # on a quiet machine; FASTVAE_DATA names the folder with the latents of a trained model
 bench: .venv/ready
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
-	$(BIN)/fastvae bench mixture gaussian --isa all --out benchmarks/results
-	$(BIN)/fastvae bench train-step --out benchmarks/results/train-step
+	$(BIN)/fastvae bench mixture --isa all --out benchmarks/results
+	for suite in gaussian train-step; do $(BIN)/fastvae bench $$suite --out benchmarks/results/$$suite || exit 1; done
 	$(BIN)/python examples/score_groups.py --record benchmarks/results/groups.json
-	for part in estimators refresh memory; do $(BIN)/python -m benchmarks.bounds $$part || exit 1; done
-	$(BIN)/python -m benchmarks.tables
+	for study in estimators refresh memory; do $(BIN)/python -m fastvae.benchmarks.studies $$study || exit 1; done
+	$(BIN)/python -m tools.tables
 
-# beside the best peer alone, each shape in a process of its own: see "What is fair" in docs/benchmarking.md
+# beside the best peer alone, each shape in a process of its own: see "What is fair" in the docs
 ALONE := 1024,10000,40 256,50000,64 1024,10000,2 1024,10000,8 1024,10000,16
 bench-alone: .venv/ready
 	for shape in $(ALONE); do $(BIN)/fastvae bench mixture --shapes $$shape --peers expansion-compile \
@@ -42,9 +42,14 @@ bench-alone: .venv/ready
 	test -z "$$FASTVAE_DATA" || $(BIN)/fastvae bench mixture --inputs $$FASTVAE_DATA/mnist_latents.npz \
 		--shapes 1024,25000,40 --peers expansion-compile --out benchmarks/results/alone
 
+# what the compilers make of the GPU kernels; takes Triton and nvcc, and no GPU
+static-report: .venv/ready
+	$(BIN)/python -m tools.static_report --record benchmarks/results
+	$(BIN)/python -m tools.tables
+
 # on a bare machine with PyTorch, Triton, nvcc, ninja and a GPU, without network; `make gpu DRY=1` where there is no GPU
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out $(or $(OUT),benchmarks/results/gpu) $(if $(DRY),--dry-run)
+	$(PYTHON) -m tools.gpu --out $(or $(OUT),runs/gpu) $(if $(DRY),--dry-run)
 
 dist: .venv/ready
 	$(BIN)/python -m build --no-isolation

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvae.app.errors import ConfigError
+from .errors import BenchmarkError
 
 SYNTHETIC = ("diffuse", "concentrated")
-LATENTS = "mnist_latents.npz"  # a trained VAE's posterior means and variances; see docs/benchmarking.md
+LATENTS = "mnist_latents.npz"  # a trained VAE's posterior means and log-variances
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def from_file(path: Path, M: int | None = None, K: int | None = None) -> Mixture
     Weights are equal, as an aggregated posterior's are.
 
     Raises:
-        ConfigError: the file is not there, not what it should be, or too small.
+        BenchmarkError: the file is not there, not what it should be, or too small.
     """
     import numpy as np
 
@@ -72,17 +72,17 @@ def from_file(path: Path, M: int | None = None, K: int | None = None) -> Mixture
         with np.load(path, allow_pickle=False) as file:
             z, mu, logvar = (torch.from_numpy(file[key]).float() for key in ("z", "mu", "logvar"))
     except FileNotFoundError as error:
-        raise ConfigError(f"--inputs: there is no file {path}") from error
+        raise BenchmarkError(f"--inputs: there is no file {path}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--inputs {path}: should be an .npz file with z, mu and logvar ({error})") from error
+        raise BenchmarkError(f"--inputs {path}: should be an .npz file with z, mu and logvar ({error})") from error
     if z.ndim != 2 or mu.ndim != 2 or mu.shape != logvar.shape or z.shape[1] != mu.shape[1]:
-        raise ConfigError(
+        raise BenchmarkError(
             f"--inputs {path}: z, mu and logvar should be [M, D], [K, D] and [K, D], "
             f"not {list(z.shape)}, {list(mu.shape)} and {list(logvar.shape)}"
         )
     M, K = M or min(1024, len(z)), K or len(mu)
     if len(z) < M or len(mu) < K:
-        raise ConfigError(f"--inputs {path}: has {len(z)} rows and {len(mu)} components, fewer than {M} and {K}")
+        raise BenchmarkError(f"--inputs {path}: has {len(z)} rows and {len(mu)} components, fewer than {M} and {K}")
     return MixtureInputs(z[:M], mu[:K], logvar[:K], torch.full((K,), -math.log(K)))
 
 
@@ -94,7 +94,7 @@ def make(inputs: str, M: int, K: int, D: int) -> MixtureInputs:
         return concentrated(M, K, D)
     made = from_file(Path(inputs), M, K)
     if made.mu.shape[1] != D:
-        raise ConfigError(f"--inputs {inputs}: has D = {made.mu.shape[1]}, not {D}")
+        raise BenchmarkError(f"--inputs {inputs}: has D = {made.mu.shape[1]}, not {D}")
     return made
 
 

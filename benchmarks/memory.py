@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-LEAST = 1_000_000  # bytes; of less nothing can be told, because threads report in steps of some hundred kilobytes
+MIN_BYTES = 1_000_000  # below it nothing can be told, because threads report in steps of some hundred kilobytes
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def extra_peak(run: Callable[[], object], device: str) -> int | None:
     """The highest memory use during `run()` less that before it, bytes; its result counts.  None if unknown.
 
-    On the CPU this is resident memory, by Linux's high-water mark, which is set back first.  See LEAST.
+    On the CPU this is resident memory, by Linux's high-water mark, which is set back first.  See MIN_BYTES.
     """
-    if device.startswith("cuda"):  # never run: there was no GPU to run it on
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured beside the contenders: multiply-adds and copied bytes a second.
+"""The limits of the machine, measured beside the contenders: multiply-adds and copied bytes a second.
 
 `probe.cpp` is compiled by the system's compiler as it is needed; without one the limits are unknown.
 """
@@ -73,7 +73,7 @@ def _library(isa: str) -> ctypes.CDLL | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "probe.so"
-        # generic: GCC takes chains of multiply-adds apart where it tunes for some of AMD's cores
+        # generic: GCC splits chains of multiply-adds where it tunes for some of AMD's cores
         flags = [
             "-O3",
             f"-march={MARCH[isa]}",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .mixture import FLOPS
+from .mixture_cases import FLOPS
 
 OURS = "fastvae"
 Result = Mapping[str, Any]
@@ -66,7 +66,7 @@ def rate_fraction(result: Result, name: str = OURS, meter: str | None = None) ->
 
 
 def copy_fraction(result: Result, name: str = OURS) -> float | None:
-    """What fraction of the probed copy bandwidth a contender moves its least bytes at."""
+    """What fraction of the probed copy bandwidth a contender reaches, counting only the bytes that it must move."""
     limit, time = result["limits"].get("copy"), seconds(result, name)
     if limit is None or time is None or "bytes_moved" not in result:
         return None

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 import fastvae
-from fastvae.app.atomic import write_json
-from fastvae.app.errors import ConfigError
+from fastvae import backends
+from fastvae._files import whole_file
 
+from .errors import BenchmarkError
 from .timing import Settings
 
 FORMAT = 1
+_MEASURING = ("case", "inputs", "memory", "networks", "peer", "probe", "timing")  # with the cases and the peers
 _PACKAGES = {"keops": "pykeops", "scikit-learn": "scikit-learn", "numpy": "numpy", "triton": "triton"}
 
 
@@ -51,14 +53,14 @@ class Record:
     def add(self, key: str, result: Mapping[str, Any]) -> None:
         """Put a case's results in, and write the file."""
         self.cases[key] = dict(result)
-        write_json(self.path, self.content)
+        write_record(self.path, self.content)
 
 
 def open_record(path: Path, device: str, settings: Settings, *, overwrite: bool = False) -> Record:
     """Begin a record, or go on with the one at `path`.
 
     Raises:
-        ConfigError: `path` holds what is no record, or one by other code, on another machine or with other settings.
+        BenchmarkError: `path` holds what is no record, or one by other code, on another machine or with other settings.
     """
     fresh = {
         "format": FORMAT,
@@ -66,7 +68,7 @@ def open_record(path: Path, device: str, settings: Settings, *, overwrite: bool 
         "device": device,
         "machine": machine(device),
         "versions": versions(),
-        "code": code(),
+        "code": code(device),
         "settings": asdict(settings),
         "cases": {},
     }
@@ -74,7 +76,7 @@ def open_record(path: Path, device: str, settings: Settings, *, overwrite: bool 
         old = read_record(path).content
         for part in ("device", "machine", "versions", "code", "settings"):
             if _identity(old.get(part)) != _identity(fresh[part]):
-                raise ConfigError(
+                raise BenchmarkError(
                     f"{path} is from another run, with {_difference(part, old.get(part), fresh[part])}; "
                     "say --overwrite to begin it anew, or another --out."
                 )
@@ -87,17 +89,36 @@ def read_record(path: Path) -> Record:
     """Read a record.
 
     Raises:
-        ConfigError: there is none, or it is damaged or of another format.
+        BenchmarkError: there is none, or it is damaged or of another format.
     """
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(f"there is no record {path}") from error
+        raise BenchmarkError(f"there is no record {path}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a record of a benchmark ({error})") from error
+        raise BenchmarkError(f"{path} is not a record of a benchmark ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "cases" not in content:
-        raise ConfigError(f"{path} is not a record of a benchmark in format {FORMAT}")
+        raise BenchmarkError(f"{path} is not a record of a benchmark in format {FORMAT}")
     return Record(path, content)
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` as JSON, whole or not at all, with a line for each entry of each of its parts.
+
+    A line a case keeps a record short and its changes readable.  NaN and infinity, which JSON lacks, are refused.
+    """
+    with whole_file(path) as file:
+        file.write((_in_lines(content, 2) + "\n").encode())
+
+
+def _in_lines(content: Any, depth: int) -> str:
+    """JSON that starts a line for each entry down to a depth."""
+    if depth and content and isinstance(content, Mapping):
+        entries = [f"{json.dumps(name)}:{_in_lines(value, depth - 1)}" for name, value in content.items()]
+        return "{\n" + ",\n".join(entries) + "\n}"
+    if depth and content and isinstance(content, list):
+        return "[\n" + ",\n".join(_in_lines(value, depth - 1) for value in content) + "\n]"
+    return json.dumps(content, separators=(",", ":"), allow_nan=False)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -126,16 +147,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def code() -> dict[str, Any]:
-    """Which code was measured: the commit, whether files differ from it, and a digest of library and benchmarks.
+def code(device: str) -> dict[str, Any]:
+    """Which code was measured: commit, whether files differ from it, digest of library and benchmarks, default backend.
 
-    The digest alone tells two uncommitted versions apart, and stands where there is no checkout.
+    The digest alone distinguishes two uncommitted versions, and is there without a checkout too.
     """
-    here, library = Path(__file__).parent, Path(fastvae.__file__).parent
+    here, library = Path(__file__).resolve().parent, Path(fastvae.__file__).parent
     digest = hashlib.sha256()
     files = [*library.glob("*.py"), *library.glob("_C*.so"), *here.glob("*.cpp"), *here.glob("peers/*.py")]
-    files += [here / f"{name}.py" for name in ("case", "gaussian", "growth", "inputs", "memory", "mixture", "peer")]
-    files += [here / f"{name}.py" for name in ("probe", "timing", "train_step")]
+    files += [*here.glob("*_cases.py"), *(here / f"{name}.py" for name in _MEASURING)]
     for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     revision = _git(here, "rev-parse", "HEAD")
@@ -145,8 +165,14 @@ def code() -> dict[str, Any]:
         "commit": revision,
         "dirty": None if changed is None else bool(changed),
         "digest": digest.hexdigest()[:16],
-        "extension": fastvae.info()["on cpu"],
+        "default": default_backend(device),
     }
+
+
+def default_backend(device: str) -> str:
+    """What runs on a device where no backend is named: "cuda", or on the CPU "cpu, avx512"."""
+    chosen = backends.choose(None, torch.device(device))
+    return f"{chosen}, {torch.ops.fastvae.cpu_isa()}" if chosen == "cpu" else chosen
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvae.app.errors import ConfigError
-
-from . import gaussian, growth, inputs, train_step
+from . import gaussian_cases, growth_cases, inputs, train_step_cases
 from .case import Case
-from .mixture import BACKWARD, BACKWARD_Z, FORWARD, WORKS, mixture_case
+from .errors import BenchmarkError
+from .mixture_cases import BACKWARD, BACKWARD_Z, FORWARD, WORKS, mixture_case
 from .peer import Peer
 from .peers import all_peers, load_peers
 from .peers.ours import ISAS
@@ -44,21 +43,21 @@ class Plan:
     def __post_init__(self) -> None:
         for suite in self.suites:
             if suite not in SUITES:
-                raise ConfigError(f"there is no suite {suite!r}; the suites are {', '.join(SUITES)}")
+                raise BenchmarkError(f"there is no suite {suite!r}; the suites are {', '.join(SUITES)}")
         if (self.shapes or self.inputs) and "mixture" not in self.suites:
-            raise ConfigError("--shapes and --inputs are for the suite mixture, which is not asked for")
+            raise BenchmarkError("--shapes and --inputs are for the suite mixture, which is not asked for")
         for isa in self.isas:
             if isa not in ISAS:
-                raise ConfigError(f"--isa {isa}: the instruction sets are {', '.join(ISAS)}")
+                raise BenchmarkError(f"--isa {isa}: the instruction sets are {', '.join(ISAS)}")
         if self.isas and self.device != "cpu":
-            raise ConfigError(f"--isa is for the CPU, the device is {self.device}")
+            raise BenchmarkError(f"--isa is for the CPU, the device is {self.device}")
 
     def cases(self) -> list[Case]:
         """All cases, in the order in which they are to be measured."""
         makers = {"mixture": self._mixture, "gaussian": self._gaussian, "train-step": self._train_step}
         cases = [case for suite in SUITES if suite in self.suites for case in makers[suite]()]
         if not cases:
-            raise ConfigError(f"--peers {','.join(self.peers or ())}: none of them takes part in what is asked for")
+            raise BenchmarkError(f"--peers {','.join(self.peers or ())}: none of them takes part in what is asked for")
         return cases
 
     def _mixture(self) -> Iterator[Case]:
@@ -87,9 +86,9 @@ class Plan:
                 yield case(BACKWARD, source, (128, 1000, 16), [*peers, dense, *isas])
             yield case(BACKWARD_Z, "diffuse", (128, 1000, 16), peers)
             yield case(FORWARD, "diffuse", (128, 1000, 16), [ours], shared=True)
-            yield from growth.against_k(peers, self.device, (100, 1000), M=64, D=8)
-            yield from growth.alone(ours, self.device, decades=1)
-            yield from growth.roofline([ours, known["expansion"]], self.device, 1000, 8, (1, 64))
+            yield from growth_cases.against_k(peers, self.device, (100, 1000), M=64, D=8)
+            yield from growth_cases.alone(ours, self.device, decades=1)
+            yield from growth_cases.roofline([ours, known["expansion"]], self.device, 1000, 8, (1, 64))
             return
         large, larger = (1024, 10_000, 40), (256, 50_000, 64)
         yield case(FORWARD, "diffuse", large, [*peers, *isas])
@@ -105,23 +104,23 @@ class Plan:
             yield case(FORWARD, "diffuse", (1024, 10_000, D), peers)
         yield case(FORWARD, "diffuse", larger, [ours], shared=True)
         yield case(BACKWARD, "diffuse", larger, [ours], shared=True)
-        yield from growth.against_k(peers, self.device, (100, 1000, 10_000, 100_000, 1_000_000))
-        yield from growth.alone(ours, self.device, decades=4)
-        yield from growth.roofline([ours, known["expansion"]], self.device, 200_000, 64, (1, 4, 16, 64, 256))
+        yield from growth_cases.against_k(peers, self.device, (100, 1000, 10_000, 100_000, 1_000_000))
+        yield from growth_cases.alone(ours, self.device, decades=4)
+        yield from growth_cases.roofline([ours, known["expansion"]], self.device, 200_000, 64, (1, 4, 16, 64, 256))
 
     def _gaussian(self) -> Iterator[Case]:
-        names = self._names(gaussian.NAMES)
+        names = self._names(gaussian_cases.NAMES)
         shapes = [(64, 16)] if self.quick else [(16_384, 256), (100, 40)]
-        return gaussian.gaussian_cases(shapes, names, device=self.device) if len(names) > 1 else iter(())
+        return gaussian_cases.cases(shapes, names, device=self.device) if len(names) > 1 else iter(())
 
     def _train_step(self) -> Iterator[Case]:
-        names = self._names(train_step.NAMES)
+        names = self._names(train_step_cases.NAMES)
         if len(names) == 1:
             return iter(())
         if self.quick:
-            small = train_step.Sizes(pixels=64, hidden=32, latent=8, batch=16)
-            return train_step.train_step_cases([50], names, device=self.device, sizes=small)
-        return train_step.train_step_cases([500, 5000], names, device=self.device)
+            small = train_step_cases.Sizes(pixels=64, hidden=32, latent=8, batch=16)
+            return train_step_cases.cases([50], names, device=self.device, sizes=small)
+        return train_step_cases.cases([500, 5000], names, device=self.device)
 
     def _names(self, names: Sequence[str]) -> list[str]:
         """Those of a suite's contenders that are asked for; fastvae always."""
@@ -132,14 +131,14 @@ class Plan:
         if self.peers is None:
             chosen += [peer for peer in known.values() if not peer.on_request]
         else:
-            elsewhere = {*gaussian.NAMES, *train_step.NAMES}
+            elsewhere = {*gaussian_cases.NAMES, *train_step_cases.NAMES}
             for name in self.peers:
                 if name.endswith(".py"):
                     chosen += load_peers(Path(name)).values()
                 elif name in known:
                     chosen.append(known[name])
                 elif name not in elsewhere:
-                    raise ConfigError(
+                    raise BenchmarkError(
                         f"--peers: there is no peer {name!r}; there are {', '.join([*known, *elsewhere - {*known}])}, "
                         "or the path of a .py file"
                     )

@@ -18,8 +18,8 @@ class Settings:
     """How long to measure.
 
     Attributes:
-        seconds: measure each contender for about so long,
-        min_rounds, max_rounds: but in at least and at most so many rounds.
+        seconds: measure each contender for about so long.
+        min_rounds, max_rounds: bounds on the number of rounds.
         sample_seconds: a sample is the mean of as many calls as take about so long.
     """
 
@@ -53,7 +53,7 @@ def cpu_clock(run: Run, calls: int) -> float:
 
 
 class CudaClock:
-    """CUDA events around each call, the L2 cache overwritten before it.  Never run: there was no GPU."""
+    """CUDA events around each call, the L2 cache overwritten before it."""
 
     def __init__(self) -> None:
         self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # larger than any L2

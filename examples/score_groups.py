@@ -96,7 +96,7 @@ def main() -> None:
             "largest_difference": error,
             "own_group_scores_highest": float((scores.argmax(1) == donor).double().mean()),
             "threads": torch.get_num_threads(),
-            "backend": fastvae.info()["on cpu"],
+            "backend": fastvae.info()["impl='cpu'"],
             "torch": torch.__version__,
         }
         write_json(asked.record, found)

@@ -48,7 +48,7 @@ def capability(device: torch.device) -> int:
 def tile_for(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = torch.float32) -> Tile:
     """The tile of a kind of kernel, "forward", "score" or "parameters".
 
-    Each was chosen by what `benchmarks.static_report` says: as large as leaves no register spilled, and its operands in
+    Each was chosen by what `tools.static_report` says: as large as leaves no register spilled, and its operands in
     shared memory; none was timed on a GPU.  Hopper and data-centre Blackwell have room for more, float64 for less.
     """
     dims = min(64, max(16, next_power_of_2(D)))
@@ -76,7 +76,7 @@ class Offer(NamedTuple):
     where: tuple[int, ...] = (80, 90, 100)
 
 
-# Beside the table's.  Which spill is what `benchmarks.static_report` says, at 64 dimensions.
+# Beside the table's.  Which spill is what `tools.static_report` says, at 64 dimensions.
 OFFERED: dict[tuple[str, str], list[Offer]] = {
     ("highest", "forward"): [
         Offer(128, 64, 8, 1),  # half the registers: two blocks at once, one computes while the other loads

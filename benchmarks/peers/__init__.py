@@ -8,8 +8,7 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-from fastvae.app.errors import ConfigError
-
+from ..errors import BenchmarkError
 from ..peer import Peer
 
 
@@ -25,17 +24,17 @@ def load_peers(path: Path) -> dict[str, Peer]:
     """The peers of one file that stands elsewhere; it may use relative imports as if it stood here.
 
     Raises:
-        ConfigError: there is no such file, or it has neither PEER nor PEERS.
+        BenchmarkError: there is no such file, or it defines neither PEER nor PEERS.
     """
     if not path.is_file():
-        raise ConfigError(f"--peers: there is no file {path}")
+        raise BenchmarkError(f"--peers: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"{__name__}.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = _peers_of(module)
     if not found:
-        raise ConfigError(f"--peers: {path} has neither PEER nor PEERS; see docs/benchmarking.md")
+        raise BenchmarkError(f"--peers: {path} defines neither PEER nor PEERS; it should define one of them")
     return {peer.name: peer for peer in found}
 
 

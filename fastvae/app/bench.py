@@ -1,10 +1,10 @@
-"""The command `fastvae bench`: options, progress, and where the results go."""
+"""The command `fastvae bench`: its options, its progress and its messages; the measuring is `fastvae.benchmarks`."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +17,9 @@ from fastvae.app.errors import ConfigError
 from fastvae.app.progress import interruptible
 
 if TYPE_CHECKING:
-    from benchmarks import record, report, run, suites, timing
-else:
-    # fastvae.benchmarks where fastvae is installed; in a checkout that only stands on the path, benchmarks.
-    _PACKAGE = "fastvae.benchmarks" if importlib.util.find_spec("fastvae.benchmarks") else "benchmarks"
-    record, report, run, suites, timing = (
-        importlib.import_module(f"{_PACKAGE}.{name}") for name in ("record", "report", "run", "suites", "timing")
-    )
+    from fastvae.benchmarks.case import Case
+    from fastvae.benchmarks.record import Record
+    from fastvae.benchmarks.timing import Settings
 
 console = Console()
 
@@ -33,12 +29,10 @@ def bench(
         list[str] | None,
         typer.Argument(metavar="[SUITE]...", help="mixture, gaussian, train-step; all of them by default."),
     ] = None,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder for the record, the tables and the plots.")
-    ] = Path("runs/bench"),
-    device: Annotated[
-        str, typer.Option(help="cpu or cuda. The CUDA side has never been run: there was no GPU.")
-    ] = "cpu",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the record and its tables.")] = Path(
+        "runs/bench"
+    ),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     shapes: Annotated[
         list[str] | None,
         typer.Option(metavar="M,K,D", help="A problem for the suite mixture, in place of its own; may be repeated."),
@@ -64,21 +58,25 @@ def bench(
 ) -> None:
     """Measure fastvae beside what one would use instead: time, peak memory, and error in nats.
 
-    Everyone's result is checked first, then all run in turn. Writes DEVICE.json, DEVICE.md and plots into --out.
-    Ctrl-C keeps what was measured, and the same command goes on from there.
+    Everyone's result is checked first, then all run in turn. Writes DEVICE.json and DEVICE.md into --out. Ctrl-C keeps
+    what was measured, and the same command goes on from there.
     """
-    plan = suites.Plan(
-        suites=tuple(suite or suites.SUITES),
-        device=_device(device),
-        shapes=tuple(map(_shape, shapes or ())),
-        inputs=inputs,
-        peers=None if peers is None else _names(peers),
-        isas=() if isa is None else suites.ISAS if isa == "all" else _names(isa),
-        quick=quick,
-    )
-    cases = plan.cases()
-    settings = timing.QUICK if quick else timing.FULL
-    kept = record.open_record(out / f"{plan.device}.json", plan.device, settings, overwrite=overwrite)
+    # Not at the top: the other commands need nothing of the benchmarks.
+    from fastvae.benchmarks import page, record, suites, summary, timing
+
+    with _mistakes_told():
+        plan = suites.Plan(
+            suites=tuple(suite or suites.SUITES),
+            device=_device(device),
+            shapes=tuple(map(_shape, shapes or ())),
+            inputs=inputs,
+            peers=None if peers is None else _names(peers),
+            isas=() if isa is None else suites.ISAS if isa == "all" else _names(isa),
+            quick=quick,
+        )
+        cases = plan.cases()
+        settings = timing.QUICK if quick else timing.FULL
+        kept = record.open_record(out / f"{plan.device}.json", plan.device, settings, overwrite=overwrite)
 
     def advice() -> str:
         if not kept.path.exists():
@@ -89,17 +87,30 @@ def bench(
             f"with --out {folder} and without --overwrite."
         )
 
-    with interruptible(console, advice):
+    with _mistakes_told(), interruptible(console, advice):
         wrong = _run(cases, kept, settings, plan.device)
-        files = report.write(kept, out)
-    console.print(report.summary(kept), soft_wrap=True, highlight=False, markup=False)
-    _say("Wrote\n  " + "\n  ".join(map(str, [kept.path, *files])))
+        written = page.write_page(kept, out)
+    _say(summary.targets(kept))
+    _say(f"Wrote\n  {kept.path}\n  {written}")
     if wrong:
         _say("These went wrong, and their times are not in the tables:\n  " + "\n  ".join(wrong))
         raise typer.Exit(1)
 
 
-def _run(cases: list, kept: record.Record, settings: timing.Settings, device: str) -> list[str]:
+@contextmanager
+def _mistakes_told() -> Iterator[None]:
+    """Turn the errors of the benchmarks into those of the command line, which are told without a traceback."""
+    from fastvae.benchmarks.errors import BenchmarkError
+
+    try:
+        yield
+    except BenchmarkError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _run(cases: list[Case], kept: Record, settings: Settings, device: str) -> list[str]:
+    from fastvae.benchmarks import runner, summary
+
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
@@ -108,9 +119,9 @@ def _run(cases: list, kept: record.Record, settings: timing.Settings, device: st
         def on_step(index: int, count: int, step: str) -> None:
             progress.update(task, completed=index, description=step)
 
-        def on_case(case: suites.Case, found: list[str]) -> None:
+        def on_case(case: Case, found: list[str]) -> None:
             result = kept.cases[case.key]
-            _say(f"{case.key}: {report.headline(result)}")
+            _say(f"{case.key}: {summary.headline(result)}")
             for name, entry in result["contenders"].items():
                 told = f"{name}: {entry.get('why')}"
                 if entry["status"] == "missing" and told not in absent:
@@ -121,7 +132,7 @@ def _run(cases: list, kept: record.Record, settings: timing.Settings, device: st
             for problem in found:
                 _say(f"  {problem}")
 
-        return run.run_cases(cases, kept, settings, device, on_step=on_step, on_case=on_case)
+        return runner.run_cases(cases, kept, settings, device, on_step=on_step, on_case=on_case)
 
 
 def _device(name: str) -> str:

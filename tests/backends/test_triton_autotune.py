@@ -144,8 +144,8 @@ def test_the_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 SECOND = """
 import sys, torch
-from fastvae import triton_kernels
-autotune, tiles = triton_kernels.load("autotune"), triton_kernels.load("tiles")
+from fastvae.backends import triton
+autotune, tiles = triton.load("autotune"), triton.load("tiles")
 def never(run):
     raise SystemExit("timed again")
 autotune.clock_of = lambda device: never
@@ -321,8 +321,8 @@ def test_what_is_no_longer_offered_is_timed_anew(clock: Clock, monkeypatch: pyte
 
 
 MANY = """
-from fastvae import triton_kernels
-tile_file, tiles = triton_kernels.load("tile_file"), triton_kernels.load("tiles")
+from fastvae.backends import triton
+tile_file, tiles = triton.load("tile_file"), triton.load("tiles")
 tile = tiles.Tile(16, 16, 4, 16, 4, 1)
 for n in range(10):
     tile_file.keep("{NAME} " + str(n), [tile_file.Timed(tile, 1.0)], [tile])

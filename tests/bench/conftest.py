@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import probe
-from benchmarks.timing import Settings
+from fastvae.benchmarks import probe
+from fastvae.benchmarks.timing import Settings
 
 TINY = Settings(seconds=0.0, min_rounds=3, max_rounds=3, sample_seconds=0.0)
 

@@ -16,30 +16,42 @@ import typer
 from matplotlib.image import imread
 
 import fastvae
-from benchmarks.labels import apart
-from benchmarks.report import main as report
 from fastvae.app.bench import bench
 from fastvae.app.errors import ConfigError
+from fastvae.benchmarks import timing
+from tools.figures.__main__ import main as draw_figures
+from tools.figures.labels import spread_out
+
+from .conftest import TINY
 
 ROOT = Path(fastvae.__file__).parents[1]
-PICTURES = ["cpu-accuracy.png", "cpu-growth.png", "cpu-memory.png", "cpu-roofline.png", "cpu-time.png"]
+FIGURES = ["cpu-accuracy.png", "cpu-growth.png", "cpu-memory.png", "cpu-roofline.png", "cpu-time.png"]
 
 
-def test_a_quick_run_writes_record_page_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quick_run_writes_record_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its figures are drawn from the record."""
+    monkeypatch.setattr(timing, "QUICK", TINY)
     bench(["mixture"], out=tmp_path, peers="eager,expansion", quick=True)
     told = capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == PICTURES
-    for name in PICTURES:
-        pixels = imread(tmp_path / name)
-        assert pixels[..., :3].std() > 0.02, f"{name} is blank"
-        assert str(tmp_path / name) in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"]
+    assert str(tmp_path / "cpu.json") in told and str(tmp_path / "cpu.md") in told
     page = (tmp_path / "cpu.md").read_text()
-    assert "## Targets" in page and "| eager | " in page and "![cpu-time.png]" in page
+    assert "## Targets" in page and "| eager | " in page
     assert "the best peer" in told
-    for path in PICTURES:
-        (tmp_path / path).unlink()
-    assert report([str(tmp_path / "cpu.json")]) == 0
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == PICTURES
+    assert draw_figures([str(tmp_path / "cpu.json"), "--out", str(tmp_path / "figures")]) == 0
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(["cpu.md", *FIGURES])
+    with_figures = (tmp_path / "figures" / "cpu.md").read_text()
+    assert with_figures.startswith(page) and all(f"![{name}]({name})" in with_figures for name in FIGURES)
+    for name in FIGURES:
+        pixels = imread(tmp_path / "figures" / name)
+        assert pixels[..., :3].std() > 0.02, f"{name} is blank"
+
+
+def test_figures_of_what_is_no_record_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw_figures([str(tmp_path / "none.json"), "--out", str(tmp_path / "figures")]) == 2
+    assert "there is no record" in capsys.readouterr().err and not (tmp_path / "figures").exists()
 
 
 def test_peers_from_a_file_and_a_wrong_one_ends_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,8 +111,8 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
 
 
 def test_labels_do_not_cover_each_other() -> None:
-    assert apart([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
+    assert spread_out([0.1, 0.5, 0.9], 0.05) == [0.1, 0.5, 0.9]
     for heights in ([0.5, 0.5, 0.5], [0.98, 0.99, 1.0], [0.0, 0.01, 1.4]):
-        moved = apart(heights, 0.05)
+        moved = spread_out(heights, 0.05)
         assert all(b - a >= 0.05 - 1e-9 for a, b in pairwise(moved))
         assert moved[-1] <= 1.0

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import targets, tune
-from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.measure import main as measure
-from benchmarks.gpu.stage import FAILED, OVERTIME, PASSED, Context, Stage, run
-from benchmarks.gpu.stages import all_stages
-from fastvae import triton_kernels
+from fastvae.backends import triton
+from tools.gpu import gpu_targets as targets
+from tools.gpu import pytest_log, stages, tune
+from tools.gpu.__main__ import main
+from tools.gpu.measure import main as measure
+from tools.gpu.stage import FAILED, OVERTIME, PASSED, Context, Stage, run
+from tools.gpu.stages import STAGES
 
 
 def stage(name: str, script: str, **changes: object) -> Stage:
-    return replace(Stage(name, 1, 0.2, lambda context: ["-c", script]), **changes)  # type: ignore[arg-type]
+    return replace(Stage(name, 0.2, lambda context: ["-c", script]), **changes)  # type: ignore[arg-type]
 
 
 def test_the_stages_and_their_time() -> None:
     """In their order, and together within eight minutes."""
-    stages = all_stages()
-    assert [s.name for s in stages] == ["build", "static", "test", "measure", "tune", "bench", "sanitize", "report"]
-    assert sum(s.seconds for s in stages) < 480
+    assert [s.name for s in STAGES] == ["build", "static", "test", "measure", "tune", "bench", "sanitize", "figures"]
+    assert sum(s.seconds for s in STAGES) < 480
 
 
 def test_what_becomes_of_a_stage(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_a_dry_run_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One stage fails, the next runs; the summary has both, and the command says that one failed."""
-    stages = [stage("first", "raise SystemExit('broken')", seconds=10), stage("second", "print('fine')", seconds=10)]
-    monkeypatch.setattr("benchmarks.gpu.__main__.all_stages", lambda: stages)
+    two = (stage("first", "raise SystemExit('broken')", seconds=10), stage("second", "print('fine')", seconds=10))
+    monkeypatch.setattr("tools.gpu.__main__.STAGES", two)
     assert main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert found["dry"] and [(s["name"], s["status"]) for s in found["stages"]] == [
@@ -69,6 +69,43 @@ def test_a_dry_run_to_the_end(
     assert "| second | passed |" in capsys.readouterr().out
 
 
+def test_the_tests_that_fail_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the stage "test", from pytest's own words."""
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('n', ['a b', 'c - d', 'e'])\n"
+        "def test_it(n): assert n == 'e', 'no - more'\n"
+        "def test_left_out(): pytest.skip('why')\n"
+    )
+    command = ["-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    tests = Stage("test", 60, lambda context: command)
+    monkeypatch.setattr("tools.gpu.__main__.STAGES", (tests,))
+    assert main(["--dry-run", "--out", str(tmp_path / "out")]) == 1
+    (found,) = json.loads((tmp_path / "out" / "tests.json").read_text())["runs"]
+    failures = [failure.rpartition("/")[2] for failure in found.pop("failures")]
+    assert failures == ["test_it.py::test_it[a b]", "test_it.py::test_it[c - d]"]
+    assert found == {"passed": 1, "failed": 2, "skipped": 1, "ended_early": False}
+
+
+def test_a_log_without_a_run_says_nothing() -> None:
+    assert pytest_log.outcomes("no module named pytest\n") is None
+    assert pytest_log.outcomes("!!! KeyboardInterrupt !!!\n4 failed, 2 passed in 1.3s (0:02:21)\n") == {
+        "passed": 2, "failed": 4, "skipped": 0, "ended_early": True, "failures": []
+    }  # fmt: skip
+
+
+def test_a_test_file_is_found_in_whatever_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    (tmp_path / "tests" / "backends").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"should have one test_gpu\.py, it has none"):
+        stages.find_test("test_gpu.py")
+    (tmp_path / "tests" / "backends" / "test_gpu.py").touch()
+    assert stages.find_test("test_gpu.py") == "tests/backends/test_gpu.py"
+    (tmp_path / "tests" / "test_gpu.py").touch()
+    with pytest.raises(FileNotFoundError, match="should have one"):
+        stages.find_test("test_gpu.py")
+
+
 def test_bad_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", "--only", "nothing"]) == 2
     assert "--only nothing: the stages are build, static" in capsys.readouterr().err
@@ -79,7 +116,7 @@ def test_bad_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_targets_are_met_missed_or_never_run() -> None:
     assert all(target.verdict({})[1] == targets.NEVER_RUN for target in targets.TARGETS)
-    assert all(f"| {targets.NEVER_RUN} |" in line for line in targets.table({}).splitlines()[2:])
+    assert all(f"| {targets.NEVER_RUN} |" in line for line in targets.target_table({}).splitlines()[2:])
     rates = {"multiply-add rate": 60e12, "tf32 rate": 400e12, "copy rate": 4e12}
     fast = rates | {"forward high": 6e-4, "forward medium": 3e-4, "forward highest": 1.4e-3, "both high": 2e-3}
     fast |= {"forward expansion": 2e-3, "forward expansion tf32": 1e-3, "both expansion": 7e-3}
@@ -102,7 +139,7 @@ def test_a_dry_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*arguments: object) -> float:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("benchmarks.gpu.ceilings.copy_rate", broken)
+    monkeypatch.setattr("tools.gpu.ceilings.copy_rate", broken)
     assert measure(["--dry-run", "--out", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "measure.json").read_text())
     assert found["dry"] and found["failed"] == {"copy rate": "RuntimeError: no memory"}
@@ -122,7 +159,7 @@ def test_a_dry_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
     def compile_all(chosen: list[tune.Work], device: str) -> None:
         tune.compile_tiles(chosen[0], device)  # in another process, where this one would not know of it
-        monkeypatch.setattr(triton_kernels.load("autotune"), "_known", {})
+        monkeypatch.setattr(triton.load("autotune"), "_known", {})
 
     monkeypatch.setattr(tune, "compile_all", compile_all)
     (tmp_path / "tiles.json").write_text("of an earlier run")
@@ -130,7 +167,7 @@ def test_a_dry_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     found = json.loads((tmp_path / "tune.json").read_text())
     assert found["dry"] and list(found["failed"]) == [str(works[1])]
     assert [one["work"] for one in found["calls"]] == [str(works[0]), str(works[2])]
-    offered = triton_kernels.load("tiles").candidates("forward", "highest", 3, 90, torch.float32)
+    offered = triton.load("tiles").candidates("forward", "highest", 3, 90, torch.float32)
     timed = found["calls"][0]["timed"]
     assert {tuple(one[name] for name in offered[0]._fields) for one in timed} == set(offered)
     assert all(one["milliseconds"] > 0 for one in timed) and sum(one["table"] for one in timed) == 1
@@ -140,7 +177,7 @@ def test_a_dry_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_the_stages_commands_are_there() -> None:
     """Modules and files that the stages name exist."""
     for dry in (True, False):
-        for s in all_stages():
+        for s in STAGES:
             first, *rest = s.arguments(Context(Path("/nowhere"), dry))
             if first == "-m":
                 __import__(rest[0]) if rest[0] not in ("pytest",) else None

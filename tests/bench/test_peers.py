@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.case import measure, problems
-from benchmarks.inputs import MixtureInputs, concentrated, diffuse
-from benchmarks.mixture import BACKWARD, BACKWARD_Z, FORWARD, Verification, mixture_case
-from benchmarks.peers import all_peers, eager, load_peers
-from benchmarks.peers.ours import ISAS
 from fastvae import reference
-from fastvae.app.errors import ConfigError
+from fastvae.benchmarks.case import measure, problems
+from fastvae.benchmarks.errors import BenchmarkError
+from fastvae.benchmarks.inputs import MixtureInputs, concentrated, diffuse
+from fastvae.benchmarks.mixture_cases import BACKWARD, BACKWARD_Z, FORWARD, Verification, mixture_case
+from fastvae.benchmarks.peers import all_peers, eager, load_peers
+from fastvae.benchmarks.peers.ours import ISAS
 
 from .conftest import TINY
 
@@ -139,8 +139,9 @@ def test_gradients_in_the_weights_are_checked_as_logits_only_where_that_is_said(
 
 
 def test_the_peer_in_the_docs_runs(tmp_path: Path) -> None:
-    page = Path(__file__).parents[2] / "docs" / "benchmarking.md"
-    (source,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    pages = (Path(__file__).parents[2] / "docs").rglob("*.md")
+    blocks = [block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    (source,) = [block for block in blocks if "PEER = Peer(" in block]
     (tmp_path / "chunks.py").write_text(source)
     peer = load_peers(tmp_path / "chunks.py")["chunks"]
     for work in (FORWARD, BACKWARD):
@@ -150,9 +151,9 @@ def test_the_peer_in_the_docs_runs(tmp_path: Path) -> None:
 
 def test_a_file_without_a_peer_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(ConfigError, match="neither PEER nor PEERS"):
+    with pytest.raises(BenchmarkError, match="neither PEER nor PEERS"):
         load_peers(tmp_path / "empty.py")
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(BenchmarkError, match="no file"):
         load_peers(tmp_path / "absent.py")
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import targets
-from benchmarks.case import Case, Contender, Prepared
-from benchmarks.record import open_record, read_record
-from benchmarks.run import run_cases
-from benchmarks.targets import MET, MISSED, NOT_MEASURED, REPORTED, judge
-from fastvae.app.errors import ConfigError
+from fastvae.benchmarks import cpu_targets
+from fastvae.benchmarks.case import Case, Contender, Prepared
+from fastvae.benchmarks.cpu_targets import MET, MISSED, NOT_MEASURED, REPORTED, judge
+from fastvae.benchmarks.errors import BenchmarkError
+from fastvae.benchmarks.record import open_record, read_record, write_record
+from fastvae.benchmarks.runner import run_cases
 
 from .conftest import TINY
 
@@ -59,7 +59,7 @@ def test_a_record_of_another_run_is_not_mixed_with_this_one(tmp_path: Path, part
     content = json.loads(path.read_text())
     content[part][field] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=f"{part} {field} {value}.*--overwrite"):
+    with pytest.raises(BenchmarkError, match=f"{part} {field} {value}.*--overwrite"):
         open_record(path, "cpu", TINY)
     assert open_record(path, "cpu", TINY, overwrite=True).cases == {}
     assert json.loads(path.read_text())["cases"], "an old record is there until there is something new"
@@ -72,12 +72,23 @@ def test_another_commit_of_the_same_code_continues(tmp_path: Path) -> None:
     assert "test, a" in open_record(path, "cpu", TINY).cases
 
 
+def test_a_record_has_a_line_a_case_and_is_whole_or_not_there(tmp_path: Path) -> None:
+    content = {"format": 1, "none": {}, "cases": {"a, b": {"x": [1, {"y": 0.1}]}, "c": {}}, "rows": [{"z": "é"}, 2]}
+    write_record(tmp_path / "cpu.json", content)
+    text = (tmp_path / "cpu.json").read_text()
+    assert json.loads(text) == content and list(json.loads(text)["cases"]) == ["a, b", "c"]
+    assert '"a, b":{"x":[1,{"y":0.1}]},' in text.splitlines()
+    with pytest.raises(ValueError, match="JSON"):
+        write_record(tmp_path / "cpu.json", {"cases": {"a": float("nan")}})
+    assert (tmp_path / "cpu.json").read_text() == text and len([*tmp_path.iterdir()]) == 1
+
+
 def test_what_is_no_record_is_told(tmp_path: Path) -> None:
     for text in ("", "[]", '{"format": 99, "cases": {}}'):
         (tmp_path / "cpu.json").write_text(text)
-        with pytest.raises(ConfigError, match="not a record"):
+        with pytest.raises(BenchmarkError, match="not a record"):
             open_record(tmp_path / "cpu.json", "cpu", TINY)
-    with pytest.raises(ConfigError, match="no record"):
+    with pytest.raises(BenchmarkError, match="no record"):
         read_record(tmp_path / "absent.json")
 
 
@@ -144,5 +155,5 @@ def test_points_of_a_series_are_no_target() -> None:
 
 
 def test_the_table_of_targets_is_complete() -> None:
-    assert all(target.cases for target in targets.TARGETS)
-    assert len({(target.work, target.against) for target in targets.TARGETS}) == len(targets.TARGETS)
+    assert all(target.cases for target in cpu_targets.TARGETS)
+    assert len({(target.work, target.against) for target in cpu_targets.TARGETS}) == len(cpu_targets.TARGETS)

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gaussian, train_step
-from benchmarks.case import measure, problems
-from benchmarks.growth import EVERYONE, against_k
-from benchmarks.mixture import BACKWARD, WORKS, mixture_case
-from benchmarks.peers import all_peers
-from benchmarks.suites import Plan
-from benchmarks.targets import TARGETS
-from fastvae.app.errors import ConfigError
+from fastvae.benchmarks import gaussian_cases, train_step_cases
+from fastvae.benchmarks.case import measure, problems
+from fastvae.benchmarks.cpu_targets import TARGETS
+from fastvae.benchmarks.errors import BenchmarkError
+from fastvae.benchmarks.growth_cases import EVERYONE, against_k
+from fastvae.benchmarks.mixture_cases import BACKWARD, WORKS, mixture_case
+from fastvae.benchmarks.peers import all_peers
+from fastvae.benchmarks.suites import Plan
 
 from .conftest import TINY
 
-SMALL = train_step.Sizes(pixels=30, hidden=10, latent=4, batch=6)
+SMALL = train_step_cases.Sizes(pixels=30, hidden=10, latent=4, batch=6)
 
 
 def latents(path: Path, D: int = 3) -> Path:
@@ -75,7 +75,7 @@ def test_a_file_gives_its_own_shape(tmp_path: Path) -> None:
 def test_bad_plans_are_told(options: Mapping, message: str, tmp_path: Path) -> None:
     latents(tmp_path / "mine.npz")
     (tmp_path / "broken.npz").write_text("no archive")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(BenchmarkError, match=message):
         Plan(**options).cases()
 
 
@@ -94,47 +94,47 @@ def test_a_series_stops_for_who_would_take_too_long() -> None:
 
 
 def test_the_gaussian_suite_agrees() -> None:
-    for case in gaussian.gaussian_cases([(300, 7)]):
+    for case in gaussian_cases.cases([(300, 7)]):
         result = measure(case, TINY, "cpu", {})
         assert not problems(result) and len(result["contenders"]) == 3, case.key
         assert result["bytes_moved"] > 0
 
 
 def biased(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    z, _ = gaussian.eager_rsample(mu, logvar + 0.2)
-    return gaussian.distribution_rsample(mu, logvar)[0] * 0 + z, gaussian.eager_rsample(mu, logvar)[1]
+    z, _ = gaussian_cases.eager_rsample(mu, logvar + 0.2)
+    return gaussian_cases.distribution_rsample(mu, logvar)[0] * 0 + z, gaussian_cases.eager_rsample(mu, logvar)[1]
 
 
 def wrong_density(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    z, log_q = gaussian.eager_rsample(mu, logvar)
-    return z, log_q + 0.5 * gaussian.LOG_2PI * mu.shape[1]
+    z, log_q = gaussian_cases.eager_rsample(mu, logvar)
+    return z, log_q + 0.5 * gaussian_cases.LOG_2PI * mu.shape[1]
 
 
 def detached_noise_scale(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    return gaussian.eager_rsample(mu, logvar.detach() + 0 * logvar)
+    return gaussian_cases.eager_rsample(mu, logvar.detach() + 0 * logvar)
 
 
 @pytest.mark.parametrize("sampler", [biased, wrong_density, detached_noise_scale])
-def test_a_wrong_sampler_is_caught(sampler: gaussian.Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gaussian, "SAMPLERS", {"wrong": sampler})
-    cases = list(gaussian.gaussian_cases([(2000, 8)], ["wrong"]))
+def test_a_wrong_sampler_is_caught(sampler: gaussian_cases.Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian_cases, "SAMPLERS", {"wrong": sampler})
+    cases = list(gaussian_cases.cases([(2000, 8)], ["wrong"]))
     assert problems(measure(cases[1], TINY, "cpu", {}))
 
 
 def test_a_training_step_and_its_parts() -> None:
-    (case,) = train_step.train_step_cases([20], sizes=SMALL)
+    (case,) = train_step_cases.cases([20], sizes=SMALL)
     result = measure(case, TINY, "cpu", {})
     assert not problems(result)
-    for name in train_step.NAMES:
+    for name in train_step_cases.NAMES:
         parts = [part for part in result["contenders"] if part.startswith(f"{name}: ")]
         assert len(parts) == 5 and result["contenders"][name]["errors"]["pseudo_inputs"] < 1e-3
 
 
 def test_the_parts_of_a_step_are_apart() -> None:
     """What samples and takes the density does not encode."""
-    for name in train_step.NAMES:
-        vae = train_step._model(name, 20, SMALL, "cpu")
-        parts = train_step._parts(vae, torch.rand(SMALL.batch, SMALL.pixels).round())
+    for name in train_step_cases.NAMES:
+        vae = train_step_cases._model(name, 20, SMALL, "cpu")
+        parts = train_step_cases._parts(vae, torch.rand(SMALL.batch, SMALL.pixels).round())
         for part in ("sampling and density", "decoder and likelihood"):
             parts[part]()
             assert all(parameter.grad is None for parameter in vae.encoder.parameters()), f"{name}: {part}"
@@ -143,19 +143,19 @@ def test_the_parts_of_a_step_are_apart() -> None:
 
 
 def test_a_wrong_prior_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(train_step.EagerVampPrior):
+    class Wrong(train_step_cases.EagerVampPrior):
         def log_prob(self, z: Tensor) -> Tensor:
             return super().log_prob(z) + torch.log(torch.tensor(2.0))
 
-    monkeypatch.setattr(train_step, "PRIORS", {**train_step.PRIORS, "eager": Wrong})
-    (case,) = train_step.train_step_cases([20], ["eager"], sizes=SMALL)
+    monkeypatch.setattr(train_step_cases, "PRIORS", {**train_step_cases.PRIORS, "eager": Wrong})
+    (case,) = train_step_cases.cases([20], ["eager"], sizes=SMALL)
     (found,) = problems(measure(case, TINY, "cpu", {}))
     assert "log_prob is off by 0.693" in found
 
 
 def test_a_step_is_the_same_problem_every_time() -> None:
     """Both models start from the same weights and pseudo-inputs."""
-    ours, eager = (train_step._model(name, 20, SMALL, "cpu") for name in train_step.NAMES)
+    ours, eager = (train_step_cases._model(name, 20, SMALL, "cpu") for name in train_step_cases.NAMES)
     for (name, a), (_, b) in zip(ours.named_parameters(), eager.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import words
-from benchmarks.record import open_record
-from benchmarks.tables import TABLES, main
+from fastvae.benchmarks import formatting
+from fastvae.benchmarks import record as record_module
+from fastvae.benchmarks.record import open_record
+from tools.tables import status_table
+from tools.tables.__main__ import main
+from tools.tables.registry import TABLES, Results, render
 
 from .conftest import TINY
 from .test_record import mixture
 
+ROOT = Path(__file__).parents[2]
 PAGE = "# Page\n\n<!-- table: {name} -->\n<!-- /table -->\n\nand more\n"
 
 
@@ -29,7 +34,9 @@ def root(tmp_path: Path) -> Path:
     record.add("one", case)
     gaussian = {"suite": "gaussian", "work": "gaussian_rsample forward", "M": 10, "D": 4, "bytes_moved": 50}
     limits = {"limits": {"copy": {"median": 100.0}}}
-    record.add("two", mixture("", 1, 1, 1, fastvae=1.0, eager=5.0, torch_distributions=7.0) | gaussian | limits)
+    (results / "gaussian").mkdir()
+    sampled = mixture("", 1, 1, 1, fastvae=1.0, eager=5.0, torch_distributions=7.0) | gaussian | limits
+    open_record(results / "gaussian" / "cpu.json", "cpu", TINY).add("two", sampled)
     step = mixture("", 1, 1, 1, fastvae=4.0, eager=8.0) | {"suite": "train-step", "K": 500}
     one = step["contenders"]["fastvae"]
     for part in ("encoder of pseudo-inputs", "encoder of images", "sampling and density", "decoder and likelihood"):
@@ -58,9 +65,30 @@ def root(tmp_path: Path) -> Path:
     scored = {"cells": 20_000, "groups": 100, "latent": 30, "threads": 2, "largest_difference": 2e-5}
     times = {"loop_seconds": 90.0, "call_seconds": 0.3, "loop_cpu_seconds": 160.0, "call_cpu_seconds": 0.5}
     (results / "groups.json").write_text(json.dumps(scored | times))
+    _on_a_gpu(results / "gpu-h200")
     for name in TABLES:
         (tmp_path / "docs" / f"{name}.md").write_text(PAGE.format(name=name))
     return tmp_path
+
+
+def _on_a_gpu(folder: Path) -> None:
+    """What a run on a GPU leaves."""
+    folder.mkdir()
+    machine = {"device": "NVIDIA H200, sm_90, 132 multiprocessors", "torch": "2.11", "commit": "0123456789"}
+    measured = {"name": "measure", "status": "passed", "seconds": 9.0, "detail": "7 figures measured, 0 failed"}
+    (folder / "gpu.json").write_text(json.dumps({"dry": False, "machine": machine, "stages": [measured]}))
+    figures = {
+        "forward high": 1.0,
+        "both cuda": 2.0,
+        "rsample": 3.0,
+        "copy rate": 4.0,
+        "small": 9e-6,
+        "peak memory": 1e9,
+    }
+    (folder / "measure.json").write_text(json.dumps({"dry": False, "figures": figures, "failed": {}}))
+    failures = ["tests/gpu/test_a.py::test_it[x-1]", "tests/gpu/test_a.py::test_it[x-2]", "tests/test_b.py::test_it"]
+    run = {"passed": 5, "failed": 3, "skipped": 0, "ended_early": True, "failures": failures}
+    (folder / "tests.json").write_text(json.dumps({"runs": [run], "reasons": {"test_it": "the harness"}}))
 
 
 def line(root: Path, name: str, start: str) -> list[str]:
@@ -99,6 +127,74 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
     assert "| 6.0 x, - | not measured | 3.0 x, - |" in text
     assert "not measured" in text and text.startswith("# Page\n") and text.endswith("\n\nand more\n")
     assert main(["--check"], root) == 0
+
+
+def test_the_status_says_what_ran_where_and_what_never(root: Path) -> None:
+    main([], root)
+    row = dict(zip(status_table.OPERATIONS, line(root, "status", "triton, high |")[1:], strict=True))
+    assert row["mixture_log_prob"] == "H200" and row["mixture_log_prob, backward"] == row["gaussian_kl"] == "never"
+    assert line(root, "status", "triton, highest")[1:] == ["never"] * 3 + ["H200"] + ["never"] * 4
+    assert line(root, "status", "cuda |")[1:] == ["never", "H200"] + ["never"] * 6
+    cpu = record_module.machine("cpu")["cpu"]
+    assert line(root, "status", "cpu, avx2")[1] == cpu, "a contender by the name of its instruction set"
+    default = record_module.default_backend("cpu")
+    assert [line(root, "status", f"{default} |")[1 + i] for i in (0, 3, 7)] == [cpu, cpu, cpu]
+    assert line(root, "status", "measure")[1] == "passed: 7 figures measured, 0 failed"
+    assert line(root, "status", "tune")[1] == "never"
+    assert line(root, "status", "test | 5")[1] == "5 passed, 3 failed, ended early"
+    assert line(root, "status", "`test_a.py::test_it`")[1:] == ["2", "the harness"]
+    assert line(root, "status", "`gpu-h200/`")[1:] == ["NVIDIA H200, sm_90, 132 multiprocessors", "0123456", "2.11"]
+    assert line(root, "triton-targets", "peak memory")[2:] == ["1.0 GB", "met"]
+
+
+def test_the_status_of_the_kept_records() -> None:
+    """Older records say which instruction set ran by default in a sentence."""
+    rows = render("status", Results(ROOT / "benchmarks" / "results")).splitlines()
+    for start in (
+        "| cpu, avx512 | AMD EPYC |",
+        "| cpu, avx2 | AMD EPYC |",
+        "| cuda | H100, H200 | H100, H200 | never |",
+    ):
+        assert [row for row in rows if row.startswith(start)], start
+
+
+def test_a_dry_run_is_no_run(root: Path) -> None:
+    """Its figures judge no target, and count nowhere in the status."""
+    path = root / "benchmarks" / "results" / "gpu-h200" / "gpu.json"
+    path.write_text(path.read_text().replace('"dry": false', '"dry": true'))
+    main([], root)
+    assert line(root, "triton-targets", "peak memory")[2:] == ["-", "never run"]
+    assert "H200" not in (root / "docs" / "status.md").read_text()
+
+
+def test_pages_are_found_in_every_folder_of_the_docs(root: Path) -> None:
+    for folder in ("guides", "developer/kernels"):
+        (root / "docs" / folder).mkdir(parents=True)
+        (root / "docs" / folder / "page.md").write_text(PAGE.format(name="demo"))
+    main([], root)
+    for folder in ("guides", "developer/kernels"):
+        assert "vamp wins." in (root / "docs" / folder / "page.md").read_text()
+
+
+def test_a_table_without_a_marker_is_told(root: Path) -> None:
+    main([], root)
+    (root / "docs" / "groups.md").unlink()
+    assert main(["--check"], root) == "these tables have no marker in README.md or docs/: groups"
+
+
+def test_no_table_assumes_the_folder_of_its_page() -> None:
+    """It has no relative link, as pages move."""
+    for name in TABLES:
+        text = render(name, Results(ROOT / "benchmarks" / "results"))
+        assert text and not re.search(r"\]\((?!https?://)|\]: ", text), name
+
+
+def test_records_are_small_and_no_pictures_are_kept() -> None:
+    """What machines make is kept only where a table needs it: JSON below 100 kB, no PNG."""
+    for path in (ROOT / "benchmarks" / "results").rglob("*"):
+        assert path.suffix != ".png", path
+        if path.suffix == ".json":
+            assert path.stat().st_size < 100_000, path
 
 
 def test_check_names_the_page_and_the_table_that_is_out_of_step(root: Path) -> None:
@@ -149,9 +245,9 @@ def test_a_broken_record_is_told(root: Path) -> None:
 
 
 def test_words() -> None:
-    assert [words.ratio(v) for v in (None, 0.954, 1.999, 6.24, 9.97, 113.2)] == [
+    assert [formatting.ratio(v) for v in (None, 0.954, 1.999, 6.24, 9.97, 113.2)] == [
         "-", "0.95 x", "2.0 x", "6.2 x", "10 x", "113 x"
     ]  # fmt: skip
-    assert [words.duration(v) for v in (2.0, 0.0045, 3.1e-5)] == ["2 s", "4.5 ms", "31 us"]
-    assert [words.size(v) for v in (None, 5000, 25_600_000, 3_000_000_000)] == ["-", "< 1 MB", "26 MB", "3.0 GB"]
-    assert words.percent(0.756) == "76 %"
+    assert [formatting.duration(v) for v in (2.0, 0.0045, 3.1e-5)] == ["2 s", "4.5 ms", "31 us"]
+    assert [formatting.size(v) for v in (None, 5000, 25_600_000, 3_000_000_000)] == ["-", "< 1 MB", "26 MB", "3.0 GB"]
+    assert formatting.percent(0.756) == "76 %"

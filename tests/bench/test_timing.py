@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.case import Case, Contender, Prepared, measure
-from benchmarks.memory import extra_peak
-from benchmarks.probe import copy_meter, multiply_add_meter
-from benchmarks.timing import Settings, cpu_clock, interleave, spread
+from fastvae.benchmarks.case import Case, Contender, Prepared, measure
+from fastvae.benchmarks.memory import extra_peak
+from fastvae.benchmarks.probe import copy_meter, multiply_add_meter
+from fastvae.benchmarks.timing import Settings, cpu_clock, interleave, spread
 
 from .conftest import TINY
 
@@ -64,7 +64,7 @@ def test_the_probe_finds_plausible_limits() -> None:
 
 
 def test_without_a_compiler_the_limits_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import probe
+    from fastvae.benchmarks import probe
 
     monkeypatch.setattr(probe.shutil, "which", lambda name: None)
     probe._library.cache_clear()
@@ -73,7 +73,7 @@ def test_without_a_compiler_the_limits_are_unknown(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_slow_first_call_counts_as_a_round_unless_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import case
+    from fastvae.benchmarks import case
 
     monkeypatch.setattr(case, "SLOW", 0.01)
     calls: Counter[str] = Counter()

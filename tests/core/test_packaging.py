@@ -19,7 +19,7 @@ assert fastvae.__file__.startswith(sys.argv[1]), fastvae.__file__
 z = torch.randn(5, 3, requires_grad=True)
 fastvae.mixture_kl(z, z, torch.randn(7, 3), torch.zeros(()))[1].sum().backward()
 assert torch.isfinite(z.grad).all()
-print(fastvae.info()["on cpu"])
+print(fastvae.info()["impl='cpu'"])
 """
 
 

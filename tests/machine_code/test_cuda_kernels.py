@@ -12,10 +12,10 @@ from budget import hard_case
 from emulation import cuda
 from support.internals import Operators
 
-from benchmarks.static_report import disassembly, limits
-from benchmarks.static_report.disassembly import Code
-from benchmarks.static_report.families import cuda_family
-from benchmarks.static_report.kernel import Kernel
+from tools.static_report import disassembly, limits
+from tools.static_report.disassembly import Code
+from tools.static_report.families import cuda_family
+from tools.static_report.kernel import Kernel
 
 ARCHES = list(cuda_family.flags_and_targets()[1])
 SIDES = ("rows", "components")

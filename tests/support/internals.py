@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks.probe import has_isa  # noqa: F401  as PyTorch, not the code under test, sees the machine
 from fastvae import autograd
 from fastvae.backends import BACKENDS, choose, composite, native, registry, triton  # noqa: F401
+from fastvae.benchmarks.probe import has_isa  # noqa: F401  as PyTorch, not the code under test, sees the machine
 from fastvae.operators import (  # noqa: F401
     EXPONENT_SCHEMAS,
     SCHEMAS,

@@ -28,9 +28,9 @@ SELECTION = {
 }
 CHECK = """
 import fastvae, pathlib
-from fastvae import triton_kernels
+from fastvae.backends import triton
 here = pathlib.Path.cwd()
-for file in (fastvae.__file__, triton_kernels.load("tiles").__file__):
+for file in (fastvae.__file__, triton.load("tiles").__file__):
     assert here in pathlib.Path(file).parents, f"{file} would be tested, and not what is in {here}"
 """
 

@@ -1,0 +1,70 @@
+"""Benchmarks are installed under their one name and without records; tools are in the source archive alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source archive, and a wheel made from it, without the extension."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("dist")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment | {"FASTVAE_NO_EXTENSION": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_archive_has_tools_records_and_pages(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    for folder, pattern in (
+        ("tools", "*.py"),
+        ("benchmarks", "*.py"),
+        ("benchmarks/results", "*.json"),
+        ("docs", "*.md"),
+    ):
+        files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern)}
+        assert files and files <= names, files - names
+    assert not [name for name in names if name.startswith("fastvae/benchmarks/")], (
+        "the link's files would be there twice"
+    )
+
+
+def test_the_wheel_has_benchmarks_alone(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        file.extractall(tmp_path)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fastvae"}
+    assert "fastvae/benchmarks/probe.cpp" in names and not [name for name in names if "results/" in name]
+    script = "import fastvae.benchmarks.studies.__main__, fastvae.benchmarks.suites as s; print(s.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "fastvae" / "benchmarks" / "suites.py")

@@ -1,0 +1,47 @@
+"""The studies run, and their model is that of the digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvae.benchmarks.studies import digits, encoding_memory, estimators, exemplar_refresh
+from fastvae.benchmarks.studies.__main__ import main
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So short that only the form of what is found can be looked at."""
+    monkeypatch.setattr(digits, "EPOCHS", 1)
+    monkeypatch.setattr(estimators, "DRAWS", 3)
+    monkeypatch.setattr(exemplar_refresh, "SAMPLES", 2)
+    monkeypatch.setattr(encoding_memory, "SIZES", (20,))
+
+
+def test_the_split_is_the_recorded_one() -> None:
+    """By its sums: another split would give other numbers than those in the records."""
+    data = digits.load()
+    assert data.train.shape == (1200, 64) and data.validation.shape == (297, 64)
+    assert float(data.train.double().sum()) == 23485.75
+    assert int(data.validation.sum()) == 5817
+    assert torch.equal(data.validation, data.validation.round())
+
+
+@pytest.mark.parametrize(("study", "rows"), [("estimators", 6), ("refresh", 6), ("memory", 2)])
+def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> None:
+    main([study, "--out", str(tmp_path / "new")])
+    found = json.loads((tmp_path / "new" / f"bounds-{study}.json").read_text())
+    assert len(found["rows"]) == rows and found["threads"] == 1 and found["versions"]["torch"]
+    for row in found["rows"]:
+        if study == "estimators":
+            assert row["variance"] > 0 and (row["gradient"] != "plain" or row["bias"] == 0)
+        if study == "refresh":
+            # of validation images, which are encoded too, none is counted
+            assert row["log_likelihood"] < 0 and (row["way"] == "all") == (row["encoded_in_a_step"] == 1200)
+        if study == "memory":
+            assert row["peak_bytes"] > 50_000_000

@@ -1,0 +1,100 @@
+"""What each precision of the Triton kernels loses.
+
+    TRITON_INTERPRET=1 python -m tools.experiments.triton_precision [--out FILE.json]
+
+The kernels round their operands to TF32 themselves, so that Triton's interpreter, which multiplies float32 numbers,
+makes the errors of the operands that tensor cores would.  It adds in float32, as they do but for the last bit or so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import fastvae
+from fastvae._files import write_json
+from fastvae.benchmarks import formatting
+from fastvae.benchmarks.errors import BenchmarkError
+from fastvae.benchmarks.inputs import MixtureInputs, find_latents, from_file
+
+PRECISIONS = ("highest", "high", "medium")
+DESIGNED = ((-6.0, 2.0), (-4.0, 1.0), (-2.0, 1.0))  # logvar, standard deviation of mu
+M, K, D = 256, 1000, 40
+
+
+def designed(logvar: float, spread: float) -> MixtureInputs:
+    """Rows drawn from a mixture of one variance, whose means have a given spread."""
+    rng = torch.Generator().manual_seed(0)
+    mu = spread * torch.randn(K, D, generator=rng)
+    own = torch.randint(K, (M,), generator=rng)
+    z = mu[own] + torch.tensor(0.5 * logvar).exp() * torch.randn(M, D, generator=rng)
+    return MixtureInputs(z, mu, torch.full((K, D), logvar), torch.log_softmax(torch.randn(K, generator=rng), 0))
+
+
+def tiles_alone() -> AbstractContextManager[Any]:
+    """Let tiles do small problems too, for which there are other kernels, of one precision."""
+    return patch.dict(os.environ, FASTVAE_TILES="1")
+
+
+def errors(inputs: MixtureInputs, precision: str) -> dict[str, float]:
+    """The largest error of log p, nats, and of the score, as a fraction of its largest element; against float64."""
+    given = (inputs.z, inputs.mu, inputs.logvar, inputs.log_weights)
+    exact = [t.double() for t in given]
+    want = fastvae.mixture_log_prob_and_score(*exact, impl="composite")
+    got = fastvae.mixture_log_prob_and_score(*given, precision=precision, impl="triton")
+    log_prob, score = ((g.double() - w).abs().max() for g, w in zip(got, want, strict=True))
+    return {"log_prob": float(log_prob), "score": float(score / want[1].abs().max())}
+
+
+def measure() -> dict[str, Any]:
+    """Every case in every precision."""
+    cases = {f"logvar {v:.0f}, std of mu {s:.0f}": designed(v, s) for v, s in DESIGNED}
+    if (path := find_latents()) is not None:
+        cases["mnist_latents"] = from_file(path, M, 25_000)
+    found = {}
+    for name, inputs in cases.items():
+        with tiles_alone():
+            found[name] = {precision: errors(inputs, precision) for precision in PRECISIONS}
+        print(name, found[name], flush=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    return {"versions": versions, "interpreted": not torch.cuda.is_available(), "cases": found}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """A line for each case: nats in each precision, then fractions."""
+    rows = [
+        [name, *(formatting.error(by[p][what]) for what in ("log_prob", "score") for p in PRECISIONS)]
+        for name, by in content["cases"].items()
+    ]
+    headings = ["", *(f"log p, nats: {p}" if p == "highest" else p for p in PRECISIONS)]
+    return formatting.markdown([*headings, *(f"score: {p}" if p == "highest" else p for p in PRECISIONS)], rows)
+
+
+def main(arguments: list[str]) -> int:
+    """0 if all was measured, 2 if it cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.experiments.triton_precision", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there too")
+    options = parser.parse_args(arguments)
+    try:
+        content = measure()
+    except (ImportError, RuntimeError, BenchmarkError) as error:  # Triton is missing, or does not interpret
+        print(error, file=sys.stderr)
+        return 2
+    if options.out is not None:
+        write_json(options.out, content)
+    print(markdown(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""What the GPU kernels are to reach on an H200, and whether figures show it: met, missed, or never run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fastvae.benchmarks import formatting
+
+MET, MISSED, NEVER_RUN = "met", "missed", "never run"
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the table.
+
+    Attributes:
+        work: what is done.
+        bar: what it is to reach, in formatting.
+        needs: the figures it is made from.
+        value: the quantity, of those figures.
+        bound: the minimum of that quantity, or its maximum.
+        is_max: whether the bound is a maximum.
+        written: the quantity in formatting.
+    """
+
+    work: str
+    bar: str
+    needs: tuple[str, ...]
+    value: Callable[[Figures], float]
+    bound: float
+    is_max: bool = False
+    written: Callable[[float], str] = formatting.ratio
+
+    def verdict(self, figures: Figures) -> tuple[str, str]:
+        """(the quantity as text, MET, MISSED or NEVER_RUN)."""
+        if any(name not in figures for name in self.needs):
+            return formatting.NOTHING, NEVER_RUN
+        value = self.value(figures)
+        return self.written(value), MET if (value <= self.bound if self.is_max else value >= self.bound) else MISSED
+
+
+Made = tuple[tuple[str, str], Callable[[Figures], float]]
+
+
+def _faster(ours: str, theirs: str) -> Made:
+    return (ours, theirs), lambda figures: figures[theirs] / figures[ours]
+
+
+def _share(ours: str, amount: float, rate: str, parts: float = 1.0) -> Made:
+    """amount / seconds as a fraction of rate / parts."""
+    return (ours, rate), lambda figures: amount / figures[ours] / (figures[rate] / parts)
+
+
+M, K, D = 4096, 50_000, 64
+PAIRS = M * K
+FORWARD = f"forward, ({M}, {K}, {D})"
+BOTH = f"forward + backward, ({M}, {K}, {D})"
+
+TARGETS = (
+    Target(f"{FORWARD}, high", "2.5 x the compiled expansion in fp32",
+           *_faster("forward high", "forward expansion"), 2.5),
+    Target(f"{FORWARD}, high", "half of a third of the measured TF32 rate",
+           *_share("forward high", 4 * PAIRS * D, "tf32 rate", 3), 0.5, written=formatting.percent),
+    Target(f"{FORWARD}, medium", "2.5 x the compiled expansion in TF32",
+           *_faster("forward medium", "forward expansion tf32"), 2.5),
+    Target(f"{FORWARD}, highest", "60 % of the measured fp32 multiply-add rate, at 4 flops an element",
+           *_share("forward highest", 4 * PAIRS * D, "multiply-add rate"), 0.6, written=formatting.percent),
+    Target(f"{BOTH}, high", "3 x the compiled expansion in fp32", *_faster("both high", "both expansion"), 3.0),
+    Target("peak memory of the forward, (16384, 1000000, 64), high", "2 GB",
+           ("peak memory",), lambda figures: figures["peak memory"], 2e9, is_max=True,
+           written=lambda value: formatting.size(int(value))),
+    Target("gaussian_rsample, 16384 x 256", "85 % of the measured copy bandwidth",
+           *_share("rsample", 4 * 3 * 16_384 * 256, "copy rate"), 0.85, written=formatting.percent),
+    Target("forward + backward, (100, 500, 40), in a CUDA graph", "40 us",
+           ("graph",), lambda figures: figures["graph"], 40e-6, is_max=True, written=formatting.duration),
+    Target("forward, (100, 500, 40)", "8 us",
+           ("small",), lambda figures: figures["small"], 8e-6, is_max=True, written=formatting.duration),
+    Target("mixture_kl, forward + backward, (100, 500, 40), in a CUDA graph", "20 us",
+           ("KL graph",), lambda figures: figures["KL graph"], 20e-6, is_max=True, written=formatting.duration),
+    Target(f"{FORWARD}, CUDA C++", "70 % of the measured fp32 multiply-add rate, at 4 flops an element",
+           *_share("forward cuda", 4 * PAIRS * D, "multiply-add rate"), 0.7, written=formatting.percent),
+    Target(f"{FORWARD}, CUDA C++", "Triton's highest", *_faster("forward cuda", "forward highest"), 1.0),
+    Target(f"{BOTH}, CUDA C++", "55 % of the measured fp32 multiply-add rate, at 26 flops an element",
+           *_share("both cuda", 26 * PAIRS * D, "multiply-add rate"), 0.55, written=formatting.percent),
+    Target("gaussian_rsample, 16384 x 256, CUDA C++", "85 % of the measured copy bandwidth",
+           *_share("rsample cuda", 4 * 3 * 16_384 * 256, "copy rate"), 0.85, written=formatting.percent),
+    Target("forward, (100, 500, 40), CUDA C++", "8 us",
+           ("small cuda",), lambda figures: figures["small cuda"], 8e-6, is_max=True, written=formatting.duration),
+)  # fmt: skip
+
+
+def target_table(measured: Mapping[str, Figures]) -> str:
+    """All targets as Markdown, with the figures of each machine and whether they meet the target."""
+    rows = []
+    for target in TARGETS:
+        verdicts = [target.verdict(figures) for figures in measured.values()] or [(formatting.NOTHING, NEVER_RUN)]
+        rows.append([target.work, target.bar, *(cell for verdict in verdicts for cell in verdict)])
+    machines = [cell for machine in measured or ["measured"] for cell in (machine, "")]
+    return formatting.markdown(["work", "min (or max)", *machines], rows, left=2)

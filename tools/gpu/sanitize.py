@@ -1,0 +1,26 @@
+"""The test of the CUDA kernels that needs a GPU, under each tool of compute-sanitizer that applies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from .stages import find_test
+
+TOOLS = ("memcheck", "racecheck")
+
+
+def main() -> int:
+    """0 if no tool finds anything."""
+    codes = []
+    test = ["-m", "pytest", "-q", "-p", "no:cacheprovider", find_test("test_cuda.py"), "-k", "a_gpu_gives"]
+    for tool in TOOLS:
+        print(f"{tool}:", flush=True)
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, *test]
+        codes.append(subprocess.run(command).returncode)
+    print(", ".join(f"{tool}: {'clean' if code == 0 else 'failed'}" for tool, code in zip(TOOLS, codes, strict=True)))
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

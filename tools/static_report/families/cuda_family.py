@@ -1,0 +1,155 @@
+"""The CUDA kernels: csrc/cuda/*.cu, compiled as for the extension, but warnings are errors, and so is a spill."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fastvae.benchmarks.errors import BenchmarkError
+
+from .. import limits
+from ..kernel import Family, Kernel
+
+TOOLS = Path(__file__).resolve().parents[2]
+SOURCES = TOOLS.parent / "csrc" / "cuda"
+EXPANSION = TOOLS / "experiments" / "double_expansion.cu"  # for one generation, and not part of the extension
+STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,--warning-as-error")
+
+M, K, D = 4096, 50_000, 64
+SMALL = (100, 500, 40)
+GAUSSIAN = (16_384, 256)
+
+# Of a block, in bytes: the size of each kernel's struct Shared, which the machine code does not tell.
+# tests/test_cuda.py compares it with what is launched.
+SHARED: Mapping[str, int] = {
+    "forward<float>": 67_584,
+    "forward<double>": 67_584,
+    **{f"backward<{side}, float>": 92_160 for side in ("rows", "components")},
+    **{f"backward<{side}, double>": 58_368 for side in ("rows", "components")},
+    **{f"small_rows<float, {whole}, 1>": 73_808 for whole in ("true", "false")},
+    **{f"small_rows<float, {whole}, 4>": 95_520 for whole in ("true", "false")},
+    **{f"small_rows<double, {whole}, 1>": 81_040 for whole in ("true", "false")},
+    **{f"small_rows<double, {whole}, 2>": 95_520 for whole in ("true", "false")},
+    **{f"small_components<float, {whole}, 1>": 42_576 for whole in ("true", "false")},
+    **{f"small_components<float, {whole}, 4>": 70_416 for whole in ("true", "false")},
+    **{f"small_components<double, {whole}, 1>": 51_856 for whole in ("true", "false")},
+    **{f"small_components<double, {whole}, 2>": 70_416 for whole in ("true", "false")},
+}
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be compiled here, or None."""
+    if not SOURCES.is_dir():
+        return f"{SOURCES} is not there: this runs in a checkout"
+    return None if shutil.which("nvcc") else "there is no nvcc on the PATH"
+
+
+def version() -> str:
+    """The compiler's."""
+    told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", told)
+    return found[1] if found else told
+
+
+def flags_and_targets() -> tuple[list[str], dict[int, str]]:
+    """What the extension is compiled with, and the target that machine code is made for, by architecture."""
+    flags = (SOURCES / "nvcc.txt").read_text().split()
+    targets = [found[1] for flag in flags if (found := re.search(r"code=(sm_\w+)", flag))]
+    return [f for f in flags if not f.startswith("-gencode")], {int(t[3:].rstrip("a")): t for t in targets}
+
+
+def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
+    """Each kernel of each source whose "name, case" a pattern matches.
+
+    Raises:
+        BenchmarkError: a source does not compile without a warning.
+    """
+    sources = sorted(SOURCES.glob("*.cu")) + ([EXPANSION] if arch == 90 else [])
+    for source in sources:
+        binary, symbols = compile_source(source, arch)
+        for symbol in symbols:
+            name = source.stem if source == EXPANSION else readable(symbol)
+            case, work = case_of(name)
+            if wanted.search(f"{name}, {case}"):
+                yield Kernel(
+                    name,
+                    case,
+                    arch,
+                    binary,
+                    threads={"pack_components<float>": 128, "pack_components<double>": 64}.get(name, 256),
+                    shared=SHARED.get(name, 0),
+                    work=work,
+                    tensor_cores=source == EXPANSION,
+                    function=symbol,
+                )
+
+
+def compile_source(source: Path, arch: int) -> tuple[bytes, list[str]]:
+    """The machine code, and the kernels in it by their symbols."""
+    flags, targets = flags_and_targets()
+    target = targets[arch]
+    code = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
+    with TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernels.cubin"
+        command = ["nvcc", *flags, *STRICT, code, "-cubin", str(source), "-o", str(binary)]
+        compiled = subprocess.run(command, capture_output=True, text=True)
+        if compiled.returncode:
+            raise BenchmarkError(f"{source.name} for {target}: {compiled.stdout}{compiled.stderr}")
+        return binary.read_bytes(), re.findall(r"Compiling entry function '(\w+)'", compiled.stderr)
+
+
+def readable(symbol: str) -> str:
+    """`backward<rows, float>` for what the compiler calls it."""
+    found = re.search(r"\d([a-z][a-z_]+)I((?:L.*?SideE\dE|Lb\dE|Li\dE|[fd])+)E", symbol)
+    if not found:
+        return symbol
+    arguments = [
+        {"f": "float", "d": "double"}.get(letter)
+        or {"b": ("false", "true"), "i": "0123456789"}.get(kind, ("rows", "components"))[int(value)]
+        for letter, kind, value in re.findall(r"([fd])|L(?:\w*?SideE|([bi]))(\d)E", found[2])
+    ]
+    return f"{found[1]}<{', '.join(arguments)}>"
+
+
+def case_of(name: str) -> tuple[str, dict[str, float]]:
+    """The problem that a kernel is looked at for, and its minimal work on that problem."""
+    parameters, rows, pairs = 4.0 * (2 * K + 1) * D, 4.0 * M * (D + 1), float(M * K)
+    read = {"memory": parameters + rows, "exp2": pairs}
+    large = {
+        # a multiply-add for t and one for its square; backward computes them again for each side, and then takes three
+        # for z and four for the parameters
+        "forward<float>": read | {"fp32": 2 * pairs * D},
+        "backward<rows, float>": read | {"fp32": (2 + 3) * pairs * D, "memory": parameters + 2 * rows},
+        "backward<components, float>": read | {"fp32": (2 + 4) * pairs * D, "memory": 2 * parameters + rows},
+    }
+    # A block of each multiprocessor: what all do is that many times what one does.  A number of the components costs
+    # the exponential and two instructions for it, and three of each row; what a block reads comes from the L2 cache.
+    m, k, d = SMALL
+    blocks = limits.MULTIPROCESSORS
+    small = {
+        "small_rows<float, true, 1>": {
+            "fp32": (2.0 + 3) * blocks * k * d,
+            "exp2": 1.0 * blocks * k * (d + 1),
+            "fill": 8.0 * blocks * k * d,
+        },
+        "small_components<float, true, 4>": {
+            "fp32": (3.0 + 4) * blocks * 4 * m * d,
+            "exp2": 4.0 * blocks * (m + d),
+            "fill": 8.0 * blocks * m * d,
+        },
+    }
+    gaussian = {"rsample<float, true>": 3, "rsample_backward<float, true>": 4, "kl<float, true>": 2}
+    if name in large:
+        return str((M, K, D)), large[name]
+    if name in small:
+        return str(SMALL), small[name]
+    if name in gaussian:
+        return str(GAUSSIAN), {"memory": 4.0 * gaussian[name] * GAUSSIAN[0] * GAUSSIAN[1]}
+    return "any", {}
+
+
+FAMILY = Family("cuda", missing, kernels)

@@ -1,0 +1,20 @@
+"""Tables of what was measured on GPUs, and of what the Triton kernels lose by their precision."""
+
+from __future__ import annotations
+
+from ..experiments import triton_precision
+from ..gpu.gpu_targets import target_table
+from .gpu_records import gpu_records
+from .registry import Results, table
+
+
+@table("triton-precision", "triton-precision.json")
+def precision(results: Results) -> str:
+    """What each precision of the Triton kernels loses."""
+    return triton_precision.markdown(results.read("triton-precision.json"))
+
+
+@table("triton-targets", "*")  # also where nothing is recorded, which is what it then says
+def targets(results: Results) -> str:
+    """The targets on an H200: met, missed, or never run, on each GPU that has a record."""
+    return target_table({gpu.name: gpu.figures for gpu in gpu_records(results) if gpu.figures})

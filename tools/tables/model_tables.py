@@ -1,0 +1,103 @@
+"""Tables of what was found on models: runs of the command line, studies of bounds and priors, groups of cells."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+
+from fastvae.benchmarks import formatting
+
+from .registry import Results, table
+
+
+@table("demo", "demo-digits.json")
+def demo(results: Results) -> str:
+    """What `fastvae compare` found on the digits: means over seeds +- their standard deviation."""
+    found = results.read("demo-digits.json")
+    rows = [
+        [row["prior"], *(_mean(row[name]) for name in ("log_likelihood", "elbo", "kl")), _mean(row["active_units"], 1)]
+        for row in found["priors"]
+    ]
+    written = formatting.markdown(["prior", "test log-likelihood", "ELBO", "KL", "active units"], rows)
+    return f"{written}\n\n{found['verdict']['sentence']}"
+
+
+def _mean(values: list[float], digits: int = 2) -> str:
+    spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
+
+
+@table("static-mnist", "static-mnist-*.json")
+def static_mnist(results: Results) -> str:
+    """What `fastvae evaluate` found on static MNIST, one file for each prior."""
+    rows = []
+    for path in sorted(results.folder.glob("static-mnist-*.json")):
+        found = results.read(path.name)
+        rows.append(
+            [
+                path.stem.removeprefix("static-mnist-").replace("-", ", "),
+                f"{found['log_likelihood']:.2f} +- {found['standard_error']:.2f}",
+                f"{found['elbo']:.2f}",
+                f"{found['kl']:.2f}",
+                f"{found['active_units']} of {found['latent']}",
+            ]
+        )
+    return formatting.markdown(["", "test log-likelihood +- standard error", "ELBO", "KL", "active units"], rows)
+
+
+@table("groups", "groups.json")
+def groups(results: Results) -> str:
+    """One call for all groups against the loop over them."""
+    found = results.read("groups.json")
+    rows = [
+        [
+            f"{found['cells']:,} cells x {found['groups']} groups, D = {found['latent']}",
+            str(found["threads"]),
+            f"{found['loop_seconds']:.0f} s",
+            f"{found['call_seconds']:.2f} s",
+            formatting.ratio(found["loop_seconds"] / found["call_seconds"]),
+            formatting.ratio(found["loop_cpu_seconds"] / found["call_cpu_seconds"]),
+            f"{found['largest_difference']:.0e}",
+        ]
+    ]
+    headings = ["", "threads", "loop", "one call", "faster", "by CPU time", "largest difference, nats"]
+    return formatting.markdown(headings, rows)
+
+
+@table("bounds-estimators", "bounds-estimators.json")
+def bounds_estimators(results: Results) -> str:
+    """The variance and the bias of the encoder's gradient."""
+    rows = [
+        [
+            row["gradient"],
+            str(row["samples"]),
+            f"{row['variance']:.3f}",
+            "" if row["gradient"] == "plain" else f"{row['bias']:.2f} ({row['bias_error']:.2f})",
+        ]
+        for row in results.read("bounds-estimators.json")["rows"]
+    ]
+    headings = ["gradient", "S", "variance / plain's", "distance from plain's mean / its norm (by chance alone)"]
+    return formatting.markdown(headings, rows)
+
+
+@table("bounds-refresh", "bounds-refresh.json")
+def bounds_refresh(results: Results) -> str:
+    """What training with fewer exemplars encoded in a step costs."""
+    rows = [
+        [row["way"], f"{row['encoded_in_a_step']:.0f}", f"{row['log_likelihood']:.2f}"]
+        for row in results.read("bounds-refresh.json")["rows"]
+    ]
+    return formatting.markdown(["in a step of training", "exemplars encoded", "log-likelihood, nats"], rows)
+
+
+@table("bounds-memory", "bounds-memory.json")
+def bounds_memory(results: Results) -> str:
+    """The peak of a process that trains with K pseudo-inputs."""
+    rows = [
+        [
+            f"{row['K']:,}",
+            f"in chunks of {row['chunk_size']:,}" if row["chunk_size"] else "at once",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+        ]
+        for row in results.read("bounds-memory.json")["rows"]
+    ]
+    return formatting.markdown(["K", "encoded", "peak of the process"], rows, left=2)
