@@ -358,6 +358,11 @@ def _check_components(mu: Tensor, logvar: Tensor, log_weights: Tensor | None, pr
         raise ValueError(f"log_weights must be [{K}] to match {prefix}mu {_shape(mu)}, not {_shape(log_weights)}")
     if logvar.shape == mu.shape:
         return logvar
+    if logvar.shape == (K,) and K not in (1, D):  # where K = D, [D] it is
+        raise ValueError(
+            f"{prefix}logvar must be broadcastable to [{K}, {D}] to match {prefix}mu, not [{K}]; "
+            f"one log variance for each component is [{K}, 1], {prefix}logvar[:, None]"
+        )
     shared = logvar.ndim < 2 or logvar.shape[0] == 1
     return _expand(f"{prefix}logvar", logvar, (1, D) if shared else (K, D), f"{prefix}mu")
 
