@@ -14,14 +14,18 @@ from fastvae.functional import (
     mixture_log_prob_and_score,
 )
 from fastvae.grouped import grouped_mixture_log_prob
-from fastvae.priors import MixturePrior, StandardNormalPrior
+from fastvae.likelihoods import Likelihood
+from fastvae.priors import Mixture, MixturePrior, Prior, StandardNormalPrior, log_weights_of
 from fastvae.vae import VAE
 
 __all__ = [
     "VAE",
     "AggregatedPosterior",
     "ExemplarPrior",
+    "Likelihood",
+    "Mixture",
     "MixturePrior",
+    "Prior",
     "StandardNormalPrior",
     "VampPrior",
     "bounds",
@@ -29,6 +33,7 @@ __all__ = [
     "gaussian_rsample",
     "grouped_mixture_log_prob",
     "info",
+    "log_weights_of",
     "mixture_kl",
     "mixture_log_prob",
     "mixture_log_prob_and_score",

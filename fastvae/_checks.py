@@ -100,6 +100,11 @@ def components(
         log_weights = cast(log_weights, dtype)
     logvar = cast(logvar, dtype)
     if not same_shape(logvar, mu.shape):
+        if K not in (1, D) and same_shape(logvar, (K,)):  # where K = D, it is taken for [D]
+            raise ValueError(
+                f"{prefix}logvar must be broadcastable to [{K}, {D}] to match {prefix}mu, not [{K}]; "
+                f"one log variance for each component is [{K}, 1], {prefix}logvar[:, None]"
+            )
         shared = logvar.ndim < 2 or logvar.shape[0] == 1
         logvar = _expand(f"{prefix}logvar", logvar, (1, D) if shared else (K, D), f"{prefix}mu")
     return cast(mu, dtype), logvar, log_weights

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as F
-from fastvae.priors import Mixture, Prior
+from fastvae.contracts import encode, evaluate, require_shape
+from fastvae.priors import Mixture, Prior, expanded_logvar
 
 
 class Estimate(NamedTuple):
@@ -32,7 +33,8 @@ class AggregatedPosterior(Mixture):
 
     Args:
         mu: [N, D], the posteriors' means.
-        logvar: broadcastable to [N, D].
+        logvar: broadcastable to [N, D].  One dimension is [D], for all points alike, also where N = D; one log
+            variance for each point is [N, 1].
 
     Sources: Hoffman and Johnson, ELBO surgery (NeurIPS workshop 2016), for the first line; Chen, Li, Grosse and
     Duvenaud, Isolating sources of disentanglement in VAEs (NeurIPS 2018), for the second.
@@ -43,23 +45,20 @@ class AggregatedPosterior(Mixture):
 
     def __init__(self, mu: Tensor, logvar: Tensor) -> None:
         super().__init__()
-        if mu.ndim != 2 or 0 in mu.shape or not mu.is_floating_point():
-            raise ValueError(f"mu must be floating [N, D] with N >= 1 and D >= 1, not {mu.dtype} {list(mu.shape)}")
+        logvar = expanded_logvar(mu, logvar, "N")
         self.register_buffer("mu", mu.detach())
-        self.register_buffer("logvar", logvar.detach().to(mu).expand(mu.shape).contiguous())
+        self.register_buffer("logvar", logvar.detach().contiguous())
 
     @classmethod
     @torch.no_grad()
     def of(cls, encoder: nn.Module, data: Tensor, *, chunk_size: int = 1000) -> AggregatedPosterior:
         """That of data [N, *input_shape] under an encoder x -> (mu, logvar), encoded `chunk_size` points at a time."""
-        mu, logvar = (torch.cat(part) for part in zip(*map(encoder, data.split(chunk_size)), strict=True))
+        encoded = (encode(encoder, part) for part in data.split(chunk_size))
+        mu, logvar = (torch.cat(part) for part in zip(*encoded, strict=True))
         return cls(mu, logvar)
 
     def component_log_weights(self) -> Tensor:
         return self.mu.new_full((len(self.mu),), -math.log(len(self.mu)))
-
-    def component_parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mu[index], self.logvar[index]
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.mu, self.logvar, self.component_log_weights()
@@ -72,7 +71,7 @@ class AggregatedPosterior(Mixture):
     def marginal_kl(self, prior: Prior, num_samples: int = 10_000) -> Estimate:
         """KL(q(z) || p(z)): what the ELBO loses to a prior that is not q(z)."""
         z, _ = self._draw(num_samples)
-        return _mean(self.log_prob(z) - prior.log_prob(z).detach())
+        return _mean(self.log_prob(z) - evaluate("prior.log_prob", prior.log_prob, z).detach())
 
     def total_correlation(self, num_samples: int = 10_000) -> Estimate:
         """KL(q(z) || prod_d q(z_d)): how far the dimensions are from independent."""
@@ -82,7 +81,8 @@ class AggregatedPosterior(Mixture):
     def dimension_wise_kl(self, prior: Prior, num_samples: int = 10_000) -> Estimate:
         """KL(q(z_d) || p(z_d)) of each dimension by itself, [D]; the prior must have `marginal_log_prob`."""
         z, _ = self._draw(num_samples)
-        return _mean(self.marginal_log_prob(z) - prior.marginal_log_prob(z).detach())
+        of_prior = require_shape("prior.marginal_log_prob(z)", prior.marginal_log_prob(z), z.shape)
+        return _mean(self.marginal_log_prob(z) - of_prior.detach())
 
     def _draw(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """(z [num_samples, D], log q(z | x_n) [num_samples]), n uniform."""

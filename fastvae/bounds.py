@@ -4,9 +4,9 @@ With w_s = p(x | z_s) [p(z_s) / q(z_s | x)]^beta of S draws z_s ~ q(z | x) = N(m
 
     ELBO = 1/S sum_s log w_s        IWAE = log 1/S sum_s w_s        ELBO <= IWAE <= log p(x), in expectation
 
-Each bound comes as a tensor whose *value* is the bound and whose *gradient* is the estimator: there is no surrogate
-that could be taken for it.  With v_s = w_s / sum w (or 1/S, for the ELBO) its gradient in the parameters of p(x, z) is
-sum_s v_s d log w_s, and in those of q it is one of
+:func:`elbo` and :func:`iwae` return a :class:`Bound`.  Its `objective` is a tensor whose *value* is the bound and whose
+*gradient* is the estimator: there is no surrogate that could be taken for it.  With v_s = w_s / sum w (or 1/S, for the
+ELBO) its gradient in the parameters of p(x, z) is sum_s v_s d log w_s, and in those of q it is one of
 
     plain   sum_s v_s (d log w_s / dz_s dz_s - beta d log q(z_s | x) at fixed z_s)
     stl     sum_s v_s  d log w_s / dz_s dz_s                                 sticking the landing
@@ -31,9 +31,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastvae import functional as F
+from fastvae.contracts import evaluate
 from fastvae.priors import Density
 
-BOUNDS = ("elbo", "iwae")
+DEFAULT_GRADIENTS = {"elbo": "plain", "iwae": "dreg"}
+BOUNDS = tuple(DEFAULT_GRADIENTS)
 GRADIENTS = ("plain", "stl", "dreg")
 
 
@@ -42,9 +44,11 @@ class Bound(NamedTuple):
 
     Attributes:
         objective: [B], nats, differentiable: the bound with the KL term weighed by beta; with beta = 1, the bound.
-        z: [S, B, D], the draws.
-        log_likelihood: [S, B], log p(x | z); the IWAE bound's has no gradient.
-        kl: [S, B], log q(z | x) - log p(z); likewise.
+            The estimator is its gradient alone.
+        z: [S, B, D], the draws, differentiable in mu and logvar as any reparameterised sample, whatever the estimator
+            is: another loss of z may be added to the objective.
+        log_likelihood: [S, B], log p(x | z), differentiable for the ELBO; for the IWAE bound a constant.
+        kl: [S, B], log q(z | x) - log p(z); likewise, for the ELBO with the gradient of its estimator.
     """
 
     objective: Tensor
@@ -70,25 +74,31 @@ def elbo(
     logvar: Tensor,
     num_samples: int = 1,
     *,
-    gradient: str = "plain",
+    gradient: str | None = None,
     beta: float = 1.0,
     chunk_size: int | None = None,
 ) -> Bound:
     """The evidence lower bound by S draws: E[log p(x | z) - beta (log q(z | x) - log p(z))].
 
     Args:
-        log_likelihood: z [s, B, D] -> log p(x | z) [s, B], each from its own z alone.
+        log_likelihood: z [s, B, D] -> log p(x | z) [s, B], each from its own z alone.  Under "dreg" the gradient in
+            this z is scaled; for another loss take z from the Bound.
         log_prior: z [s, B, D] -> log p(z) [s, B], likewise.
         mu, logvar: [B, D], q(z | x).
         num_samples: S.
-        gradient: "plain" or "stl" (which "dreg" would be here too).
+        gradient: "plain", which None means, or "stl" (which "dreg" would be here too).
         beta: weight of the KL term.
         chunk_size: draw so many samples at a time and compute their activations again in backward, so that memory
             does not grow with S; None keeps those of all S.
 
+    Returns:
+        A :class:`Bound`; its `objective` [B] is what to maximise.
+
     Raises:
-        ValueError: num_samples or chunk_size < 1, or there is no such estimator.
+        TypeError, ValueError: log_likelihood or log_prior does not return [s, B]; num_samples or chunk_size < 1; there
+            is no such estimator.
     """
+    gradient = gradient_for("elbo", gradient)
     if gradient == "dreg":
         raise ValueError("gradient='dreg' is for the IWAE bound; for the ELBO it is gradient='stl'")
     z, log_x, kl, _ = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
@@ -102,18 +112,19 @@ def iwae(
     logvar: Tensor,
     num_samples: int,
     *,
-    gradient: str = "dreg",
+    gradient: str | None = None,
     beta: float = 1.0,
     chunk_size: int | None = None,
 ) -> Bound:
     """The importance weighted bound: log 1/S sum_s p(x | z_s) [p(z_s) / q(z_s | x)]^beta.
 
     Args:
-        gradient: "dreg", "plain" or "stl"; the last is biased for S > 1.
+        gradient: "dreg", which None means, "plain" or "stl"; the last is biased for S > 1.
         beta: 0 ... 1, for warm-up; every estimator is that of the objective with this beta.
 
-        The others, Raises: as :func:`elbo`.
+        The others, Returns, Raises: as :func:`elbo`.
     """
+    gradient = gradient_for("iwae", gradient)
     z, log_x, kl, carrier = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
     log_w = log_x - beta * kl  # [S, B]
     objective = log_mean_exp(log_w)  # its gradient in log w_s is v_s
@@ -123,9 +134,14 @@ def iwae(
     return Bound(objective, z, log_x.detach(), kl.detach())
 
 
+def gradient_for(bound: str, gradient: str | None) -> str:
+    """The estimator's name, or that of the bound's default for None."""
+    return DEFAULT_GRADIENTS[bound] if gradient is None else gradient
+
+
 def log_mean_exp(log_weights: Tensor) -> Tensor:
     """log 1/S sum_s w_s, the IWAE bound of these weights: [S, ...] -> [...]."""
-    return torch.logsumexp(log_weights, 0) - math.log(len(log_weights))
+    return torch.logsumexp(log_weights, 0) - math.log(log_weights.shape[0])
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -145,7 +161,10 @@ def _draws(
     gradient: str,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z [S, B, D], log p(x | z), log q(z | x) - log p(z), carrier), the last three [S, B]; see :class:`_Scale`."""
+    """(z [S, B, D], log p(x | z), log q(z | x) - log p(z), carrier), the last three [S, B]; see :class:`_Scale`.
+
+    z is what was drawn, not what :class:`_Scale` made of it: the scale is for the objective's gradient alone.
+    """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
     if num_samples < 1:
@@ -155,10 +174,11 @@ def _draws(
 
     def some(mu: Tensor, logvar: Tensor, count: int) -> tuple[Tensor, ...]:
         z, log_q = F.gaussian_rsample(mu, logvar, count, path_derivative=gradient != "plain")
-        carrier = log_q.new_empty(0)
+        scaled, carrier = z, log_q.new_empty(0)
         if gradient == "dreg":
-            z, log_q, carrier = _Scale.apply(z, log_q)
-        return z, log_likelihood(z), log_q - log_prior(z), carrier
+            scaled, log_q, carrier = _Scale.apply(z, log_q)
+        log_x, log_p = evaluate("log_likelihood", log_likelihood, scaled), evaluate("log_prior", log_prior, scaled)
+        return z, log_x, log_q - log_p, carrier
 
     step = chunk_size or num_samples
     if step >= num_samples:

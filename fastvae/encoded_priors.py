@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvae import functional as F
-from fastvae.priors import Density, Mixture, equal_logits
+from fastvae.contracts import encode, is_readable, require_tensor
+from fastvae.priors import Density, Mixture, Prior, weight_logits
 
 
 class EncodedMixture(Mixture):
     """A mixture whose component k is q(z | u_k), which the encoder makes of an input u_k.
 
     The encoder is shared but not owned: `parameters()` and `state_dict()` of the prior do not hold it, so that the
-    VAE's hold it once.
+    VAE's hold it once.  Assigning `vae.encoder` (another encoder, or the same one wrapped) assigns `encoder` here too.
 
     With `refresh` below 1, a step of training (`kl` and `density` in training mode) encodes that share of the inputs,
     each in its turn of a random order, and takes the others as they were when last encoded, without a gradient.  No
@@ -36,10 +39,15 @@ class EncodedMixture(Mixture):
             raise ValueError(f"refresh must be above 0 and at most 1, the share of a step, not {refresh}")
         if neighbours < 0:
             raise ValueError(f"neighbours must be at least 0, not {neighbours}")
-        self.__dict__["encoder"] = encoder  # past nn.Module's registry: the VAE registers it
+        self.encoder = encoder
         self.chunk_size = chunk_size
         self.refresh = refresh
         self.neighbours = neighbours
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "encoder":
+            return super().__setattr__(name, value)
+        self.__dict__["encoder"] = value  # past nn.Module's registry: the VAE registers it
         self._forget()
 
     def train(self, mode: bool = True) -> EncodedMixture:
@@ -57,8 +65,7 @@ class EncodedMixture(Mixture):
 
     def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(mu [n, D], logvar [n, D]) of inputs [n, *input_shape]."""
-        mu, logvar = self.encoder(u)
-        return mu, logvar
+        return encode(self.encoder, u)
 
     def _encoded(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu [n, D], logvar [n, D]), in chunks whose activations are not kept but computed again in backward."""
@@ -125,8 +132,10 @@ class VampPrior(EncodedMixture):
             it: `parameters()` and `state_dict()` of the prior hold the pseudo-inputs (and weights) alone, so that
             the VAE's hold the encoder once.
         pseudo_inputs: [K, *input_shape], the tensor to start from: data, or noise.
-        value_range: (low, high), what the pseudo-inputs are clamped to wherever they are used.
-        learn_weights: make the weights w_k parameters; otherwise they are 1 / K.
+        value_range: (low, high), what the pseudo-inputs are clamped to wherever they are used: the range of the data.
+            What is clamped gets no gradient, so a warning says what share of `pseudo_inputs` starts outside.
+        learn_weights: make the weights w_k parameters too.
+        probs: [K], the weights to start from, as of :class:`fastvae.MixturePrior`; None means 1 / K each.
         chunk_size: encode this many pseudo-inputs at a time and recompute their activations in backward, so that
             memory does not grow with K; None encodes all at once.
         refresh, neighbours: the share of the components that a step of training encodes anew, and how many of those
@@ -144,11 +153,13 @@ class VampPrior(EncodedMixture):
         *,
         value_range: tuple[float, float] = (0.0, 1.0),
         learn_weights: bool = False,
+        probs: Tensor | None = None,
         chunk_size: int | None = None,
         refresh: float = 1.0,
         neighbours: int = 0,
     ) -> None:
         super().__init__(encoder, chunk_size, refresh, neighbours)
+        require_tensor("pseudo_inputs", pseudo_inputs)
         if pseudo_inputs.ndim < 2 or 0 in pseudo_inputs.shape or not pseudo_inputs.is_floating_point():
             raise ValueError(
                 "pseudo_inputs must be floating [K, *input_shape] with K >= 1, "
@@ -156,8 +167,9 @@ class VampPrior(EncodedMixture):
             )
         if not value_range[0] < value_range[1]:
             raise ValueError(f"value_range must be (low, high) with low < high, not {value_range}")
+        _warn_of_clamping(pseudo_inputs.detach(), value_range)
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
-        self.logits = equal_logits(pseudo_inputs, learn_weights)
+        self.logits = weight_logits(pseudo_inputs, probs, learn_weights)
         self.value_range = value_range
 
     def inputs(self) -> Tensor:
@@ -174,12 +186,27 @@ class VampPrior(EncodedMixture):
         return super()._encode(u.clamp(*self.value_range))
 
 
+def _warn_of_clamping(pseudo_inputs: Tensor, value_range: tuple[float, float]) -> None:
+    low, high = value_range
+    if not is_readable(pseudo_inputs):
+        return
+    outside = int(((pseudo_inputs < low) | (pseudo_inputs > high)).count_nonzero())
+    if outside:
+        lowest, highest = torch.stack(pseudo_inputs.aminmax()).tolist()
+        warnings.warn(
+            f"value_range is ({low}, {high}), but {outside / pseudo_inputs.numel():.2%} of the values in pseudo_inputs "
+            f"lie outside (they span {lowest:.4g} ... {highest:.4g}): these are clamped and get no gradient. "
+            "Give value_range the range of the data",
+            stacklevel=3,
+        )
+
+
 class ExemplarPrior(EncodedMixture):
     """p(z) = 1/N sum_n q(z | x_n) over a whole data set, or with one learned variance for all: N(z; mu(x_n), s^2 I).
 
     In training a point must not be its own exemplar, or the encoder may shrink q(z | x_n) to nothing at no cost.  So
     say which points a batch holds, `vae(x, index=index)`: each is left out for its own rows, and the others weigh
-    1 / (N - 1).  Without `index`, as in evaluation, all N count.
+    1 / (N - 1).  Without `index`, as in evaluation, all N count; a step of training without it warns, once.
 
     Args:
         encoder: x -> (mu, logvar), the very module that the VAE encodes with; shared, see :class:`EncodedMixture`.
@@ -209,6 +236,7 @@ class ExemplarPrior(EncodedMixture):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__(encoder, chunk_size, refresh, neighbours)
+        require_tensor("data", data)
         if data.ndim < 2 or 0 in data.shape[1:] or len(data) < 2 or not data.is_floating_point():
             raise ValueError(
                 f"data must be floating [N, *input_shape] with N >= 2, not {data.dtype} {list(data.shape)}"
@@ -220,6 +248,7 @@ class ExemplarPrior(EncodedMixture):
         self.register_buffer("data", data.detach(), persistent=False)
         self.logvar = nn.Parameter(data.new_zeros(())) if shared_variance else None
         self.subset = subset
+        self._warned = False
 
     def component_log_weights(self) -> Tensor:
         return self.data.new_full((len(self.data),), -math.log(len(self.data)))
@@ -233,18 +262,24 @@ class ExemplarPrior(EncodedMixture):
         # The others' weights become 1 / (K - 1), but for the rows whose own point is not among the components.
         K = len(mu)
         more = (own >= 0).to(mu.dtype) * math.log(K / (K - 1))  # [B]
-        return lambda z: F.mixture_log_prob(z, mu, logvar, exclude=own.expand(z.shape[:-1])) + more
+
+        def leave_one_out(z: Tensor) -> Tensor:
+            if z.shape[-2:-1] != own.shape:
+                raise ValueError(f"index must be [B] to match z [..., B, D] {list(z.shape)}, not {list(own.shape)}")
+            return F.mixture_log_prob(z, mu, logvar, exclude=own.expand(z.shape[:-1])) + more
+
+        return leave_one_out
 
     def kl(
         self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        z, log_q = F.gaussian_rsample(mu, logvar, num_samples)
-        return z, log_q - self.density(index, mu)(z)
+        return Prior.kl(self, mu, logvar, num_samples, index=index)  # Mixture's does not know `index`
 
     def _step(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(mu [K, D], logvar, own int64 [B]): the components of a step, and which of them each row is, or -1."""
         N = len(self.data)
-        if index is not None and (index.dtype != torch.int64 or index.ndim != 1):
+        self._warn_without(index)
+        if index is not None and (require_tensor("index", index).dtype != torch.int64 or index.ndim != 1):
             raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
         if index is not None and index.numel() and (int(index.min()) < -1 or int(index.max()) >= N):
             raise ValueError(f"index must be in -1 ... {N - 1} for N = {N}, -1 for what is not in the data")
@@ -257,6 +292,19 @@ class ExemplarPrior(EncodedMixture):
         place = chosen.new_full((N + 1,), -1)  # the last is for an index of -1
         place[chosen] = torch.arange(self.subset, device=chosen.device)
         return mu, logvar, place[index]
+
+    def _warn_without(self, index: Tensor | None) -> None:
+        if index is not None or self._warned or not (self.training and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling():
+            return
+        self._warned = True
+        warnings.warn(
+            "ExemplarPrior in training without `index`: each x may be its own exemplar, so the encoder may shrink "
+            "q(z | x) to nothing at no cost. Give the rows of `data` that x holds, vae(x, index=rows), with -1 for "
+            "what is not in `data`; evaluate in eval() mode or under torch.no_grad()",
+            stacklevel=2,
+        )
 
     def _inputs(self, index: Tensor | None) -> Tensor:
         return self.data if index is None else self.data[index]

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastvae import bounds
 from fastvae import functional as F
+from fastvae.contracts import encode, evaluate, require_methods, require_shape
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
 from fastvae.priors import Prior
 
@@ -19,15 +21,15 @@ _ROWS = 2_000  # z decoded at once by log_likelihood: activations that a cache h
 
 @dataclass
 class VAEOutput:
-    """What one pass gives, nats; the means over the S samples of each x.
+    """What one pass gives, nats; the means over the S samples of each x.  A pytree, for torch.func and torch.export.
 
     Attributes:
         loss: scalar, for backward: the ELBO's is -mean(reconstruction - beta kl).
-        bound: [B], the bound that was asked for, whatever beta the loss has.
-        reconstruction: [B], E_q[log p(x | z)].
-        kl: [B], KL(q(z | x) || p(z)), or its estimate.
-        z: [S, B, D].
-        mu, logvar: [B, D], the posterior.
+        bound: [B], the bound that was asked for, whatever beta the loss has; for "iwae" a constant to autograd.
+        reconstruction: [B], E_q[log p(x | z)]; for "iwae" a constant.
+        kl: [B], KL(q(z | x) || p(z)), or its estimate; for "iwae" a constant.
+        z: [S, B, D], differentiable as any reparameterised sample, whatever the loss's estimator is.
+        mu, logvar: [B, D], the posterior; differentiable.
         log_weights: [S, B], log p(x, z) / q(z | x), no gradient; None where the KL came in closed form.
     """
 
@@ -51,16 +53,25 @@ class VAEOutput:
         return None if self.log_weights is None else bounds.effective_sample_size(self.log_weights)
 
 
+torch.export.register_dataclass(VAEOutput, serialized_type_name="fastvae.VAEOutput")
+
+
 class VAE(nn.Module):
     """A variational autoencoder made of the modules you give it.
 
     Args:
         encoder: x [B, *x_shape] -> (mu [B, D], logvar [B, D]).
         decoder: z [N, D] -> the likelihood's parameters: a tensor [N, *x_shape], or a pair of them.
-        prior: a :class:`Prior`.  A VampPrior must have been given this same encoder.
-        likelihood: "bernoulli" (the decoder returns logits), "gaussian" ((mean, logvar), or a mean),
-            "discretized_logistic" ((mean, logscale), x on 256 levels in [0, 1)), or an object with the methods of
-            :class:`fastvae.likelihoods.Likelihood`.
+        prior: a :class:`fastvae.Prior`.  A VampPrior or ExemplarPrior must have been given this same encoder; it
+            follows when `vae.encoder` is assigned.
+        likelihood: "bernoulli" (x in [0, 1]; the decoder returns logits), "gaussian" ((mean, logvar), or a mean),
+            "discretized_logistic" ((mean, logscale); x on 256 levels in [0, 1]), or a :class:`fastvae.Likelihood`.
+
+    Raises:
+        TypeError: prior or likelihood lacks a method; in use: the encoder does not return (mu, logvar), the decoder
+            not what the likelihood takes.
+        ValueError: there is no such likelihood, or the prior has another encoder; in use: a shape is not as above.
+            Nothing is broadcast.
 
     Source: Kingma and Welling, Auto-encoding variational Bayes (ICLR 2014).
     """
@@ -69,16 +80,23 @@ class VAE(nn.Module):
         self, encoder: nn.Module, decoder: nn.Module, prior: Prior, likelihood: str | Likelihood = "bernoulli"
     ) -> None:
         super().__init__()
-        if getattr(prior, "encoder", encoder) is not encoder:
-            raise ValueError("the prior's encoder must be the VAE's encoder, the same object: it is trained once")
+        require_methods("prior", prior, _PRIOR_METHODS, "a fastvae.Prior, such as StandardNormalPrior(latent_dim)")
         if isinstance(likelihood, str):
             if likelihood not in LIKELIHOODS:
                 raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)} or an object, not {likelihood!r}")
             likelihood = LIKELIHOODS[likelihood]()
+        require_methods("likelihood", likelihood, ("log_prob", "mean", "sample"), "a fastvae.Likelihood")
         self.encoder = encoder
         self.decoder = decoder
         self.prior = prior
         self.likelihood = likelihood
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "prior":
+            _check_encoder(value, self.encoder)
+        super().__setattr__(name, value)
+        if name == "encoder" and hasattr(self, "prior") and hasattr(self.prior, "encoder"):
+            self.prior.encoder = value
 
     def forward(
         self,
@@ -88,7 +106,7 @@ class VAE(nn.Module):
         num_samples: int = 1,
         kl: str = "auto",
         bound: str = "elbo",
-        gradient: str = "plain",
+        gradient: str | None = None,
         chunk_size: int | None = None,
         index: Tensor | None = None,
     ) -> VAEOutput:
@@ -102,14 +120,16 @@ class VAE(nn.Module):
                 "auto", the former where the prior has it, else the latter.
             bound: "elbo", or "iwae", the importance weighted one, whose KL is always sampled.
             gradient: how the encoder's gradient is estimated: "plain", "stl" (sticking the landing) or, for iwae,
-                "dreg" (doubly reparameterised); see :mod:`fastvae.bounds`.  All but "plain" sample the KL.
+                "dreg" (doubly reparameterised); see :mod:`fastvae.bounds`.  All but "plain" sample the KL.  None is
+                "plain" for the ELBO, "dreg" for iwae.
             chunk_size: draw so many of the S samples at a time and recompute their activations in backward, so that
                 memory does not grow with S.
             index: int64 [B], which of the training points the x are; for an :class:`fastvae.ExemplarPrior`.
 
         Raises:
             ValueError: a name is none of these, or they do not go together, or kl is "analytic" for a prior that has
-                no closed form.
+                no closed form; a shape is not the one that :class:`VAE` documents.
+            TypeError: the encoder or the decoder returns something else than tensors.
         """
         if bound not in bounds.BOUNDS:
             raise ValueError(f"bound must be one of {', '.join(map(repr, bounds.BOUNDS))}, not {bound!r}")
@@ -117,9 +137,10 @@ class VAE(nn.Module):
             raise ValueError(f"kl must be 'auto', 'analytic' or 'sample', not {kl!r}")
         if kl == "analytic" and not self.prior.has_closed_form_kl:
             raise ValueError(f"kl='analytic': {type(self.prior).__name__} has no closed form, use 'sample' or 'auto'")
+        gradient = bounds.gradient_for(bound, gradient)
         if kl == "analytic" and (bound, gradient, chunk_size) != ("elbo", "plain", None):
             raise ValueError("kl='analytic' is for bound='elbo' with gradient='plain' and no chunk_size")
-        mu, logvar = self.encoder(x)
+        mu, logvar = self._posterior(x)
         if bound == "elbo" and gradient == "plain" and chunk_size is None and kl != "sample":
             z, divergence = self._kl(mu, logvar, num_samples, index)
             log_likelihood = self._log_likelihood_of(x, z)
@@ -138,7 +159,7 @@ class VAE(nn.Module):
         num_samples: int = 1,
         kl: str = "auto",
         *,
-        gradient: str = "plain",
+        gradient: str | None = None,
         chunk_size: int | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
@@ -153,7 +174,7 @@ class VAE(nn.Module):
         x: Tensor,
         num_samples: int,
         *,
-        gradient: str = "dreg",
+        gradient: str | None = None,
         chunk_size: int | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
@@ -164,7 +185,7 @@ class VAE(nn.Module):
 
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
-        mu, logvar = self.encoder(x)
+        mu, logvar = self._posterior(x)
         return self._drawn("iwae", x, mu, logvar, num_samples, gradient, 1.0, chunk_size, index).objective
 
     @torch.no_grad()
@@ -186,31 +207,43 @@ class VAE(nn.Module):
         return torch.cat([self._importance(part, num_samples, prior) for part in x.split(_ROWS // 10)])
 
     def _importance(self, x: Tensor, num_samples: int, prior: Prior) -> Tensor:
-        mu, logvar = self.encoder(x)
+        mu, logvar = self._posterior(x)
         step = max(1, _ROWS // max(1, len(x)))
         parts = []
         for start in range(0, num_samples, step):
             z, log_q = F.gaussian_rsample(mu, logvar, min(step, num_samples - start))
-            log_w = self._log_likelihood_of(x, z) + prior.log_prob(z) - log_q  # [S, B]
+            log_p = evaluate("the prior's log_prob", prior.log_prob, z)
+            log_w = self._log_likelihood_of(x, z) + log_p - log_q  # [S, B]
             parts.append(torch.logsumexp(log_w, 0))
         return torch.logsumexp(torch.stack(parts), 0) - math.log(num_samples)
 
     @torch.no_grad()
     def sample(self, n: int, *, mean: bool = False) -> Tensor:
         """n draws of x ~ p(x | z), z ~ p(z), or with mean=True of E[x | z]: [n, *x_shape]."""
-        output = self.decoder(self.prior.sample(n))
+        z = self.prior.sample(n)
+        if z.ndim != 2 or z.shape[0] != n:
+            raise ValueError(f"the prior's sample({n}) must be [{n}, D], not {list(z.shape)}")
+        output = self.decoder(z)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x | z] at the posterior's mean: [B, *x_shape]."""
-        mu, _ = self.encoder(x)
-        return self.likelihood.mean(self.decoder(mu))
+        mu, _ = self._posterior(x)
+        mean = self.likelihood.mean(self.decoder(mu))
+        return require_shape(f"the likelihood's mean for x {list(x.shape)}", mean, x.shape)
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu [B, D], logvar [B, D]) of x [B, *x_shape]."""
+        _check_encoder(self.prior, self.encoder)
+        return encode(self.encoder, x)
 
     def _kl(self, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """(z [S, B, D], KL [S, B]), in closed form where the prior has it."""
         known = {} if index is None else {"index": index}  # a prior of one's own need not take it
-        return self.prior.kl(mu, logvar, num_samples, **known)
+        z, divergence = self.prior.kl(mu, logvar, num_samples, **known)
+        shape = (num_samples, *mu.shape)
+        return require_shape("the prior's z", z, shape), require_shape("the prior's kl", divergence, shape[:-1])
 
     def _drawn(
         self,
@@ -219,7 +252,7 @@ class VAE(nn.Module):
         mu: Tensor,
         logvar: Tensor,
         num_samples: int,
-        gradient: str,
+        gradient: str | None,
         beta: float,
         chunk_size: int | None,
         index: Tensor | None,
@@ -239,12 +272,31 @@ class VAE(nn.Module):
 
     def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z), [S, B], of x [B, *x_shape] under z [S, B, D]."""
-        output: Any = self.decoder(z.flatten(0, 1))
-        lead = z.shape[:2]
-        if isinstance(output, tuple):
-            output = tuple(part.unflatten(0, lead) for part in output)
-        else:
-            output = output.unflatten(0, lead)
-        log_prob = self.likelihood.log_prob(output, x)  # [S, B, *x_shape]
+        S, B, _ = z.shape
+        rows = z.flatten(0, 1)  # [N, D]
+
+        def by_sample(part: Tensor) -> Tensor:
+            """[N, ...] -> [S, B, ...], in float32 at least: a density is not to be computed in half precision."""
+            if part.ndim == 0 or part.shape[0] != rows.shape[0]:
+                wanted = f"[{rows.shape[0]}, ...] for z {list(rows.shape)}"
+                raise ValueError(f"the decoder must return {wanted}, not {list(part.shape)}")
+            part = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
+            return part.unflatten(0, (S, B))
+
+        output = tree_map_only(Tensor, by_sample, self.decoder(rows))
+        log_prob = self.likelihood.log_prob(output, x)
+        shape = (S, B, *x.shape[1:])
+        log_prob = require_shape(f"the log_prob of {type(self.likelihood).__name__}", log_prob, shape)
         log_prob = log_prob if log_prob.dtype == torch.float64 else log_prob.float()
-        return log_prob.flatten(2).sum(-1)
+        return log_prob.reshape(S, B, math.prod(x.shape[1:])).sum(-1)
+
+
+_PRIOR_METHODS = ("log_prob", "sample", "kl", "density", "snapshot", "has_closed_form_kl")
+
+
+def _check_encoder(prior: Prior, encoder: nn.Module) -> None:
+    if getattr(prior, "encoder", encoder) is not encoder:
+        raise ValueError(
+            "the prior's encoder must be the VAE's encoder, the same object: assign `vae.encoder`, which the prior "
+            "follows, or make the prior with this encoder"
+        )

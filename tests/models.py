@@ -24,7 +24,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.rows.append(len(x))
-        h = torch.tanh(self.hidden(x.flatten(1)))
+        h = torch.tanh(self.hidden(x[..., None].flatten(1)))  # x of shape [B] too
         return self.mu(h), self.logvar(h)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -142,6 +143,105 @@ def test_what_is_reported_is_the_bound(gradient: str) -> None:
         assert not output.bound.requires_grad
     torch.manual_seed(2)
     assert torch.equal(known.model.iwae(known.x, S, gradient=gradient), output.bound)
+
+
+ESTIMATORS = [("elbo", "plain"), ("elbo", "stl"), ("iwae", "plain"), ("iwae", "stl"), ("iwae", "dreg")]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(("bound", "gradient"), ESTIMATORS)
+def test_another_loss_of_z(bound: str, gradient: str, chunk_size: int | None) -> None:
+    """d z / d(mu, logvar) is the reparameterised sample's, alone and beside the objective, whose gradient stays."""
+    known, S = Known(), 6
+    weight = torch.randn(S, 4, 3, dtype=torch.float64)
+    torch.manual_seed(3)
+    drawn, *leaves = known.repeated(bound, 4, S, gradient=gradient, chunk_size=chunk_size)
+    noise = drawn.z.detach() - leaves[0].detach()  # sigma eps
+    want = weight.sum(0), (0.5 * weight * noise).sum(0)
+    loss, objective = (weight * drawn.z).sum(), drawn.objective.sum()
+    alone = torch.autograd.grad(loss, leaves, retain_graph=True)
+    of_objective = torch.autograd.grad(objective, leaves, retain_graph=True)
+    together = torch.autograd.grad(objective + loss, leaves)
+    for got, both, other, exact in zip(alone, together, of_objective, want, strict=True):
+        assert torch.allclose(got, exact, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(both, other + exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(("bound", "gradient"), ESTIMATORS)
+def test_what_else_is_handed_out(bound: str, gradient: str, chunk_size: int | None) -> None:
+    """The ELBO's terms have their own gradients, recomputed here at the same z; the IWAE bound's are constants."""
+    known = Known()
+    torch.manual_seed(3)
+    drawn, mu, logvar = known.repeated(bound, 4, 6, gradient=gradient, chunk_size=chunk_size)
+    assert not drawn.log_weights.requires_grad and not drawn.effective_sample_size.requires_grad
+    if bound == "iwae":
+        assert not drawn.log_likelihood.requires_grad and not drawn.kl.requires_grad
+        return
+    eps = (drawn.z - mu).detach() * (-0.5 * logvar.detach()).exp()
+    z = mu + (0.5 * logvar).exp() * eps
+    q = (mu, logvar) if gradient == "plain" else (mu.detach(), logvar.detach())
+    kl = Independent(Normal(q[0], (0.5 * q[1]).exp()), 1).log_prob(z) - known.model.prior.log_prob(z)
+    log_likelihood = known.log_likelihood(known.x[:1].expand(4, -1), z)
+    for got, want in ((drawn.kl, kl), (drawn.log_likelihood, log_likelihood)):
+        weight = torch.randn_like(got)
+        gradients = (torch.autograd.grad((weight * v).sum(), (mu, logvar), retain_graph=True) for v in (got, want))
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(("bound", "gradient"), ESTIMATORS)
+def test_what_a_vae_hands_out(bound: str, gradient: str, chunk_size: int | None) -> None:
+    """z, mu and logvar have the encoder's whole gradient; for IWAE no other field but the loss has any."""
+    model, x = vae("vamp").double(), torch.rand(3, 6).double().round()
+    torch.manual_seed(3)
+    output = model(x, bound=bound, num_samples=5, gradient=gradient, chunk_size=chunk_size)
+    parameters = list(model.encoder.parameters())
+    mu, logvar = model.encoder(x)
+    z = mu + (0.5 * logvar).exp() * ((output.z - output.mu) * (-0.5 * output.logvar).exp()).detach()
+    for got, want in ((output.z, z), (output.mu, mu), (output.logvar, logvar)):
+        gradients = (
+            torch.autograd.grad(v.square().sum(), parameters, retain_graph=True, materialize_grads=True)
+            for v in (got, want)
+        )
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(*gradients, strict=True))
+    constants = {"log_weights", "effective_sample_size"}
+    constants |= {"bound", "reconstruction", "kl", "elbo"} if bound == "iwae" else set()
+    for name in ("loss", "bound", "reconstruction", "kl", "elbo", "log_weights", "effective_sample_size"):
+        assert getattr(output, name).requires_grad == (name not in constants), name
+
+
+def test_one_default_for_each_bound() -> None:
+    """Doubly reparameterised for IWAE, plain for the ELBO, however the bound is asked for."""
+    known = Known(n=4)
+
+    def gradients(gradient: str | None, ask: Callable[[str | None], Tensor]) -> Tensor:
+        torch.manual_seed(7)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(ask(gradient).sum(), [known.linear.W])])
+
+    model, x = known.model, known.x
+    asked: dict[str, list[Callable[[str | None], Tensor]]] = {
+        "dreg": [
+            lambda gradient: model(x, bound="iwae", num_samples=5, gradient=gradient).loss,
+            lambda gradient: model.iwae(x, 5, gradient=gradient),
+            lambda gradient: direct(bounds.iwae, gradient).objective,
+        ],
+        "plain": [
+            lambda gradient: model(x, num_samples=5, kl="sample", gradient=gradient).loss,
+            lambda gradient: model.elbo(x, 5, kl="sample", gradient=gradient),
+            lambda gradient: direct(bounds.elbo, gradient).objective,
+        ],
+    }
+
+    def direct(estimate: Callable[..., Bound], gradient: str | None) -> Bound:
+        log_likelihood = lambda z: known.log_likelihood(x, z)  # noqa: E731
+        return estimate(log_likelihood, model.prior.density(), *known.linear.encode(x), 5, gradient=gradient)
+
+    for default, ways in asked.items():
+        for ask in ways:
+            got = gradients(None, ask)
+            assert torch.equal(got, gradients(default, ask))
+            assert not torch.allclose(got, gradients("plain" if default == "dreg" else "stl", ask))
 
 
 @pytest.mark.parametrize("bound", ["elbo", "iwae"])

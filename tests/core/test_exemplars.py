@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -272,6 +273,40 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
     data = options.pop("data", torch.rand(N, 6))
     with pytest.raises(ValueError, match=message):
         ExemplarPrior(Encoder(), data, **options)
+
+
+def test_training_without_index_warns_once() -> None:
+    """In training with gradients, once for each prior; not in evaluation, nor where the index is given."""
+    encoder, data = Encoder(), torch.rand(N, 6)
+    model = VAE(encoder, Decoder(), ExemplarPrior(encoder, data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(data, index=torch.full((N,), -1))
+        model.log_likelihood(data, 3)
+        model.eval()(data)
+        with torch.no_grad():
+            model.train()(data)
+        model.prior.log_prob(torch.zeros(2, 3))
+        model.sample(2)
+    with pytest.warns(UserWarning, match="ExemplarPrior in training without `index`") as caught:
+        for arguments in ({}, {"bound": "iwae", "num_samples": 2}, {}):
+            model(data, **arguments)
+    assert len(caught) == 1
+    fresh = VAE(encoder, Decoder(), ExemplarPrior(encoder, data))
+    with pytest.warns(UserWarning, match="without `index`"):
+        fresh.iwae(data, 2)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_samples": 3}, {"bound": "iwae", "num_samples": 3}])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_an_index_of_the_wrong_length(arguments: dict[str, Any], count: int) -> None:
+    """Four rows and another number of indices, one among them, which would broadcast."""
+    encoder, data = Encoder(), torch.rand(N, 6)
+    model = VAE(encoder, Decoder(), ExemplarPrior(encoder, data))
+    with pytest.raises(ValueError, match=rf"index must be \[B\] to match z .*4, 3\], not \[{count}\]"):
+        model(data[:4], index=torch.arange(count), **arguments)
+    with pytest.raises(TypeError, match="index must be a tensor, not a list"):
+        model(data[:4], index=[0, 1, 2, 3], **arguments)
 
 
 @pytest.mark.parametrize("index", [torch.tensor([0, 7]), torch.tensor([-2, 0]), torch.tensor([0.0, 1.0])])

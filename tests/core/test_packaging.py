@@ -61,6 +61,7 @@ def test_the_archive_has_the_kernels(source: Path) -> None:
 def test_a_wheel_works_elsewhere(source: Path, tmp_path: Path) -> None:
     assert install(source, tmp_path).startswith("cpu (compiled kernels")
     assert "abi3" in next(tmp_path.glob("*.whl")).name
+    assert (source / "fastvae/py.typed").exists() and (tmp_path / "site/fastvae/py.typed").exists()
 
 
 def test_without_a_compiler(source: Path, tmp_path: Path) -> None:

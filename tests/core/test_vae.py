@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from fastvae import VAE, MixturePrior, StandardNormalPrior
 from fastvae.likelihoods import GaussianLikelihood
+from fastvae.vae import VAEOutput
 
 
 def standard() -> StandardNormalPrior:
@@ -220,6 +222,32 @@ def test_an_empty_batch() -> None:
         assert model.log_likelihood(torch.zeros(0, 6), 10).shape == (0,)
         assert model.reconstruct(torch.zeros(0, 6)).shape == (0, 6)
         assert model.sample(0).shape == (0, 6)
+
+
+@pytest.mark.parametrize("prior", ["standard", "vamp"])
+def test_the_output_is_a_pytree(prior: str, tmp_path: Path) -> None:
+    """tree_map, torch.func and an exported file give a VAEOutput back, with None where a field is None."""
+    model, x = vae(prior), torch.rand(4, 6).round()
+    output = model(x)
+    doubled = torch.utils._pytree.tree_map(lambda value: 2 * value, output)
+    assert isinstance(doubled, VAEOutput) and torch.equal(doubled.elbo, 2 * output.elbo)
+    assert (doubled.log_weights is None) == (prior == "standard")
+
+    def fields_of(logits: Tensor) -> VAEOutput:
+        return replace(output, loss=logits.sum(), z=logits[None])
+
+    mapped = torch.func.vmap(fields_of)(torch.ones(5, 2))
+    assert isinstance(mapped, VAEOutput) and mapped.z.shape == (5, 1, 2) and mapped.kl.shape == (5, 4)
+    _, inside = torch.func.grad(lambda z: (z.sum(), fields_of(z)), has_aux=True)(torch.ones(2))
+    assert isinstance(inside, VAEOutput)
+    for strict in (True, False):
+        exported = torch.export.export(model, (x,), strict=strict)
+        torch.export.save(exported, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()(x)
+        assert isinstance(loaded, VAEOutput)
+        assert [v if v is None else v.shape for v in vars(loaded).values()] == [
+            v if v is None else v.shape for v in vars(output).values()
+        ]
 
 
 @pytest.mark.parametrize("prior", ["standard", "vamp"])

@@ -1,0 +1,78 @@
+"""What encoders, decoders, priors and likelihoods must be and must return; the errors name the one that does not.
+
+Where shapes differ but broadcast, a computation runs and gives another number; so each result is checked where it
+comes in.  A check looks at shapes alone and costs nothing beside the call that it follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def require_tensor(what: str, value: object) -> Tensor:
+    """value, or a TypeError that names it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be a tensor, not {describe(value)}")
+    return value
+
+
+def require_shape(what: str, value: object, shape: Sequence[int]) -> Tensor:
+    """value, which must be a tensor of this shape: not one that broadcasts to it."""
+    tensor = require_tensor(what, value)
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{what} must be {list(shape)}, not {list(tensor.shape)}")
+    return tensor
+
+
+def require_methods(what: str, value: object, methods: Sequence[str], instead: str) -> None:
+    """TypeError unless value is an object, not a class, with these methods; instead: what to give."""
+    if isinstance(value, type):
+        raise TypeError(f"{what} must be {instead}, not the class {value.__name__} itself")
+    missing = [name for name in methods if not hasattr(value, name)]
+    if missing:
+        raise TypeError(f"{what} must be {instead}; {describe(value)} has no {', '.join(missing)}")
+
+
+def describe(value: object) -> str:
+    """A value in an error message: "a tensor [16, 8]", "a tuple of 3", "a list of 1", "a dict"."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r}" if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def encode(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mu [B, D], logvar [B, D]) of x [B, *x_shape].
+
+    Raises:
+        TypeError: the encoder does not return two tensors.
+        ValueError: these are not both [B, D].  A logvar that would broadcast counts too: [D] and [B] look alike.
+    """
+    output = encoder(x)
+    wanted = f"the encoder must return (mu, logvar), both [B, D]; for an input {list(x.shape)} it returned"
+    if not isinstance(output, tuple | list) or len(output) != 2 or not all(isinstance(o, Tensor) for o in output):
+        raise TypeError(f"{wanted} {describe(output)}")
+    mu, logvar = output
+    if mu.ndim != 2 or mu.shape[0] != x.shape[0] or mu.shape != logvar.shape:
+        raise ValueError(f"{wanted} mu {list(mu.shape)} and logvar {list(logvar.shape)}")
+    return mu, logvar
+
+
+def evaluate(what: str, density: Callable[[Tensor], Any], z: Tensor) -> Tensor:
+    """density(z), which must be [...] for z [..., D]; what: the density's name."""
+    return require_shape(f"{what} of z {list(z.shape)}", density(z), z.shape[:-1])
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: not while they are traced, and not where there are none."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, nn.Parameter)  # fake tensors are a subclass
+        and not tensor.is_meta
+        and not torch._C._are_functorch_transforms_active()
+    )
