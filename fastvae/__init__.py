@@ -3,9 +3,7 @@
 __version__ = "0.1.0"
 
 from fastvae import bounds, reference
-from fastvae.aggregated import AggregatedPosterior
 from fastvae.backends import info
-from fastvae.encoded_priors import ExemplarPrior, VampPrior
 from fastvae.functional import (
     gaussian_kl,
     gaussian_rsample,
@@ -15,7 +13,16 @@ from fastvae.functional import (
 )
 from fastvae.grouped import grouped_mixture_log_prob
 from fastvae.likelihoods import Likelihood
-from fastvae.priors import Mixture, MixturePrior, Prior, StandardNormalPrior, log_weights_of
+from fastvae.priors import (
+    AggregatedPosterior,
+    ExemplarPrior,
+    Mixture,
+    MixturePrior,
+    Prior,
+    StandardNormalPrior,
+    VampPrior,
+    log_weights_of,
+)
 from fastvae.vae import VAE
 
 __all__ = [

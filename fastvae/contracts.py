@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvae import _torch_compat
+
 
 def require_tensor(what: str, value: object) -> Tensor:
     """value, or a TypeError that names it."""
@@ -74,5 +76,5 @@ def is_readable(tensor: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter)  # fake tensors are a subclass
         and not tensor.is_meta
-        and not torch._C._are_functorch_transforms_active()
+        and not _torch_compat.in_functorch_transform()
     )

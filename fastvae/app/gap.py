@@ -7,9 +7,9 @@ from typing import TypedDict
 import torch
 
 from fastvae import AggregatedPosterior
-from fastvae.aggregated import Estimate
 from fastvae.app.randomness import Stream, reseed
 from fastvae.app.run_folder import TrainedRun
+from fastvae.priors import Estimate
 
 DRAWS = 10_000  # of z from q(z), for each estimate
 

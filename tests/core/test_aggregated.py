@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from fastvae import VAE, AggregatedPosterior, MixturePrior, StandardNormalPrior
-from fastvae.aggregated import Estimate
+from fastvae.priors import Estimate
 
 N = 20_000
 

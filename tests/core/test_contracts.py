@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from models import Decoder, Encoder
-from test_validation import raises
 from torch import Tensor, nn
 
 import fastvae
 from fastvae import VAE, AggregatedPosterior, ExemplarPrior, MixturePrior, StandardNormalPrior, VampPrior, bounds
+
+from .test_validation import raises
 
 IMAGES = torch.rand(16, 8, 8)
 

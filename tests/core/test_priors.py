@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastvae
 from fastvae import VAE, ExemplarPrior, Mixture, MixturePrior, StandardNormalPrior, VampPrior, log_weights_of
-from fastvae.priors import _draw_components
+from fastvae.priors.mixture import _draw_components
 
 
 def mixture_prior(K: int = 4, D: int = 2) -> MixturePrior:

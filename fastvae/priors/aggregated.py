@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastvae import functional as F
 from fastvae.contracts import encode, evaluate, require_shape
-from fastvae.priors import Mixture, Prior, expanded_logvar
+from fastvae.priors.base import Prior
+from fastvae.priors.mixture import Mixture, expanded_logvar
 
 
 class Estimate(NamedTuple):

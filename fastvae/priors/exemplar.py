@@ -1,0 +1,127 @@
+"""The prior whose components are the encoder's posteriors of a whole data set."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import functional as F
+from fastvae.contracts import require_tensor
+from fastvae.priors.base import Density, Prior
+from fastvae.priors.encoded import EncodedMixture
+
+
+class ExemplarPrior(EncodedMixture):
+    """p(z) = 1/N sum_n q(z | x_n) over a whole data set, or with one learned variance for all: N(z; mu(x_n), s^2 I).
+
+    In training a point must not be its own exemplar, or the encoder may shrink q(z | x_n) to nothing at no cost.  So
+    say which points a batch holds, `vae(x, index=index)`: each is left out for its own rows, and the others weigh
+    1 / (N - 1).  Without `index`, as in evaluation, all N count; a step of training without it warns, once.
+
+    Args:
+        encoder: x -> (mu, logvar), the very module that the VAE encodes with; shared, see :class:`EncodedMixture`.
+        data: [N, *input_shape], N >= 2.  Not copied, and not part of `state_dict()`.
+        shared_variance: one learned variance s^2 for all components and dimensions, in place of the encoder's.
+        subset: in each step of training take so many of the points at random, in place of all N.  The log of a
+            subset's mixture is lower in expectation than that of the whole, so that the bound stays a bound.
+        refresh, neighbours: the share of the exemplars that a step of training encodes anew, and how many of those
+            nearest to each row, see :class:`EncodedMixture`.  Not together with `subset`.
+        chunk_size: encode this many at a time, as in :class:`VampPrior`.
+
+    Source: Norouzi, Fleet and Norouzi, Exemplar VAE: linking generative models, nearest neighbor retrieval, and data
+    augmentation (NeurIPS 2020).
+    """
+
+    data: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        data: Tensor,
+        *,
+        shared_variance: bool = False,
+        subset: int | None = None,
+        refresh: float = 1.0,
+        neighbours: int = 0,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(encoder, chunk_size, refresh, neighbours)
+        require_tensor("data", data)
+        if data.ndim < 2 or 0 in data.shape[1:] or len(data) < 2 or not data.is_floating_point():
+            raise ValueError(
+                f"data must be floating [N, *input_shape] with N >= 2, not {data.dtype} {list(data.shape)}"
+            )
+        if subset is not None and not 2 <= subset <= len(data):
+            raise ValueError(f"subset must be 2 ... {len(data)}, the points in data, or None, not {subset}")
+        if subset is not None and refresh < 1:
+            raise ValueError("subset and refresh are two ways to save work in a step; give one of them")
+        self.register_buffer("data", data.detach(), persistent=False)
+        self.logvar = nn.Parameter(data.new_zeros(())) if shared_variance else None
+        self.subset = subset
+        self._warned = False
+
+    def component_log_weights(self) -> Tensor:
+        return self.data.new_full((len(self.data),), -math.log(len(self.data)))
+
+    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+        mu, logvar, own = self._step(index, near)
+        if self.logvar is not None:
+            logvar = self.logvar  # one for all, which the kernels need not read K times, and never an old one
+        if own is None:
+            return lambda z: F.mixture_log_prob(z, mu, logvar)
+        # The others' weights become 1 / (K - 1), but for the rows whose own point is not among the components.
+        K = len(mu)
+        more = (own >= 0).to(mu.dtype) * math.log(K / (K - 1))  # [B]
+
+        def leave_one_out(z: Tensor) -> Tensor:
+            if z.shape[-2:-1] != own.shape:
+                raise ValueError(f"index must be [B] to match z [..., B, D] {list(z.shape)}, not {list(own.shape)}")
+            return F.mixture_log_prob(z, mu, logvar, exclude=own.expand(z.shape[:-1])) + more
+
+        return leave_one_out
+
+    def kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return Prior.kl(self, mu, logvar, num_samples, index=index)  # Mixture's does not know `index`
+
+    def _step(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(mu [K, D], logvar, own int64 [B]): the components of a step, and which of them each row is, or -1."""
+        N = len(self.data)
+        self._warn_without(index)
+        if index is not None and (require_tensor("index", index).dtype != torch.int64 or index.ndim != 1):
+            raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
+        if index is not None and index.numel() and (int(index.min()) < -1 or int(index.max()) >= N):
+            raise ValueError(f"index must be in -1 ... {N - 1} for N = {N}, -1 for what is not in the data")
+        if self.subset is None or not self.training:
+            return (*self._refreshed(index, near), index)
+        chosen = torch.randperm(N, device=self.data.device)[: self.subset]
+        mu, logvar = self._encoded(chosen)
+        if index is None:
+            return mu, logvar, None
+        place = chosen.new_full((N + 1,), -1)  # the last is for an index of -1
+        place[chosen] = torch.arange(self.subset, device=chosen.device)
+        return mu, logvar, place[index]
+
+    def _warn_without(self, index: Tensor | None) -> None:
+        if index is not None or self._warned or not (self.training and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling():
+            return
+        self._warned = True
+        warnings.warn(
+            "ExemplarPrior in training without `index`: each x may be its own exemplar, so the encoder may shrink "
+            "q(z | x) to nothing at no cost. Give the rows of `data` that x holds, vae(x, index=rows), with -1 for "
+            "what is not in `data`; evaluate in eval() mode or under torch.no_grad()",
+            stacklevel=2,
+        )
+
+    def _inputs(self, index: Tensor | None) -> Tensor:
+        return self.data if index is None else self.data[index]
+
+    def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = super()._encode(u)
+        return mu, logvar if self.logvar is None else self.logvar.expand(mu.shape)

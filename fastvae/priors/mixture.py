@@ -1,0 +1,147 @@
+"""Priors that are mixtures of diagonal Gaussians: what they share, and the one whose components are parameters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import _checks
+from fastvae import functional as F
+from fastvae.contracts import is_readable, require_tensor
+from fastvae.priors.base import Density, Prior
+from fastvae.priors.weights import weight_logits
+
+
+class Mixture(Prior):
+    """A prior that is a mixture of K diagonal Gaussians.  A subclass defines `components`; the rest follows.
+
+    A subclass in which a few components, or the weights alone, cost less than all components also defines
+    `component_parameters` and `component_log_weights`, which `sample` is made of.
+
+    Example::
+
+        class UnitVariances(fastvae.Mixture):
+            def __init__(self, mu):
+                super().__init__()
+                self.mu = torch.nn.Parameter(mu)
+
+            def components(self):
+                K = len(self.mu)
+                return self.mu, self.mu.new_zeros(()), self.mu.new_full((K,), -math.log(K))
+    """
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(mu [K, D], logvar broadcastable to [K, D], log_weights [K]), differentiable; the weights sum to one.
+
+        A logvar of one dimension is [D], for all components alike, also where K = D; one for each component is
+        [K, 1].
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define components()")
+
+    def step_components(self, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The components for one step of training, where a subclass may save work; near as in :meth:`density`."""
+        return self.components()
+
+    def component_log_weights(self) -> Tensor:
+        """log w, [K]."""
+        return self.components()[2]
+
+    def component_parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu [n, D], logvar [n, D]) of these components alone; index int64 [n]."""
+        mu, logvar, _ = self.components()
+        return mu[index], logvar.expand(mu.shape)[index]
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return F.mixture_log_prob(z, *self.components())
+
+    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+        mu, logvar, log_weights = self.step_components(near)
+        return lambda z: F.mixture_log_prob(z, mu, logvar, log_weights)
+
+    def marginal_log_prob(self, z: Tensor) -> Tensor:
+        mu, logvar, log_weights = self.components()
+        if z.ndim == 0 or z.shape[-1] != mu.shape[1]:
+            raise ValueError(f"z must be [..., {mu.shape[1]}] to match mu {list(mu.shape)}, not {list(z.shape)}")
+        logvar = logvar.expand(mu.shape)
+        each = [
+            F.mixture_log_prob(z[..., d, None], mu[:, d, None], logvar[:, d, None], log_weights)
+            for d in range(z.shape[-1])
+        ]
+        return torch.stack(each, -1)
+
+    def kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return F.mixture_kl(mu, logvar, *self.step_components(mu), num_samples)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """n independent draws, [n, D]: a component by its weight, then that component alone, whatever K is."""
+        index = _draw_components(self.component_log_weights(), n)
+        z, _ = F.gaussian_rsample(*self.component_parameters(index))
+        return z
+
+    @torch.no_grad()
+    def snapshot(self) -> Prior:
+        mu, logvar, log_weights = self.components()
+        frozen = MixturePrior(mu, logvar)
+        frozen.logits.copy_(log_weights)
+        return frozen.requires_grad_(False)
+
+
+class MixturePrior(Mixture):
+    """A mixture of K diagonal Gaussians whose means, variances and weights are parameters.
+
+    Args:
+        mu: [K, D], the means to start from.
+        logvar: broadcastable to [K, D], the log variances to start from; None means 0.  One dimension is [D], for all
+            components alike, also where K = D; one log variance for each component is [K, 1].
+        learn_weights: make the weights parameters too.
+        probs: [K], the weights to start from; what they sum to does not matter.  None means equal weights.  A weight
+            of 0 stays 0: it is kept as a logit of -inf, whose gradient is 0.
+    """
+
+    logits: Tensor
+
+    def __init__(
+        self, mu: Tensor, logvar: Tensor | None = None, *, learn_weights: bool = True, probs: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        logvar = expanded_logvar(mu, logvar)
+        self.mu = nn.Parameter(mu.detach().clone())
+        self.logvar = nn.Parameter(logvar.detach().clone())
+        self.logits = weight_logits(mu, probs, learn_weights)
+
+    def components(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mu, self.logvar, torch.log_softmax(self.logits, 0)
+
+
+def expanded_logvar(mu: Tensor, logvar: Tensor | None, rows: str = "K") -> Tensor:
+    """logvar, 0 for None, as [K, D] like mu; errors for either.  rows: how many components there are, K or N."""
+    if require_tensor("mu", mu).ndim != 2 or 0 in mu.shape or not mu.is_floating_point():
+        raise ValueError(
+            f"mu must be floating [{rows}, D] with {rows} >= 1 and D >= 1, not {mu.dtype} {list(mu.shape)}"
+        )
+    logvar = mu.new_zeros(()) if logvar is None else require_tensor("logvar", logvar).to(mu)
+    return _checks.components(mu, logvar, None, mu.dtype)[1].expand(mu.shape)
+
+
+def _draw_components(log_weights: Tensor, n: int) -> Tensor:
+    """n indices, int64 [n], each k with probability w_k / sum w; log_weights [K].
+
+    By the inverse of the distribution function, in float64: torch.multinomial takes 2^24 weights and no more.
+    """
+    device = log_weights.device
+    if device.type == "mps":
+        log_weights = log_weights.cpu()  # where there is float64
+    log_weights = log_weights.double()
+    cumulative = torch.exp(log_weights - log_weights.max()).cumsum(0)
+    total = cumulative[-1]
+    if is_readable(total) and not 0 < float(total) < math.inf:
+        raise ValueError("the mixture's log weights must hold no NaN, and one at least above -inf, to draw from it")
+    u = total * torch.rand(n, dtype=torch.float64, device=log_weights.device)
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # a product may be rounded up to the total
+    # right: the first k with u < cumulative_k, which is never one of weight 0
+    return torch.searchsorted(cumulative, u, right=True).to(device)
