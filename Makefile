@@ -23,6 +23,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m tools.tables --check
 
 # on a quiet machine; FASTVAE_DATA names the folder with the latents of a trained model

@@ -1,8 +1,7 @@
 """Fused kernels for the latent side of a variational autoencoder, as autograd functions and as VampPrior layers."""
 
-__version__ = "0.1.0"
-
 from fastvae import bounds, reference
+from fastvae._version import __version__ as __version__
 from fastvae.backends import info
 from fastvae.functional import (
     gaussian_kl,

@@ -1,4 +1,4 @@
-"""The Triton kernels, installed as `fastvae.kernels`: imported only where `impl="triton"` runs them.
+"""The Triton kernels.  They know nothing of the library, which imports them where `impl="triton"` runs them.
 
-Where they can run is told by `fastvae.info()`; docs/triton-kernels.md says how they work.
+The package has one name, `fastvae.kernels`: where it is installed, and in a checkout by the link `fastvae/kernels`.
 """

@@ -9,6 +9,7 @@ import platform
 
 import torch
 
+from fastvae._version import __version__
 from fastvae.backends import native
 from fastvae.backends.registry import BACKENDS, choose
 
@@ -23,8 +24,6 @@ class Info(dict[str, str]):
 
 def info() -> Info:
     """What is built, which backend `impl=None` takes on which device, which backends there are, and the versions."""
-    from fastvae import __version__
-
     lines = {
         "fastvae": __version__,
         "torch": torch.__version__,

@@ -18,13 +18,10 @@ from fastvae.backends import from_parts
 from fastvae.backends.backend import Backend
 from fastvae.operators import SCHEMAS, Operators, define, library
 
-# fastvae.kernels where fastvae is installed; in a checkout that only stands on the path, kernels.
-_PACKAGE = "fastvae.kernels" if importlib.util.find_spec("fastvae.kernels") else "kernels"
-
 
 def load(module: str) -> ModuleType:
     """A module of the kernels."""
-    return importlib.import_module(f"{_PACKAGE}.{module}")
+    return importlib.import_module(f"fastvae.kernels.{module}")
 
 
 @_torch_compat.constant_in_graphs
