@@ -145,6 +145,26 @@ def test_results_beyond_the_caches(cpu_impl: str, D: int) -> None:
     assert torch.allclose(kl_dlogvar, 0.5 * torch.expm1(logvar), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_no_bit_depends_on_the_threads(dtype: torch.dtype) -> None:
+    mu, logvar = (v.requires_grad_() for v in posterior((700, 129), dtype))
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            z, log_q = sample(6, mu, logvar, 3, impl="cpu")
+            kl = fastvae.gaussian_kl(mu, logvar, impl="cpu")
+            loss = z.square().sum() + log_q.square().sum() + kl.square().sum()
+            results.append((z, log_q, kl, *torch.autograd.grad(loss, (mu, logvar))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert torch.equal(got, want)
+
+
 def test_gradients_asked_for(impl: str) -> None:
     """mu alone, logvar alone, and a logvar that is shared."""
     mu, logvar = posterior((7, 5))

@@ -95,9 +95,9 @@ def test_a_faint_component_may_be_a_steep_one(impl: str, dtype: torch.dtype) -> 
 
     Half of the components have sigma 1e3, half 1e-3, and z lies eight or more of the latter away from theirs.
     Their responsibility is below what one may neglect in log p, but r t / sigma is not below what one may
-    neglect in the score: it is up to half of it.
+    neglect in the score: it is up to half of it.  Each half is so many that they are in tiles of their own.
     """
-    K, M = 64, 16
+    K, M = 256, 16
     wide = torch.arange(K) < K // 2
     sigma = torch.where(wide, 1e3, 1e-3).to(dtype)
     mu = torch.where(wide, 0.0, 100.0).to(dtype)

@@ -14,6 +14,7 @@ import torch
 from budget import Case, Result, allowance, assert_within, difference, diffuse_case, hard_case, run
 from support.backend import use_backend
 from support.internals import NAMES, choose, interpreted, operators_of, triton_module
+from support.interpreter import patch_once
 from torch import Tensor
 
 import fastvae
@@ -154,8 +155,12 @@ def test_lower_precisions_at_the_edges_of_the_contract(precision: str) -> None:
 def test_the_tiles_that_users_get(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """Not the small ones: a shape that is cut by rows, components and dimensions."""
     monkeypatch.undo()
-    if not interpreted():
+    if interpreted():
+        monkeypatch.setenv("FASTVAE_TILES", "1")
+        patch_once(monkeypatch)
+    else:
         use_backend("triton", monkeypatch)
+    assert not triton_module("small").fits(130, 150, 67)  # which has no tiles
     case = diffuse_case(130, 150, 67)
     case = replace(case, log_weights=torch.log_softmax(torch.randn(150), 0))
     exact = case.to(torch.float64)

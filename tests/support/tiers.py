@@ -16,13 +16,8 @@ MARKS = {
     "slow": "builds wheels, or measures the memory of large problems",
 }
 
-# Fixtures whose parameter, or else whose entry here, names the backend.
-_BACKEND_OF = {
-    **dict.fromkeys(("impl", "cpu_impl", "each_impl", "emulated")),
-    "triton": "triton",
-    "small_triton": "triton-small",
-    "emulated_small": "cuda-emulated",
-}
+# A parameter names the backend, or one of these fixtures.
+_BACKEND_OF_FIXTURE = {"triton": "triton", "small_triton": "triton-small", "emulated_small": "cuda-emulated"}
 _MARK_OF_FOLDER = {"machine_code": "machine_code"}
 _MARK_OF_FILE = {"test_static_report": "machine_code", "test_packaging": "slow", "test_memory": "slow"}
 
@@ -32,11 +27,11 @@ def marks_of(item: pytest.Item) -> set[str]:
     if item.path.stem.endswith("_smoke"):
         return set()
     marks = {_MARK_OF_FOLDER.get(item.path.parent.name), _MARK_OF_FILE.get(item.path.stem)}
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    for fixture in set(item.fixturenames) & set(_BACKEND_OF):
-        backend = _BACKEND_OF[fixture] or str(parameters.get(fixture, ""))
-        if backend.startswith("triton"):
-            marks.add("triton")
-        if emulated(backend):
-            marks.add("emulated")
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    names = [p.removeprefix("fastvae-") for p in parameters if isinstance(p, str)]  # as benchmarks call them
+    names += [_BACKEND_OF_FIXTURE[f] for f in item.fixturenames if f in _BACKEND_OF_FIXTURE]
+    if any(name.startswith("triton") for name in names):
+        marks.add("triton")
+    if any(emulated(name) for name in names):
+        marks.add("emulated")
     return {mark for mark in marks if mark}
