@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from fastvae.app.errors import AppError
+from fastvae.app.user_errors import AppError
 
 EXTRAS = ("typer", "rich", "numpy", "sklearn", "scipy", "matplotlib")
 

@@ -16,18 +16,18 @@ from rich.table import Table
 
 import fastvae
 from fastvae.app import options
-from fastvae.app.atomic import write_json
 from fastvae.app.bench import bench
-from fastvae.app.compare import Row, judge, mean_and_spread
-from fastvae.app.config import PRIORS, bound_name, continued, make_config, read_config
-from fastvae.app.data import load
-from fastvae.app.errors import ConfigError
-from fastvae.app.evaluate import EvaluationPlan
-from fastvae.app.gap import Gap
-from fastvae.app.models import build
-from fastvae.app.pictures import draw_comparison, draw_samples
-from fastvae.app.progress import interruptible
-from fastvae.app.run_folder import GAP, RunFolder, load_run, versions
+from fastvae.app.data.named_sets import load
+from fastvae.app.data.whole_file import write_json
+from fastvae.app.run.comparison import Row, judge, mean_and_spread
+from fastvae.app.run.config import PRIORS, bound_name, continued, make_config, read_config
+from fastvae.app.run.evaluation import EvaluationPlan
+from fastvae.app.run.folder import GAP, RunFolder, load_run, versions
+from fastvae.app.run.gap import Gap
+from fastvae.app.run.networks import build
+from fastvae.app.show.pictures import draw_comparison, draw_samples
+from fastvae.app.show.progress import interruptible
+from fastvae.app.user_errors import ConfigError
 from fastvae.app.workflow import compare_priors, evaluate_run, train_run
 
 app = typer.Typer(

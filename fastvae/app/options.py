@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fastvae.app.config import FOR_DATA, TrainConfig
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import ConfigError
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.config import FOR_DATA, TrainConfig
+from fastvae.app.user_errors import ConfigError
 
 
 def _default(field: str) -> str:

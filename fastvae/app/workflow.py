@@ -11,16 +11,16 @@ from typing import Any
 
 from rich.console import Console
 
-from fastvae.app.atomic import write_json
-from fastvae.app.compare import Row
-from fastvae.app.config import TrainConfig, continued, read_config
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import ConfigError
-from fastvae.app.evaluate import Evaluation, EvaluationPlan, evaluate
-from fastvae.app.pictures import draw_gap, draw_run
-from fastvae.app.progress import counting_progress, training_progress
-from fastvae.app.run_folder import RunFolder, TrainedRun, load_run
-from fastvae.app.train import train
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.whole_file import write_json
+from fastvae.app.run.comparison import Row
+from fastvae.app.run.config import TrainConfig, continued, read_config
+from fastvae.app.run.evaluation import Evaluation, EvaluationPlan, evaluate
+from fastvae.app.run.folder import RunFolder, TrainedRun, load_run
+from fastvae.app.run.training import train
+from fastvae.app.show.pictures import draw_gap, draw_run
+from fastvae.app.show.progress import counting_progress, training_progress
+from fastvae.app.user_errors import ConfigError
 
 
 def train_run(

@@ -16,7 +16,7 @@ import torch
 from matplotlib.image import imread
 
 import fastvae
-from fastvae.app.run_folder import RunFolder, load_run
+from fastvae.app.run.folder import RunFolder, load_run
 
 from .conftest import TINY, Cli
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_rel
 
-from fastvae.app.compare import Row, judge
+from fastvae.app.run.comparison import Row, judge
 
 from .conftest import TINY, Cli
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from fastvae.app.latent_space import density_on_plane, principal_plane, spread_apart
-from fastvae.app.plots import GAP, grid_of_images, magnification
+from fastvae.app.show.figures import GAP, grid_of_images, magnification
+from fastvae.app.show.latent_space import density_on_plane, principal_plane, spread_apart
 
 
 def test_images_lie_row_by_row() -> None:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import VAE, ExemplarPrior, VampPrior
-from fastvae.app.atomic import whole_file
-from fastvae.app.config import TrainConfig, continued, make_config, option
-from fastvae.app.dataset import Dataset, Split
-from fastvae.app.errors import ConfigError, RunError
-from fastvae.app.models import build
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import Checkpoint, RunFolder, load_run
-from fastvae.app.train import Watchers, finished, measure, train
+from fastvae.app.data.dataset import Dataset, Split
+from fastvae.app.data.whole_file import whole_file
+from fastvae.app.run.config import TrainConfig, continued, make_config, option
+from fastvae.app.run.folder import Checkpoint, RunFolder, load_run
+from fastvae.app.run.networks import build
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.training import Watchers, finished, measure, train
+from fastvae.app.user_errors import ConfigError, RunError
 
 TINY = TrainConfig(components=6, latent=3, hidden=12, epochs=4, warmup=2, batch_size=32)
 
@@ -225,7 +225,7 @@ def test_training_leaves_each_images_own_exemplar_out(tmp_path: Path) -> None:
 
     data, seen = tiny_data(dynamic=False), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastvae.app.models.ExemplarPrior", Watched)
+        patch.setattr("fastvae.app.run.networks.ExemplarPrior", Watched)
         hook = nn.modules.module.register_module_forward_pre_hook(
             lambda module, inputs: seen.append(inputs[0]) if isinstance(module, VAE) and module.training else None
         )

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import fastvae
 from fastvae import VAE
-from fastvae.app.atomic import whole_file
-from fastvae.app.config import TrainConfig, read_config
-from fastvae.app.data import load
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import RunError
-from fastvae.app.models import build
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.named_sets import load
+from fastvae.app.data.whole_file import whole_file
+from fastvae.app.run.config import TrainConfig, read_config
+from fastvae.app.run.networks import build
+from fastvae.app.user_errors import RunError
 
 PICTURES = ("curves", "reconstructions", "samples", "pseudo_inputs", "latent_space")
 GAP = "prior_and_posterior"  # the picture that evaluation draws

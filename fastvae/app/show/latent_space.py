@@ -15,9 +15,9 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from fastvae import AggregatedPosterior, MixturePrior, VampPrior
-from fastvae.app.evaluate import posterior_means
-from fastvae.app.plots import INK, PALETTE
-from fastvae.app.run_folder import TrainedRun
+from fastvae.app.run.evaluation import posterior_means
+from fastvae.app.run.folder import TrainedRun
+from fastvae.app.show.figures import INK, PALETTE
 from fastvae.priors import Mixture, Prior
 
 SHADES = ("#efefef", "#e2e2e2", "#d2d2d2", "#bdbdbd")

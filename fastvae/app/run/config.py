@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastvae.app.atomic import write_json
-from fastvae.app.errors import ConfigError, RunError
+from fastvae.app.data.whole_file import write_json
+from fastvae.app.user_errors import ConfigError, RunError
 from fastvae.bounds import BOUNDS, GRADIENTS
 
 PRIORS = ("standard", "mixture", "vamp", "exemplar")

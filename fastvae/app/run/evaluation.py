@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastvae import VAE
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import ConfigError
-from fastvae.app.gap import Gap, measure_gap
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import TrainedRun
-from fastvae.app.train import VALIDATION_BATCH, measure, with_fixed_prior
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.folder import TrainedRun
+from fastvae.app.run.gap import Gap, measure_gap
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.training import VALIDATION_BATCH, measure, with_fixed_prior
+from fastvae.app.user_errors import ConfigError
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BOUND_SAMPLES = 10  # of z for each image, so that the bound's own noise does not show beside that over images

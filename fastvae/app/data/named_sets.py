@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvae.app.atomic import whole_file
-from fastvae.app.dataset import Dataset, binarise_held_out, cut, make_split
-from fastvae.app.errors import DataError
-from fastvae.app.files import read_amat, read_idx, read_npz
-from fastvae.app.own_npz import load_npz
+from fastvae.app.data.array_files import read_amat, read_idx, read_npz
+from fastvae.app.data.dataset import Dataset, binarise_held_out, cut, make_split
+from fastvae.app.data.own_npz import load_npz
+from fastvae.app.data.whole_file import whole_file
+from fastvae.app.user_errors import DataError
 
 
 def data_folder(data_dir: str | Path | None = None) -> Path:

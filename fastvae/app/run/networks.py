@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import VAE, ExemplarPrior, MixturePrior, StandardNormalPrior, VampPrior
-from fastvae.app.config import TrainConfig
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import ConfigError
-from fastvae.app.randomness import Stream, reseed
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.user_errors import ConfigError
 from fastvae.priors import Prior
 
 EXEMPLAR_CHUNK = 1000  # exemplars encoded at once: with all at once, activations would outgrow everything else

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvae.app.dataset import Dataset, Kind, Split, binarise_held_out, cut, make_split
-from fastvae.app.errors import DataError
-from fastvae.app.files import read_npz
+from fastvae.app.data.array_files import read_npz
+from fastvae.app.data.dataset import Dataset, Kind, Split, binarise_held_out, cut, make_split
+from fastvae.app.user_errors import DataError
 
 PARTS = ("train", "valid", "test")
 FEWEST = 10  # images in all; fewer cannot be cut into three sets that mean anything

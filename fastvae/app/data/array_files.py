@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvae.app.errors import DataError
+from fastvae.app.user_errors import DataError
 
 _DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
 

@@ -17,10 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fastvae.app.config import TrainConfig, bound_name
-from fastvae.app.dataset import Dataset
-from fastvae.app.run_folder import Epoch
-from fastvae.app.train import Watchers
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.config import TrainConfig, bound_name
+from fastvae.app.run.folder import Epoch
+from fastvae.app.run.training import Watchers
 
 
 @contextmanager

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.optim import Adam
 
 from fastvae import VAE
-from fastvae.app.atomic import write_json
-from fastvae.app.config import TrainConfig, write_config
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import RunError
-from fastvae.app.models import build
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import Checkpoint, Epoch, Measures, RunFolder, versions
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.whole_file import write_json
+from fastvae.app.run.config import TrainConfig, write_config
+from fastvae.app.run.folder import Checkpoint, Epoch, Measures, RunFolder, versions
+from fastvae.app.run.networks import build
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.user_errors import RunError
 from fastvae.vae import VAEOutput
 
 VALIDATION_BATCH = 1000  # images encoded at once

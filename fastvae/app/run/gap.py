@@ -8,8 +8,8 @@ import torch
 
 from fastvae import AggregatedPosterior
 from fastvae.aggregated import Estimate
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import TrainedRun
+from fastvae.app.run.folder import TrainedRun
+from fastvae.app.run.randomness import Stream, reseed
 
 DRAWS = 10_000  # of z from q(z), for each estimate
 

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from fastvae.app.atomic import whole_file
-from fastvae.app.dataset import Dataset
-from fastvae.app.run_folder import Epoch
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.whole_file import whole_file
+from fastvae.app.run.folder import Epoch
 
 # Paul Tol's "muted" scheme, which colour-blind readers can tell apart, and a grey for a tenth class.
 PALETTE = (
