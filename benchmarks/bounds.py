@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import fastvae
 from fastvae import VAE, ExemplarPrior, VampPrior
-from fastvae.app.atomic import write_json
-from fastvae.app.data import load
-from fastvae.app.dataset import Dataset
-from fastvae.app.models import BinaryDecoder, Encoder
-from fastvae.app.run_folder import versions
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.named_sets import load
+from fastvae.app.data.whole_file import write_json
+from fastvae.app.run.folder import versions
+from fastvae.app.run.networks import BinaryDecoder, Encoder
 
 HIDDEN, LATENT, BATCH, EPOCHS, WARMUP = 100, 16, 100, 100, 20
 
@@ -130,7 +130,7 @@ def _counter(total: list[int]) -> Any:
 
 _STEP = """
 import sys, torch, fastvae
-from fastvae.app.models import BinaryDecoder, Encoder
+from fastvae.app.run.networks import BinaryDecoder, Encoder
 
 K, chunk_size = int(sys.argv[1]), int(sys.argv[2]) or None
 encoder, decoder = Encoder(784, 300, 40), BinaryDecoder(784, 300, 40)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 SYNTHETIC = ("diffuse", "concentrated")
 LATENTS = "mnist_latents.npz"  # a trained VAE's posterior means and variances; see docs/benchmarking.md

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fastvae.app.plots import INK, PALETTE
+from fastvae.app.show.figures import INK, PALETTE
 
 from .ratios import OURS
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastvae.app.plots import INK, PALETTE, RULE, save_figure
+from fastvae.app.show.figures import INK, PALETTE, RULE, save_figure
 
 from .growth import ALONE, EVERYONE, ROOFLINE
 from .labels import OTHER, STYLES, label_points, label_right

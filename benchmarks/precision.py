@@ -18,8 +18,8 @@ from unittest.mock import patch
 import torch
 
 import fastvae
-from fastvae.app.atomic import write_json
-from fastvae.app.errors import AppError, ConfigError
+from fastvae.app.data.whole_file import write_json
+from fastvae.app.user_errors import AppError, ConfigError
 
 from . import words
 from .inputs import MixtureInputs, find_latents, from_file

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import fastvae
-from fastvae.app.atomic import write_json
-from fastvae.app.errors import ConfigError
+from fastvae.app.data.whole_file import write_json
+from fastvae.app.user_errors import ConfigError
 
 from .timing import Settings
 

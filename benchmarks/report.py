@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvae.app.atomic import whole_file
-from fastvae.app.errors import AppError
+from fastvae.app.data.whole_file import whole_file
+from fastvae.app.user_errors import AppError
 
 from . import plots, words
 from .ratios import (

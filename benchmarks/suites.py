@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 from . import gaussian, growth, inputs, train_step
 from .case import Case

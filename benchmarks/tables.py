@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fastvae.app.atomic import whole_file
-from fastvae.app.errors import AppError, ConfigError
+from fastvae.app.data.whole_file import whole_file
+from fastvae.app.user_errors import AppError, ConfigError
 
 from . import precision, words
 from .gpu import targets as gpu_targets

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import fastvae
-from fastvae.app.models import BinaryDecoder, Encoder
+from fastvae.app.run.networks import BinaryDecoder, Encoder
 
 from .case import Case, Contender, Errors, Prepared, WrongResultError
 from .gaussian import eager_rsample

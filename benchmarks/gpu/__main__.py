@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fastvae.app.atomic import whole_file, write_json
-from fastvae.app.errors import AppError, ConfigError
+from fastvae.app.data.whole_file import whole_file, write_json
+from fastvae.app.user_errors import AppError, ConfigError
 
 from .. import words
 from .stage import FAILED, OVERTIME, Context, Outcome, run

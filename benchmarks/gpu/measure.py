@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.app.atomic import whole_file, write_json
+from fastvae.app.data.whole_file import whole_file, write_json
 
 from ..inputs import diffuse
 from ..memory import extra_peak

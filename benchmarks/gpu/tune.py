@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 
 from fastvae import triton_kernels
-from fastvae.app.atomic import write_json
+from fastvae.app.data.whole_file import write_json
 
 from .. import words
 from ..inputs import diffuse

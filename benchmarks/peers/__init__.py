@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 from ..peer import Peer
 

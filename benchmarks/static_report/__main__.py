@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastvae.app.atomic import write_json
-from fastvae.app.errors import AppError
+from fastvae.app.data.whole_file import write_json
+from fastvae.app.user_errors import AppError
 
 from .report import describe, markdown
 

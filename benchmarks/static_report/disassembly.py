@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 from .kernel import Kernel
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 from .. import words
 from . import disassembly, limits

@@ -19,7 +19,7 @@ import fastvae
 from benchmarks.labels import apart
 from benchmarks.report import main as report
 from fastvae.app.bench import bench
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 ROOT = Path(fastvae.__file__).parents[1]
 PICTURES = ["cpu-accuracy.png", "cpu-growth.png", "cpu-memory.png", "cpu-roofline.png", "cpu-time.png"]

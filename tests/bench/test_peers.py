@@ -18,7 +18,7 @@ from benchmarks.mixture import BACKWARD, BACKWARD_Z, FORWARD, Verification, mixt
 from benchmarks.peers import all_peers, eager, load_peers
 from benchmarks.peers.ours import ISAS
 from fastvae import reference
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 from .conftest import TINY
 

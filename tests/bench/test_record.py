@@ -14,7 +14,7 @@ from benchmarks.case import Case, Contender, Prepared
 from benchmarks.record import open_record, read_record
 from benchmarks.run import run_cases
 from benchmarks.targets import MET, MISSED, NOT_MEASURED, REPORTED, judge
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 from .conftest import TINY
 

@@ -17,7 +17,7 @@ from benchmarks.mixture import BACKWARD, WORKS, mixture_case
 from benchmarks.peers import all_peers
 from benchmarks.suites import Plan
 from benchmarks.targets import TARGETS
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 from .conftest import TINY
 

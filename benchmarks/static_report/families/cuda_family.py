@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fastvae.app.errors import ConfigError
+from fastvae.app.user_errors import ConfigError
 
 from ... import words
 from .. import limits
