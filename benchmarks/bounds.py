@@ -23,8 +23,8 @@ from fastvae import VAE, ExemplarPrior, VampPrior
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.data.named_sets import load
 from fastvae.app.data.whole_file import write_json
-from fastvae.app.run.folder import versions
 from fastvae.app.run.networks import BinaryDecoder, Encoder
+from fastvae.app.run.trained import versions
 
 HIDDEN, LATENT, BATCH, EPOCHS, WARMUP = 100, 16, 100, 100, 20
 
