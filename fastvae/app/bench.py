@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastvae.app.show.progress import interruptible
+from fastvae.app.show.interruption import interruptible
 from fastvae.app.user_errors import ConfigError
 
 if TYPE_CHECKING:

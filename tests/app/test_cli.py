@@ -16,7 +16,9 @@ import torch
 from matplotlib.image import imread
 
 import fastvae
-from fastvae.app.run.folder import RunFolder, load_run
+from fastvae.app.run.checkpoint import read_checkpoint
+from fastvae.app.run.folder import RunFolder
+from fastvae.app.run.trained import load_run
 
 from .conftest import TINY, Cli
 
@@ -44,7 +46,7 @@ def test_train_evaluate_sample(cli: Cli, tmp_path: Path) -> None:
 
     code, text, error = cli("evaluate", out, "--samples", 20, "--limit", 30, "--device", "cpu")
     assert code == 0, error
-    evaluation = json.loads((out / "evaluation.json").read_text())
+    evaluation = json.loads((out / "evaluation-test-first-30.json").read_text())
     assert evaluation["images"] == 30 and evaluation["importance_samples"] == 20
     assert evaluation["elbo"] == pytest.approx(evaluation["reconstruction"] - evaluation["kl"])
     # The importance-weighted bound is the tighter one, and no model knows digits better than this.
@@ -108,7 +110,7 @@ def test_evaluation_repeats(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     values = []
     for _ in range(2):
         cli("evaluate", tmp_path, "--samples", 5, "--limit", 6)
-        values.append(json.loads((tmp_path / "evaluation.json").read_text())["log_likelihood"])
+        values.append(json.loads((tmp_path / "evaluation-test-first-6.json").read_text())["log_likelihood"])
     assert values[0] == values[1]
 
 
@@ -139,9 +141,9 @@ def test_resume_and_overwrite(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     code, _, error = cli("train", "--out", out, "--resume", "--hidden", 17)
     assert code == 1 and "--hidden is 17" in error and "16" in error
     code, _, error = cli("train", "--out", out, "--resume", "--epochs", 3)
-    assert code == 0 and RunFolder(out).load()["epoch"] == 3, error
+    assert code == 0 and read_checkpoint(RunFolder(out))["epoch"] == 3, error
     code, _, error = cli("train", "--data", tiny_npz, "--out", out, *TINY, "--overwrite", "--hidden", 17)
-    assert code == 0 and RunFolder(out).load()["epoch"] == 2, error
+    assert code == 0 and read_checkpoint(RunFolder(out))["epoch"] == 2, error
     code, _, error = cli("train", "--out", tmp_path / "none", "--resume")
     assert code == 1 and "holds no run" in error
 
@@ -149,7 +151,7 @@ def test_resume_and_overwrite(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
 def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     assert cli("train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY)[0] == 0
     assert cli("train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY, "--overwrite", "-k", 5000)[0] == 1
-    assert RunFolder(tmp_path / "run").load()["epoch"] == 2
+    assert read_checkpoint(RunFolder(tmp_path / "run"))["epoch"] == 2
 
 
 @pytest.mark.parametrize(
@@ -227,12 +229,12 @@ def test_ctrl_c_then_resume(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130, text
     assert "fastvae train --out parts --resume" in text and "Traceback" not in text
-    stopped_at = RunFolder(tmp_path / "parts").load()["epoch"]
-    assert 1 <= stopped_at < 150 and not list((tmp_path / "parts").glob(".*"))
+    stopped_at = read_checkpoint(RunFolder(tmp_path / "parts"))["epoch"]
+    assert 1 <= stopped_at < 150 and [path.name for path in (tmp_path / "parts").glob(".*")] == [".lock"]
 
     assert cli("train", "--out", tmp_path / "parts", "--resume")[0] == 0
     assert cli("train", "--out", tmp_path / "straight", *settings)[0] == 0
-    resumed, straight = (RunFolder(tmp_path / name).load() for name in ("parts", "straight"))
+    resumed, straight = (read_checkpoint(RunFolder(tmp_path / name)) for name in ("parts", "straight"))
     assert resumed["epoch"] == straight["epoch"] == 150
     for name, weight in straight["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name

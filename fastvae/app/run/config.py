@@ -2,86 +2,76 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from fastvae.app.data.whole_file import write_json
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails, from_json
+
+from fastvae.app.data.places import is_own_file
 from fastvae.app.user_errors import ConfigError, RunError
-from fastvae.bounds import BOUNDS, GRADIENTS
 
-PRIORS = ("standard", "mixture", "vamp", "exemplar")
-PSEUDO_INITS = ("data", "noise")
+PriorName = Literal["standard", "mixture", "vamp", "exemplar"]
+PseudoInit = Literal["data", "noise"]
+# The names of fastvae.bounds, said again because they are checked before PyTorch is imported.
+BoundName = Literal["elbo", "iwae"]
+GradientName = Literal["plain", "stl", "dreg"]
+
+PRIORS: tuple[str, ...] = get_args(PriorName)
+
+LARGEST = 2**31 - 1
+AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
+AtLeastZero = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class TrainConfig:
     """All that decides the result of a training run; kept as config.json in the run's folder.
 
     The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
     `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
-    `num_samples` draws and the estimator `gradient`, is what training maximises.
+    `num_samples` draws and the estimator `gradient`, is what training maximises. `data_sha256` is the fingerprint of
+    the images, by which they are known again when their file has moved.
     """
 
     data: str = "digits"
     data_dir: str | None = None
+    data_sha256: str | None = None
     binarize: bool = False
-    prior: str = "vamp"
-    components: int = 500
-    pseudo_init: str = "data"
+    prior: PriorName = "vamp"
+    components: AtLeastOne = 500
+    pseudo_init: PseudoInit = "data"
     learn_weights: bool = False
-    chunk_size: int | None = None
-    subset: int | None = None
-    refresh: float = 1.0
-    neighbours: int = 0
-    bound: str = "elbo"
-    num_samples: int = 1
-    gradient: str = "plain"
-    latent: int = 40
-    hidden: int = 300
-    epochs: int = 100
-    warmup: int = 20
-    patience: int = 20
-    batch_size: int = 100
-    learning_rate: float = 5e-4
-    seed: int = 0
+    chunk_size: AtLeastOne | None = None
+    subset: AtLeastOne | None = None
+    refresh: Annotated[float, Field(gt=0, le=1)] = 1.0
+    neighbours: AtLeastZero = 0
+    bound: BoundName = "elbo"
+    num_samples: AtLeastOne = 1
+    gradient: GradientName = "plain"
+    latent: AtLeastOne = 40
+    hidden: AtLeastOne = 300
+    epochs: AtLeastOne = 100
+    warmup: AtLeastZero = 20
+    patience: AtLeastOne = 20
+    batch_size: AtLeastOne = 100
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    seed: Annotated[int, Field(ge=0)] = 0
 
-    def __post_init__(self) -> None:
-        _one_of("prior", self.prior, PRIORS)
-        _one_of("pseudo_init", self.pseudo_init, PSEUDO_INITS)
-        _one_of("bound", self.bound, BOUNDS)
-        _one_of("gradient", self.gradient, GRADIENTS)
-        for name in (
-            "components",
-            "latent",
-            "hidden",
-            "epochs",
-            "patience",
-            "batch_size",
-            "num_samples",
-            "chunk_size",
-            "subset",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{option(name)} is {getattr(self, name)}; it should be 1 or more.")
-        for name in ("warmup", "seed", "neighbours"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{option(name)} is {getattr(self, name)}; it should be 0 or more.")
-        if not 0 < self.refresh <= 1:
-            raise ConfigError(f"--refresh is {self.refresh}; it should be above 0 and at most 1.")
+    @model_validator(mode="after")
+    def _fit_together(self) -> TrainConfig:
         if self.subset is not None and self.refresh < 1:
             raise ConfigError("--subset and --refresh are two ways to save work in a step; say one of them.")
         if self.bound == "elbo" and self.gradient == "dreg":
             raise ConfigError("--gradient dreg is for --bound iwae; for the ELBO it would be --gradient stl.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"--learning-rate is {self.learning_rate}; it should be above 0.")
         if self.warmup >= self.epochs:
             raise ConfigError(
                 f"--warmup is {self.warmup} of {self.epochs} epochs; the KL term would never count in full. "
                 "It should be below --epochs."
             )
+        return self
 
 
 def bound_name(config: TrainConfig) -> str:
@@ -92,11 +82,6 @@ def bound_name(config: TrainConfig) -> str:
 def option(field: str) -> str:
     """The command-line option that sets a field of TrainConfig."""
     return "--samples" if field == "num_samples" else "--" + field.replace("_", "-")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{option(name)} is {value!r}; it can be {', '.join(choices)}.")
 
 
 # Found by trying, judged on the validation set alone.
@@ -120,6 +105,9 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
 
     Entries of `given` that are None count as not given. A warm-up that was not given takes no more than a
     fifth of the epochs.
+
+    Raises:
+        ConfigError: a setting, or a combination of them, makes no sense; the message names the option.
     """
     named = {key: value for key, value in given.items() if value is not None}
     for_bound = FOR_BOUND.get(named.get("bound", TrainConfig.bound), {})
@@ -127,7 +115,7 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
     if "warmup" not in named:
         epochs = chosen.get("epochs", TrainConfig.epochs)
         chosen["warmup"] = min(chosen.get("warmup", TrainConfig.warmup), max(epochs, 0) // 5)
-    return TrainConfig(**chosen)
+    return _validated(chosen)
 
 
 def continued(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
@@ -138,29 +126,81 @@ def continued(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """
     changes = {key: value for key, value in given.items() if value is not None and value != getattr(saved, key)}
     for key, value in changes.items():
-        if key == "data_dir" or (key == "epochs" and value > saved.epochs):
+        moved = key == "data_dir" or (key == "data" and is_own_file(value) and is_own_file(saved.data))
+        first_known = key == "data_sha256" and saved.data_sha256 is None
+        if moved or first_known or (key == "epochs" and value > saved.epochs):
             continue
+        if key == "data_sha256":
+            raise other_data(given.get("data") or saved.data)
         more = " It can only be raised." if key == "epochs" else ""
         raise ConfigError(
             f"{option(key)} is {value}, but the run to be resumed was begun with {getattr(saved, key)}.{more}"
         )
-    return replace(saved, **changes)
+    return _validated(asdict(saved) | changes | {"data": moved_data(saved, given.get("data"), given.get("data_dir"))})
 
 
-def write_config(path: Path, config: TrainConfig) -> None:
-    """Write the settings as JSON."""
-    write_json(path, asdict(config))
+def moved_data(config: TrainConfig, data: str | None, data_dir: str | Path | None) -> str:
+    """Where a run's data are now: where `data` says, or its .npz file in `data_dir`, or where they were."""
+    if data is None and data_dir is not None and is_own_file(config.data):
+        return str(Path(data_dir).expanduser().absolute() / Path(config.data).name)
+    return data or config.data
+
+
+def other_data(data: str) -> ConfigError:
+    """The error that the data are not those of the run."""
+    return ConfigError(
+        f"--data is {data}, which does not hold the images that the run was begun with. Say --data with the place "
+        "where those are now, or begin a new run."
+    )
 
 
 def read_config(path: Path) -> TrainConfig:
-    """Read settings that `write_config` wrote."""
-    known = {field.name for field in fields(TrainConfig)}
+    """Read the settings of a run.
+
+    Raises:
+        RunError: there are none, or they are damaged; the message names the option that is wrong.
+    """
+    known, optional = {field.name for field in fields(TrainConfig)}, {"data_sha256"}
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or set(content) != known:
-            raise ValueError("its fields are not those of this version's runs")
-        return TrainConfig(**content)
-    except FileNotFoundError as error:
+        content = from_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it should hold an option's name and value a line, in braces")
+        if others := known - set(content) - optional | set(content) - known:
+            raise ValueError(
+                f"its settings are not those of this version's runs: {', '.join(sorted(others))} should "
+                f"{'be there' if others <= known else 'not be there'}"
+            )
+        return _validated(content)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{path.parent}: holds no run (there is no {path.name} in it).") from error
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path}: cannot be read ({error}).") from error
+    except (ValueError, OSError) as error:
+        reason = str(error).removesuffix(".")
+        raise RunError(f"{path}: cannot be read ({reason}). Put it right, or train the run anew.") from error
+
+
+def _validated(content: dict[str, Any]) -> TrainConfig:
+    try:
+        return TrainConfig(**content)
+    except ValidationError as error:
+        raise _in_words(error.errors()[0]) from None
+
+
+def _in_words(problem: ErrorDetails) -> ConfigError:
+    """What pydantic found first, as the message of a wrong option."""
+    context = problem.get("ctx", {})
+    if isinstance(context.get("error"), ConfigError):
+        return context["error"]
+    wanted = {
+        "greater_than_equal": "it should be {ge} or more",
+        "greater_than": "it should be above {gt:g}",
+        "less_than_equal": "it should be at most {le:,}",
+        "literal_error": "it can be {expected}",
+        "finite_number": "it should be a finite number",
+        "int_type": "it should be a whole number",
+        "float_type": "it should be a number",
+        "bool_type": "it should be true or false",
+        "string_type": "it should be text",
+    }.get(problem["type"], problem["msg"])
+    expected = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
+    words = wanted.format(**{**context, "expected": expected})
+    return ConfigError(f"{option(str(problem['loc'][0]))} is {problem['input']!r}; {words}.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on alone
 
 from fastvae import AggregatedPosterior
 from fastvae.aggregated import Estimate
-from fastvae.app.run.folder import TrainedRun
 from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.trained import TrainedRun
 
 DRAWS = 10_000  # of z from q(z), for each estimate
 

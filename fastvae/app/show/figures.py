@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.data.whole_file import whole_file
-from fastvae.app.run.folder import Epoch
+from fastvae.app.run.checkpoint import Epoch
 
 # Paul Tol's "muted" scheme, which colour-blind readers can tell apart, and a grey for a tenth class.
 PALETTE = (

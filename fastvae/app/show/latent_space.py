@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvae import AggregatedPosterior, MixturePrior, VampPrior
 from fastvae.app.run.evaluation import posterior_means
-from fastvae.app.run.folder import TrainedRun
+from fastvae.app.run.trained import TrainedRun
 from fastvae.app.show.figures import INK, PALETTE
 from fastvae.priors import Mixture, Prior
 

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from fastvae import VampPrior
 from fastvae.app.run.config import bound_name
-from fastvae.app.run.folder import GAP, PICTURES, TrainedRun
+from fastvae.app.run.folder import GAP, PICTURES
 from fastvae.app.run.gap import aggregated_posterior
 from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.trained import TrainedRun
 from fastvae.app.show.figures import draw_curves, draw_images, draw_pairs, save_figure
 from fastvae.app.show.latent_space import draw_densities, draw_latent_space
 
