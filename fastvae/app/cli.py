@@ -36,7 +36,7 @@ def main() -> None:
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     # PyTorch tells by words alone where the CPU's memory does not suffice, or where 64 bits do not for its size.
-    told = re.search(r"allocate|out of memory|storage size calculation", str(error), re.IGNORECASE)
+    told = re.search("allocate|out of memory|storage size calculation|empty_strided", str(error), re.IGNORECASE)
     return isinstance(error, MemoryError) or told is not None
 
 

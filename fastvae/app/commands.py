@@ -153,12 +153,12 @@ def sample_command(
     device: options.Device = "auto",
 ) -> None:
     """Draw images from the best model of a run: z from the prior, then the decoder's image of it."""
+    _check_run(run_dir, data, data_dir, device)
     path = out or RunFolder(run_dir).picture("samples")
     if not path.parent.is_dir():
         raise ConfigError(f"--out {path}: the folder {path.parent.absolute()} does not exist.")
     if path.is_dir():
         raise ConfigError(f"--out {path}: is a folder; name the PNG file to write.")
-    _check_run(run_dir, data, data_dir, device)
     with interruptible(console, lambda: "Nothing was written."):
         import_library()
         from fastvae.app.run.device import pick_device

@@ -224,7 +224,7 @@ SplitName = Annotated[str, typer.Option(help="The set to measure on: validation 
 def check_device(name: str) -> None:
     """Raise ConfigError if no device to train on has that name."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
-        raise ConfigError(f"--device {name}: is no device to train on; it can be auto, cpu, cuda, or cuda:1 and so on.")
+        raise ConfigError(f"--device is {name!r}; it can be auto, cpu, cuda, or cuda:1 and so on.")
 
 
 def given(context: typer.Context) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from fastvae.app.show.figures import GAP, grid_of_images, magnification
-from fastvae.app.show.latent_space import density_on_plane, principal_plane, spread_apart
+from fastvae.app.show.image_grid import GAP, grid_of_images, magnification
+from fastvae.app.show.latent_space import spread_apart
+from fastvae.app.show.plane import density_on_plane, principal_plane
 
 
 def test_images_lie_row_by_row() -> None:

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from fastvae import VampPrior
 from fastvae.app.run.config import bound_name
 from fastvae.app.run.folder import GAP, PICTURES
-from fastvae.app.run.gap import aggregated_posterior
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
-from fastvae.app.show.figures import draw_curves, draw_images, draw_pairs, save_figure
+from fastvae.app.show.curves import draw_curves
+from fastvae.app.show.figures import save_figure
+from fastvae.app.show.image_grid import columns_for, draw_images, draw_pairs
 from fastvae.app.show.latent_space import draw_densities, draw_latent_space
 
 PRIOR_NAMES = {
@@ -24,6 +25,8 @@ PRIOR_NAMES = {
     "vamp": "VampPrior",
     "exemplar": "exemplar prior",
 }
+
+TALLEST = 60  # inches of a picture, 9,000 pixels; the PNG writer takes 65,535 at most
 
 
 def draw_run(run: TrainedRun) -> list[Path]:
@@ -47,13 +50,13 @@ def draw_run(run: TrainedRun) -> list[Path]:
 
 def draw_samples(run: TrainedRun, path: Path, count: int, *, drawn: bool = False, seed: int = 0) -> None:
     """Write a picture of `count` samples: the mean image of each z, or with `drawn` its pixels drawn too."""
-    save_figure(_grid_figure(run, _sample(run, count, drawn, seed), f"{count} samples"), path)
+    save_figure(_grid_figure(run, _sample(run, count, drawn, seed), f"{count} samples, {_shown(drawn)}"), path)
 
 
 def draw_gap(run: TrainedRun) -> None:
     """Write the densities of prior and aggregated posterior, side by side on one plane, into the run's folder."""
     figure = Figure(figsize=(10.4, 6.2), layout="constrained")
-    draw_densities(figure.subplots(1, 2, sharex=True, sharey=True), run.vae.prior, aggregated_posterior(run))
+    draw_densities(figure.subplots(1, 2, sharex=True, sharey=True), run)
     figure.suptitle(_title(run, "prior and aggregated posterior of the training images"), fontsize=12)
     save_figure(figure, run.folder.picture(GAP))
 
@@ -64,8 +67,8 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
     grid = figure.subplots(2, len(runs), squeeze=False, height_ratios=[1, 1.25])
     for column, run in enumerate(runs):
         top, bottom = grid[:, column]
-        draw_images(top, _sample(run, 60, False, 0), run.dataset, columns=10)
-        top.set_title(f"{PRIOR_NAMES[run.config.prior]}: samples", fontsize=13)
+        draw_images(top, _sample(run, 60, False, 0), run.dataset, columns_for(60, run.dataset.image_shape, usual=10))
+        top.set_title(f"{PRIOR_NAMES[run.config.prior]}: samples,\n{_shown(False)}", fontsize=13)
         draw_latent_space(bottom, run)
         bottom.set_title("latent space", fontsize=13)
     figure.suptitle(runs[0].dataset.name, fontsize=15)
@@ -76,23 +79,28 @@ def _title(run: TrainedRun, what: str) -> str:
     return f"{run.dataset.name}, {PRIOR_NAMES[run.config.prior]}: {what}"
 
 
+def _shown(drawn: bool) -> str:
+    return "pixels drawn from p(x|z)" if drawn else "means of p(x|z)"
+
+
 def _sample(run: TrainedRun, count: int, drawn: bool, seed: int) -> torch.Tensor:
     reseed(seed, Stream.PICTURES)
     return run.vae.sample(count, mean=not drawn)
 
 
 def _grid_figure(run: TrainedRun, x: torch.Tensor, what: str) -> Figure:
-    columns = min(len(x), 10)
-    rows = ceil(len(x) / columns)
     height, width = run.dataset.image_shape
-    figure = Figure(figsize=(6.4, 0.6 + 6.2 * rows * height / (columns * width)), layout="constrained")
+    columns = columns_for(len(x), (height, width), usual=10)
+    rows = ceil(len(x) / columns)
+    inches = min(6.2 * rows * height / (columns * width), TALLEST)
+    figure = Figure(figsize=(6.4, 0.8 + inches), layout="constrained")
     draw_images(figure.subplots(), x, run.dataset, columns)
     figure.suptitle(_title(run, what), fontsize=12)
     return figure
 
 
 def _samples(run: TrainedRun) -> Figure:
-    return _grid_figure(run, _sample(run, 100, False, run.config.seed), "samples")
+    return _grid_figure(run, _sample(run, 100, False, run.config.seed), f"samples, {_shown(False)}")
 
 
 @torch.no_grad()
@@ -105,12 +113,13 @@ def _pseudo_inputs(run: TrainedRun) -> Figure:
 
 
 def _reconstructions(run: TrainedRun) -> Figure:
-    blocks, columns = 4, 12
+    height, width = run.dataset.image_shape
+    blocks, columns = 4, columns_for(48, (2 * height, width), usual=12)
     x = run.dataset.test.x[: blocks * columns].to(run.device)
     reconstructed = run.vae.reconstruct(x)
     blocks = ceil(len(x) / columns)
-    height, width = run.dataset.image_shape
-    figure = Figure(figsize=(8, 0.6 + blocks * (0.25 + 7 * 2 * height / (columns * width))), layout="constrained")
+    inches = min(7 * 2 * height / (columns * width), TALLEST / blocks)
+    figure = Figure(figsize=(8, 0.8 + blocks * (0.25 + inches)), layout="constrained")
     for axes, a, b in zip(
         figure.subplots(blocks, squeeze=False)[:, 0],
         x.split(columns),
@@ -118,7 +127,7 @@ def _reconstructions(run: TrainedRun) -> Figure:
         strict=True,
     ):
         draw_pairs(axes, a, b, run.dataset)
-    figure.suptitle(_title(run, "test images"), fontsize=12)
+    figure.suptitle(_title(run, f"test images and reconstructions, {_shown(False)}"), fontsize=12)
     return figure
 
 
