@@ -129,13 +129,13 @@ def evaluate_command(
         import_library()
         from fastvae.app.run.device import pick_device, use_threads
         from fastvae.app.run.trained import load_run
-        from fastvae.app.show.result_tables import evaluation_table, gap_table
+        from fastvae.app.show.result_tables import evaluation_table, gap_table, images_in_words
         from fastvae.app.workflow import evaluate_run
 
         run = load_run(run_dir, data_dir, data=data, device=pick_device(device))
         use_threads(threads, run.config, run.dataset)
         result = evaluate_run(console, run, plan)
-    title = f"{run.dataset.name}, {run.config.prior} prior: {result.images} {split} images"
+    title = f"{run.dataset.name}, {run.config.prior} prior: {images_in_words(result.images, split)}"
     console.print(evaluation_table(result, title))
     console.print(gap_table(result.gap))
     _name_files([run.folder.evaluation(plan.part(run.dataset)), run.folder.picture(GAP)])
@@ -212,7 +212,7 @@ def compare_command(
         import_library()
         from fastvae.app.data.named_sets import load
         from fastvae.app.run.device import pick_device, use_threads
-        from fastvae.app.show.result_tables import comparison_tables
+        from fastvae.app.show.result_tables import comparison_tables, images_in_words
         from fastvae.app.show.width import is_narrow
         from fastvae.app.workflow import compare_priors, keep_comparison
 
@@ -222,8 +222,8 @@ def compare_command(
         comparison = compare_priors(
             console, config, dataset, names, range(seeds), out, plan, device=device, overwrite=overwrite
         )
-        written = keep_comparison(comparison, config, plan, out)
-    title = f"{dataset.name}: {len(plan.images(dataset))} {split} images, nats per image, seeds: {seeds}"
+        written = keep_comparison(comparison, config, plan, plan.part(dataset), out)
+    title = f"{dataset.name}: {images_in_words(len(plan.images(dataset)), split)}, nats per image, seeds: {seeds}"
     for table in comparison_tables(comparison.rows, title, narrow=is_narrow(console)):
         console.print(table)
     _say(f"{comparison.verdict}")

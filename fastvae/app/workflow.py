@@ -97,7 +97,7 @@ def compare_priors(
             folder, label = _folder(out, prior, seed), f"{prior}, seed {seed}:"
             with locked(folder.path):
                 run = _trained(console, _with(config, prior, seed), dataset, folder, device, label)
-                evaluation = _earlier_evaluation(run, plan)
+                evaluation = earlier_evaluation(run, plan)
                 if evaluation is None:
                     evaluation = evaluate_run(console, run, plan, f"{label} evaluating")
             console.print(
@@ -122,8 +122,13 @@ def compare_priors(
     return Comparison(rows, shown, judge(rows))
 
 
-def keep_comparison(comparison: Comparison, config: TrainConfig, plan: EvaluationPlan, out: Path) -> list[Path]:
-    """Write compare.json and the picture of all priors into `out`; the files, with the pictures of the runs."""
+def keep_comparison(
+    comparison: Comparison, config: TrainConfig, plan: EvaluationPlan, part: str, out: Path
+) -> list[Path]:
+    """Write compare.json and the picture of all priors into `out`; the files, with the pictures of the runs.
+
+    Where `part` of the data was measured on (see `EvaluationPlan.part`), the JSON file is named after it.
+    """
     pictures = [out / "compare.png", *(path for run in comparison.shown for path in run.folder.pictures())]
     draw_comparison(comparison.shown, pictures[0])
     rows, verdict = comparison.rows, comparison.verdict
@@ -137,8 +142,9 @@ def keep_comparison(comparison: Comparison, config: TrainConfig, plan: Evaluatio
         "versions": versions(),
         "pictures": [str(path.relative_to(out)) for path in pictures],
     }
-    write_json(out / "compare.json", summary)
-    return [out / "compare.json", *pictures]
+    result = out / (f"compare-{part}.json" if part else "compare.json")
+    write_json(result, summary)
+    return [result, *pictures]
 
 
 def _folder(out: Path, prior: str, seed: int) -> RunFolder:
@@ -163,7 +169,7 @@ def _trained(
     return train_run(console, config, dataset, folder.path, resume=folder.holds_run(), device=device, label=label)
 
 
-def _earlier_evaluation(run: TrainedRun, plan: EvaluationPlan) -> Evaluation | None:
+def earlier_evaluation(run: TrainedRun, plan: EvaluationPlan) -> Evaluation | None:
     """The evaluation that is in the run's folder, if it is whole and of the same plan."""
     try:
         evaluation = _EVALUATION.validate_json(run.folder.evaluation(plan.part(run.dataset)).read_bytes())

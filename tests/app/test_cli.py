@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,10 +19,9 @@ from fastvae.app.run.checkpoint import read_checkpoint
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.trained import load_run
 
-from .conftest import TINY, Cli
+from .conftest import ENVIRONMENT, TINY, Cli
 
 PICTURES = ["curves.png", "latent_space.png", "pseudo_inputs.png", "reconstructions.png", "samples.png"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(fastvae.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 def check_picture(path: Path) -> None:
@@ -175,12 +173,21 @@ def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Pat
         (["train", "--subset", "9", "--refresh", "0.5"], "--subset and --refresh are two ways"),
         (["train", "--refresh", "0"], "--refresh is 0.0"),
         (["train", "--neighbours", "-2"], "--neighbours is -2"),
-        (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--device", "abacus"], "--device is 'abacus'"),
         (["train", "--binarize"], "--binarize is for .npz files"),
         (["train", "--resume", "--overwrite"], "contradict"),
         (["compare", "--priors", "vamp"], "--priors is 'vamp'"),
         (["compare", "--priors", "vamp,flow"], "standard, mixture, vamp"),
         (["compare", "--split", "training"], "--split is 'training'"),
+        (["train", "--device", "meta"], "--device is 'meta'; it can be auto, cpu, cuda"),
+        (["train", "--device", "cuda:999"], "--device cuda:999: is not here"),
+        (["train", "--hidden", "1000000000"], "Take smaller ones"),
+        (["train", "--prior", "mixture", "-k", "2000000000"], "Take smaller ones"),
+        (["compare", "--latent", "2000000000"], "Take smaller ones"),
+        (["train", "--hidden", "99999999999999999999"], "--hidden is 99999999999999999999; it should be at most"),
+        (["train", "--samples", "2000000000"], "there is not enough memory"),
+        (["train", "--threads", "1000000"], "--threads"),
+        (["compare", "--seeds", "1000000000"], "--seeds"),
     ],
 )
 def test_options_that_make_no_sense(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:

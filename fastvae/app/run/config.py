@@ -174,7 +174,7 @@ def read_config(path: Path) -> TrainConfig:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"{path.parent}: holds no run (there is no {path.name} in it).") from error
     except (ValueError, OSError) as error:
-        reason = str(error).removesuffix(".")
+        reason = getattr(error, "strerror", None) or str(error).removesuffix(".")
         raise RunError(f"{path}: cannot be read ({reason}). Put it right, or train the run anew.") from error
 
 

@@ -60,6 +60,7 @@ def _mark_off_scale(axes: Axes, epochs: Sequence[int], values: Sequence[float], 
     found = False
     for edge, marker, beyond in ((low, "v", [v < low for v in values]), (high, "^", [v > high for v in values])):
         at = [epoch for epoch, out in zip(epochs, beyond, strict=True) if out]
-        axes.plot(at, [edge] * len(at), color=colour, marker=marker, linestyle="", markersize=4, clip_on=False)
-        found |= bool(at)
+        if at:  # an empty line that may leave its axes has no size, and breaks the layout of the whole figure
+            axes.plot(at, [edge] * len(at), color=colour, marker=marker, linestyle="", markersize=4, clip_on=False)
+            found = True
     return found

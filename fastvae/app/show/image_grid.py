@@ -24,6 +24,12 @@ def columns_for(count: int, shape: tuple[int, int], usual: int) -> int:
     return min(max(1, usual), count)
 
 
+def grid_size(count: int, shape: tuple[int, int], columns: int) -> tuple[int, int]:
+    """Height and width of the picture that `grid_of_images` makes, in pixels."""
+    height, width = (side * magnification(shape) + GAP for side in shape)
+    return ceil(count / columns) * height + GAP, columns * width + GAP
+
+
 def grid_of_images(x: Tensor, shape: tuple[int, int], columns: int) -> np.ndarray:
     """Lay images x [N, height * width] out row by row as one picture, NaN between and after them.
 
@@ -31,8 +37,7 @@ def grid_of_images(x: Tensor, shape: tuple[int, int], columns: int) -> np.ndarra
     """
     images = x.cpu().numpy().reshape(-1, *shape).repeat(magnification(shape), 1).repeat(magnification(shape), 2)
     _, height, width = images.shape
-    rows = ceil(len(images) / columns)
-    canvas = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP), np.nan, np.float32)
+    canvas = np.full(grid_size(len(images), shape, columns), np.nan, np.float32)
     for i, image in enumerate(images):
         top, left = GAP + i // columns * (height + GAP), GAP + i % columns * (width + GAP)
         canvas[top : top + height, left : left + width] = image

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -61,18 +62,19 @@ def draw_latent_space(axes: Axes, run: TrainedRun) -> None:
     y = np.linspace(middle[1] - reach, middle[1] + top, GRID)
     density = density_on_plane(x, y, centres, plane.covariances(logvar), weights)
     axes.contourf(x, y, density, levels=[v * density.max() for v in (*LEVELS, 1.0)], colors=SHADES, zorder=0)
-    dots = "test images' posterior means" + (", by class" if _draw_points(axes, points, test.labels) else "")
-    handles: list[Artist] = [
-        Patch(color=SHADES[2], label="density of the prior"),
-        Line2D([], [], color=PALETTE[0], marker="o", linestyle="", markersize=4, label=dots),
-    ]
+    by_class = _draw_points(axes, points, test.labels)
+    dots = [Line2D([], [], color=c, marker="o", linestyle="", markersize=4) for c in PALETTE[: 3 if by_class else 1]]
+    handles: list[Any] = [Patch(color=SHADES[2]), tuple(dots)]
+    names = ["density of the prior", "test images' posterior means" + (", by class" if by_class else "")]
     if isinstance(prior, MixturePrior | VampPrior) and len(mu) < MOST_COMPONENTS:  # exemplars are points like these
         of_pseudo_inputs = isinstance(prior, VampPrior)
         label = f"posteriors of {len(mu)} pseudo-inputs" if of_pseudo_inputs else f"{len(mu)} components"
         size = 26 if len(mu) <= 100 else 10
         axes.scatter(centres[:, 0], centres[:, 1], s=size, marker="x", color=INK, linewidths=0.9, zorder=3)
-        handles.append(Line2D([], [], color=INK, marker="x", linestyle="", markersize=5, label=label))
-    axes.legend(handles=handles, loc="upper right", fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
+        handles.append(Line2D([], [], color=INK, marker="x", linestyle="", markersize=5))
+        names.append(label)
+    style = {"fontsize": 8.5, "framealpha": 0.9, "edgecolor": "none"}
+    axes.legend(handles, names, loc="upper right", handler_map={tuple: HandlerTuple(None)}, **style)
     _label(axes, plane)
 
 

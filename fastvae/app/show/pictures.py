@@ -16,7 +16,7 @@ from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
 from fastvae.app.show.curves import draw_curves
 from fastvae.app.show.figures import save_figure
-from fastvae.app.show.image_grid import columns_for, draw_images, draw_pairs
+from fastvae.app.show.image_grid import columns_for, draw_images, draw_pairs, grid_size
 from fastvae.app.show.latent_space import draw_densities, draw_latent_space
 
 PRIOR_NAMES = {
@@ -55,7 +55,7 @@ def draw_samples(run: TrainedRun, path: Path, count: int, *, drawn: bool = False
 
 def draw_gap(run: TrainedRun) -> None:
     """Write the densities of prior and aggregated posterior, side by side on one plane, into the run's folder."""
-    figure = Figure(figsize=(10.4, 6.2), layout="constrained")
+    figure = Figure(figsize=(10.4, 6.4), layout="constrained")
     draw_densities(figure.subplots(1, 2, sharex=True, sharey=True), run)
     figure.suptitle(_title(run, "prior and aggregated posterior of the training images"), fontsize=12)
     save_figure(figure, run.folder.picture(GAP))
@@ -76,7 +76,7 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
 
 
 def _title(run: TrainedRun, what: str) -> str:
-    return f"{run.dataset.name}, {PRIOR_NAMES[run.config.prior]}: {what}"
+    return f"{run.dataset.name}, {PRIOR_NAMES[run.config.prior]}\n{what}"
 
 
 def _shown(drawn: bool) -> str:
@@ -89,11 +89,9 @@ def _sample(run: TrainedRun, count: int, drawn: bool, seed: int) -> torch.Tensor
 
 
 def _grid_figure(run: TrainedRun, x: torch.Tensor, what: str) -> Figure:
-    height, width = run.dataset.image_shape
-    columns = columns_for(len(x), (height, width), usual=10)
-    rows = ceil(len(x) / columns)
-    inches = min(6.2 * rows * height / (columns * width), TALLEST)
-    figure = Figure(figsize=(6.4, 0.8 + inches), layout="constrained")
+    columns = columns_for(len(x), run.dataset.image_shape, usual=10)
+    height, width = grid_size(len(x), run.dataset.image_shape, columns)
+    figure = Figure(figsize=(6.4, 0.9 + min(6.2 * height / width, TALLEST)), layout="constrained")
     draw_images(figure.subplots(), x, run.dataset, columns)
     figure.suptitle(_title(run, what), fontsize=12)
     return figure
@@ -118,8 +116,9 @@ def _reconstructions(run: TrainedRun) -> Figure:
     x = run.dataset.test.x[: blocks * columns].to(run.device)
     reconstructed = run.vae.reconstruct(x)
     blocks = ceil(len(x) / columns)
-    inches = min(7 * 2 * height / (columns * width), TALLEST / blocks)
-    figure = Figure(figsize=(8, 0.8 + blocks * (0.25 + inches)), layout="constrained")
+    pair = grid_size(2, (height, width), 1)[0] / grid_size(1, (height, width), columns)[1]
+    inches = min(7 * pair, TALLEST / blocks)
+    figure = Figure(figsize=(8, 0.9 + blocks * (0.25 + inches)), layout="constrained")
     for axes, a, b in zip(
         figure.subplots(blocks, squeeze=False)[:, 0],
         x.split(columns),
@@ -132,7 +131,7 @@ def _reconstructions(run: TrainedRun) -> Figure:
 
 
 def _curves(run: TrainedRun) -> Figure:
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     bound = bound_name(run.config)
     draw_curves(figure, run.checkpoint["history"], bound, run.checkpoint["best_epoch"], run.config.warmup)
     figure.suptitle(_title(run, "training"), fontsize=12)
@@ -140,7 +139,7 @@ def _curves(run: TrainedRun) -> Figure:
 
 
 def _latent_space(run: TrainedRun) -> Figure:
-    figure = Figure(figsize=(6.8, 7.4), layout="constrained")
+    figure = Figure(figsize=(6.8, 7.6), layout="constrained")
     axes = figure.subplots()
     draw_latent_space(axes, run)
     axes.set_title(_title(run, "posterior means of the test images"), fontsize=12)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from fastvae.app.run.gap import Gap
 
 
+def images_in_words(count: int, split: str) -> str:
+    """So many images of a set."""
+    return f"{count} {split} image{'' if count == 1 else 's'}"
+
+
 def evaluation_table(result: Evaluation, title: str) -> Table:
     """What an evaluation measured on its images; "-" where one image does not tell."""
     table = Table(title=title)
@@ -24,10 +29,8 @@ def evaluation_table(result: Evaluation, title: str) -> Table:
     table.add_column(justify="right")
     error = "-" if result.standard_error is None else f"{result.standard_error:.2f}"
     active = "-" if result.active_units is None else str(result.active_units)
-    table.add_row(
-        f"log-likelihood ({result.importance_samples} importance samples)",
-        f"{result.log_likelihood:.2f} +- {error} (standard error)",
-    )
+    table.add_row(f"log-likelihood ({result.importance_samples} importance samples)", f"{result.log_likelihood:.2f}")
+    table.add_row("its standard error over images", error)
     table.add_row("ELBO", f"{result.elbo:.2f}")
     table.add_row("reconstruction term", f"{result.reconstruction:.2f}")
     table.add_row("KL term", f"{result.kl:.2f}")
