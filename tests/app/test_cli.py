@@ -103,6 +103,34 @@ def test_gap_of_a_standard_prior(cli: Cli, tmp_path: Path, tiny_npz: Path) -> No
     assert not (out / "prior_and_posterior.png").exists() and not (out / "evaluation.json").exists()
 
 
+def test_partial_evaluations_leave_the_full_one_alone(cli: Cli, run: Path) -> None:
+    """And one image tells neither a standard error nor which units are active."""
+    assert cli("evaluate", run, "-s", 3)[0] == 0
+    full = (run / "evaluation.json").read_bytes()
+    for options, name in (
+        (["--limit", 1], "evaluation-test-first-1.json"),
+        (["--limit", 7], "evaluation-test-first-7.json"),
+        (["--split", "validation"], "evaluation-validation.json"),
+        (["--split", "validation", "--limit", 2], "evaluation-validation-first-2.json"),
+    ):
+        code, text, error = cli("evaluate", run, "-s", 3, *options)
+        assert code == 0 and str(run / name) in text, error
+        assert (run / "evaluation.json").read_bytes() == full
+    one = json.loads((run / "evaluation-test-first-1.json").read_text())
+    assert one["images"] == 1 and one["standard_error"] is None and one["active_units"] is None
+    assert json.loads(full)["standard_error"] > 0
+    for limit in (8, 1000):  # all test images
+        assert cli("evaluate", run, "-s", 4, "--limit", limit)[0] == 0
+    assert json.loads((run / "evaluation.json").read_text())["importance_samples"] == 4
+    _, text, _ = cli("evaluate", run, "-s", 3, "--limit", 1)
+    assert "1 test image " in text
+    lines = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in text.splitlines() if "│" in line}
+    assert lines["its standard error over images"] == "-" and lines["active units"] == "- of 3"
+    # a run that goes on loses them all
+    assert cli("train", "--out", run, "--resume", "--epochs", 3)[0] == 0
+    assert not list(run.glob("evaluation*"))
+
+
 def test_evaluation_repeats(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     cli("train", "--data", tiny_npz, "--out", tmp_path, "--prior", "standard", *TINY)
     values = []
@@ -239,8 +267,9 @@ def test_ctrl_c_then_resume(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     stopped_at = read_checkpoint(RunFolder(tmp_path / "parts"))["epoch"]
     assert 1 <= stopped_at < 150 and [path.name for path in (tmp_path / "parts").glob(".*")] == [".lock"]
 
-    assert cli("train", "--out", tmp_path / "parts", "--resume")[0] == 0
-    assert cli("train", "--out", tmp_path / "straight", *settings)[0] == 0
+    for command in (["--out", tmp_path / "parts", "--resume"], ["--out", tmp_path / "straight", *settings]):
+        code, _, error = cli("train", *command)
+        assert code == 0, error
     resumed, straight = (read_checkpoint(RunFolder(tmp_path / name)) for name in ("parts", "straight"))
     assert resumed["epoch"] == straight["epoch"] == 150
     for name, weight in straight["model"].items():

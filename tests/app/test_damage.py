@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvae.app.data.whole_file import whole_file, write_json
+from fastvae.app.data.whole_file import whole_file, whole_files, write_json
 from fastvae.app.run.checkpoint import read_checkpoint
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import RunFolder
@@ -24,7 +24,8 @@ from .conftest import TINY, Cli
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All files but the lock, which stays once there was one."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def refused(cli: Cli, *command: object) -> str:
@@ -163,7 +164,7 @@ def test_a_full_disk_at_the_start_leaves_nothing(
     cli: Cli, tmp_path: Path, tiny_npz: Path, full_disk: Callable[..., None], name: str
 ) -> None:
     full_disk(name)
-    assert f"{name}: {FULL}" in refused(cli, "train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY)
+    assert FULL in refused(cli, "train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.npz"]
 
 
@@ -174,8 +175,9 @@ def test_a_full_disk_costs_no_old_run(
     before = contents(run)
     full_disk(name)
     again = ["train", "--data", tiny_npz, "--out", run, *TINY, "--hidden", 17, "--overwrite"]
-    assert f"{name}: {FULL}" in refused(cli, *again)
-    assert f"{name}: {FULL}" in refused(cli, "train", "--out", run, "--resume", "--epochs", 3)
+    for command in (again, ["train", "--out", run, "--resume", "--epochs", 3]):
+        error = refused(cli, *command)
+        assert FULL in error and str(run / name) in error
     assert contents(run) == before
 
 
@@ -202,6 +204,27 @@ def test_torchs_own_error_of_a_full_disk_is_told(tmp_path: Path, monkeypatch: py
     with pytest.raises(FileError, match="No space left on device"), whole_file(tmp_path / "checkpoint.pt") as file:
         torch.save({"a": torch.zeros(numbers)}, file)
     assert real is os.open and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_ctrl_c_between_files_that_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Settings without their checkpoint, or a checkpoint without its settings, would be no run."""
+    paths, real, calls = [tmp_path / "config.json", tmp_path / "checkpoint.pt"], os.replace, []
+    (tmp_path / "results.json").touch()
+
+    def replace(part: Path, path: Path) -> None:
+        if len(calls) == after:
+            calls.append(path)
+            raise KeyboardInterrupt
+        calls.append(path)
+        real(part, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), whole_files(*paths, outdated=[tmp_path / "results.json"]) as files:
+        for file in files:
+            file.write(b"new")
+    assert [path.read_bytes() for path in paths] == [b"new", b"new"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_other_errors_while_writing_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_data_that_are_not_those_of_the_run(
 ) -> None:
     run, now = moved
     rewrite(change)(now)
-    before = {path: path.read_bytes() for path in run.iterdir()}
+    before = {path: path.read_bytes() for path in run.iterdir()} | {run / ".lock": b""}
     for command in commands(run):
         code, _, error = cli(*command, "--data", now)
         assert code == 1 and str(now) in error and "does not hold the images that the run was begun with" in error

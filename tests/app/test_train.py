@@ -7,17 +7,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvae import VAE, ExemplarPrior, VampPrior
+from fastvae import VAE, ExemplarPrior, VampPrior, bounds
 from fastvae.app.data.dataset import Dataset, Split
 from fastvae.app.data.whole_file import whole_file
 from fastvae.app.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from fastvae.app.run.config import TrainConfig, continued, make_config, option
+from fastvae.app.run.config import BoundName, GradientName, TrainConfig, continued, make_config, option
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.networks import build
 from fastvae.app.run.randomness import Stream, reseed
@@ -263,6 +263,24 @@ def test_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     train(TINY, tiny_data(), tmp_path)
     with pytest.raises(RunError, match=r"holds a run already; say --resume .* or --overwrite"):
         train(TINY, tiny_data(), tmp_path)
+
+
+def test_the_settings_have_the_librarys_names() -> None:
+    """They are written twice, because the command line checks them before it imports the library."""
+    assert get_args(BoundName) == bounds.BOUNDS and get_args(GradientName) == bounds.GRADIENTS
+
+
+def test_what_takes_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told from a lower bound, so that nothing that could be trained is refused."""
+    config, data = replace(TINY, prior="standard", hidden=50), tiny_data()
+    weights = sum(parameter.numel() for parameter in build(config, data).parameters())
+    monkeypatch.setattr("fastvae.app.run.networks.physical_memory", lambda: 5 * 4 * weights)
+    build(config, data)
+    monkeypatch.setattr("fastvae.app.run.networks.physical_memory", lambda: int(5 * 4 * 0.9 * weights))
+    with pytest.raises(ConfigError, match=r"--hidden 50, --latent 3 and --components 6 make .* weights"):
+        build(config, data)
+    monkeypatch.setattr("fastvae.app.run.networks.physical_memory", lambda: None)
+    build(config, data)
 
 
 @pytest.mark.parametrize("field", ["prior", "components", "latent", "learning_rate", "seed", "data"])

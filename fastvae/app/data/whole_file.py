@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,28 +21,50 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         FileError: the file cannot be written; the message says why, for example that the disk is full.
     """
+    with whole_files(path) as (file,):
+        yield file
+
+
+@contextmanager
+def whole_files(*paths: Path, outdated: Sequence[Path] = ()) -> Iterator[list[BinaryIO]]:
+    """Open binary files that belong together, as `whole_file` does one: all of them appear, in this order, or none.
+
+    The `outdated` files, which tell of what stood there before, are deleted once the new ones are there.
+    """
     # The same folder, because os.replace is atomic only within one file system.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    parts = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in paths]
     try:
-        with open(part, "wb") as file:
-            yield file
-            sync(file)
-        os.replace(part, path)
+        with ExitStack() as stack:
+            files: list[BinaryIO] = [stack.enter_context(open(part, "wb")) for part in parts]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        try:
+            _replace(parts, paths, outdated)
+        except KeyboardInterrupt:  # between two of these files
+            _replace(parts, paths, outdated)
+            raise
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
         # torch.save turns an OSError of the file into a RuntimeError of its own.
         reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(error, OSError | RuntimeError) and isinstance(reason, OSError):
+            names = " and ".join(map(str, paths))
             raise FileError(
-                f"{path}: cannot be written ({reason.strerror or reason}); what was there before is kept."
+                f"{names}: cannot be written ({reason.strerror}); what was there before is kept."
             ) from error
         raise
 
 
-def sync(file: BinaryIO) -> None:
-    """Wait until what was written to a file is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def _replace(parts: Sequence[Path], paths: Sequence[Path], outdated: Sequence[Path]) -> None:
+    """Put all that has not been put in its place yet, and delete what is outdated."""
+    for part, path in zip(parts, paths, strict=True):
+        if part.exists():
+            os.replace(part, path)
+    for path in outdated:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

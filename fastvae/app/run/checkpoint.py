@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on alone
 
 from fastvae import VAE
-from fastvae.app.data.whole_file import as_json, sync, whole_file
+from fastvae.app.data.whole_file import as_json, whole_file, whole_files
 from fastvae.app.run.config import TrainConfig
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.user_errors import RunError
@@ -63,11 +63,14 @@ _CHECKPOINT = TypeAdapter(Checkpoint)
 
 
 def write_first_checkpoint(folder: RunFolder, config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Write settings and checkpoint of a run that begins or goes on: both, or where one cannot be written, neither."""
-    with whole_file(folder.config) as file:
-        file.write(as_json(asdict(config)))
-        sync(file)
-        write_checkpoint(folder, checkpoint)
+    """Write settings and checkpoint of a run that begins or goes on: both, or where one cannot be written, neither.
+
+    What was measured on an earlier model is deleted.
+    """
+    # The settings appear first: without a checkpoint they are no run yet, and an earlier checkpoint of theirs fits them.
+    with whole_files(folder.config, folder.checkpoint, outdated=folder.of_the_model()) as (settings, state):
+        settings.write(as_json(asdict(config)))
+        torch.save(checkpoint, state)
 
 
 def write_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:

@@ -59,17 +59,15 @@ class RunFolder:
                 f"{self.path}: holds a run already; say --resume to go on with it or --overwrite to replace it."
             )
 
+    def of_the_model(self) -> list[Path]:
+        """The files that are there and tell of the checkpoint's model: outdated once it is trained further."""
+        return [*(path for path in (self.results,) if path.exists()), *self.evaluations(), *self.pictures()]
+
     def files(self) -> list[Path]:
         """The files of a run that are there."""
-        files = (self.config, self.checkpoint, self.results)
-        return [*(path for path in files if path.exists()), *self.evaluations(), *self.pictures()]
+        return [*(path for path in (self.config, self.checkpoint) if path.exists()), *self.of_the_model()]
 
     def clear(self) -> None:
         """Delete the files of a run, and no others."""
         for file in self.files():
             file.unlink()
-
-    def clear_results(self) -> None:
-        """Delete what was measured on, or drawn of, a model that has been trained further since."""
-        for file in (self.results, *self.evaluations(), *self.pictures()):
-            file.unlink(missing_ok=True)

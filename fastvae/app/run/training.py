@@ -113,7 +113,6 @@ def train(
         if epoch == first:
             out.mkdir(parents=True, exist_ok=True)
             write_first_checkpoint(folder, config, state)
-            folder.clear_results()
         else:
             write_checkpoint(folder, state)
         watchers.epoch(line)

@@ -23,6 +23,8 @@ from fastvae.app.run.config import TrainConfig, bound_name
 from fastvae.app.run.training import Watchers
 from fastvae.app.show.width import is_narrow
 
+BESIDE = 40  # columns for epoch, bar and time beside the measures
+
 
 @contextmanager
 def training_progress(
@@ -52,7 +54,8 @@ def training_progress(
 
         def on_epoch(line: Epoch) -> None:
             told = _measures(config, line)
-            progress.update(task, measures=_in_short(config, line) if is_narrow(console) else told)
+            fits = len(label) + len(told) + BESIDE <= console.width
+            progress.update(task, measures=told if fits else _in_short(config, line))
             if not console.is_terminal and line["epoch"] % max(1, config.epochs // 5) == 0:
                 console.print(f"{label} epoch {line['epoch']}/{config.epochs}: {told}", soft_wrap=True)
 
