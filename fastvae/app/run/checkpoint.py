@@ -67,7 +67,7 @@ def write_first_checkpoint(folder: RunFolder, config: TrainConfig, checkpoint: C
 
     What was measured on an earlier model is deleted.
     """
-    # The settings appear first: without a checkpoint they are no run yet, and an earlier checkpoint of theirs fits them.
+    # The settings appear first: alone they are no run yet, and an earlier checkpoint of theirs still fits them.
     with whole_files(folder.config, folder.checkpoint, outdated=folder.of_the_model()) as (settings, state):
         settings.write(as_json(asdict(config)))
         torch.save(checkpoint, state)
