@@ -82,7 +82,7 @@ def main() -> None:
     print(f"grouped_mixture_log_prob   {wall:8.2f} s: {loop.wall / wall:.0f} times faster")
     print(f"largest difference         {error:8.0e} nats")
     if asked.record:
-        from fastvae.app.atomic import write_json
+        from fastvae._files import write_json
 
         found = {
             "cells": asked.cells,

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastvae.app.errors import ConfigError
-from fastvae.app.progress import interruptible
+from fastvae.app.show.interruption import interruptible
+from fastvae.app.user_errors import ConfigError
 
 if TYPE_CHECKING:
     from fastvae.benchmarks.case import Case

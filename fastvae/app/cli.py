@@ -1,12 +1,13 @@
-"""The entry point of the `fastvae` command."""
+"""The command line: runs a command, and tells what went wrong in a line where the user can put it right."""
 
 from __future__ import annotations
 
+import re
 import sys
 
-from fastvae.app.errors import AppError
+from fastvae.app.user_errors import AppError
 
-EXTRAS = ("typer", "rich", "numpy", "sklearn", "scipy", "matplotlib")
+EXTRAS = ("filelock", "matplotlib", "numpy", "pydantic", "pydantic_core", "rich", "scipy", "sklearn", "typer")
 
 
 def main() -> None:
@@ -20,10 +21,23 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:
             raise
         sys.exit(f'error: the command line needs {error.name}, which is not installed; pip install "fastvae[app]"')
-    except (AppError, PermissionError, NotADirectoryError, FileExistsError) as error:
+    except AppError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no more could be allocated"
+        sys.exit(f"error: there is not enough memory ({reason}). Ask for less: smaller sizes or fewer samples.")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    # PyTorch tells by words alone where the CPU's memory does not suffice, or where 64 bits do not for its size.
+    told = re.search("allocate|out of memory|storage size calculation|empty_strided", str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or told is not None
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from fastvae.app.config import FOR_DATA, TrainConfig
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import ConfigError
+from fastvae.app.data.places import is_own_file, own_file
+from fastvae.app.run.config import FOR_DATA, TrainConfig
+from fastvae.app.user_errors import ConfigError
 
 
 def _default(field: str) -> str:
@@ -20,8 +20,27 @@ def _default(field: str) -> str:
     return f"(default {'; '.join([str(getattr(TrainConfig, field)), *special])})"
 
 
-MODEL, TRAINING, DATA = "Model", "Training", "Data"
+def _path(text: str) -> Path:
+    """A path as it was typed; with a ~ that the shell left alone."""
+    if not text:
+        raise typer.BadParameter("the name is empty.")
+    return Path(text).expanduser()
 
+
+MODEL, TRAINING, DATA = "Model", "Training", "Data"
+MOST_THREADS = 1024
+
+OutFolder = Annotated[
+    Path, typer.Option("--out", "-o", help="The run's folder.", show_default=False, parser=_path, metavar="DIR")
+]
+OutOfAll = Annotated[
+    Path, typer.Option("--out", "-o", help="The folder for all runs.", show_default=False, parser=_path, metavar="DIR")
+]
+OutPicture = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="The PNG to write. (default DIR/samples.png)", parser=_path, metavar="FILE"),
+]
+Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many samples.")]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -33,7 +52,22 @@ Data = Annotated[
 ]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="The folder with the data files. (default $FASTVAE_DATA, else ./data)", rich_help_panel=DATA),
+    typer.Option(
+        help="The folder with the data files. (default $FASTVAE_DATA, else ./data)",
+        rich_help_panel=DATA,
+        parser=_path,
+        metavar="DIR",
+    ),
+]
+MovedData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Where the run's .npz file is, if it has moved; it should hold the same images.", metavar="FILE"
+    ),
+]
+MovedDataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="The folder with the data, if they have moved.", parser=_path, metavar="DIR"),
 ]
 Binarize = Annotated[
     bool | None,
@@ -46,6 +80,9 @@ Binarize = Annotated[
 ]
 Download = Annotated[
     bool, typer.Option("--download", help="Fetch mnist from OpenML if it is not there.", rich_help_panel=DATA)
+]
+Prior = Annotated[
+    str | None, typer.Option(help="standard, mixture, vamp or exemplar. (default vamp)", rich_help_panel=MODEL)
 ]
 Components = Annotated[
     int | None,
@@ -155,14 +192,20 @@ LearningRate = Annotated[
     float | None,
     typer.Option(help=f"Adam's learning rate. {_default('learning_rate')}", rich_help_panel=TRAINING),
 ]
+Seed = Annotated[int | None, typer.Option(help="Decides every random number. (default 0)", rich_help_panel=TRAINING)]
 Device = Annotated[
     str,
-    typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a CUDA device if there is one.", rich_help_panel=TRAINING),
+    typer.Option(
+        help="cpu, cuda, cuda:1 ..., or auto: a CUDA device if there is one.",
+        rich_help_panel=TRAINING,
+        metavar="DEVICE",
+    ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=MOST_THREADS,
         help="CPU threads. (default 1 for models as small as that of digits, else all cores)",
         rich_help_panel=TRAINING,
     ),
@@ -171,10 +214,17 @@ ImportanceSamples = Annotated[
     int, typer.Option("--samples", "-s", min=1, help="Importance samples for each image's log-likelihood.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on the first so many images alone.")]
-RunDir = Annotated[Path, typer.Argument(help="The folder of a training run.", show_default=False)]
-
+RunDir = Annotated[
+    Path, typer.Argument(help="The folder of a training run.", show_default=False, parser=_path, metavar="DIR")
+]
 
 SplitName = Annotated[str, typer.Option(help="The set to measure on: validation or test.")]
+
+
+def check_device(name: str) -> None:
+    """Raise ConfigError if no device to train on has that name."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ConfigError(f"--device is {name!r}; it can be auto, cpu, cuda, or cuda:1 and so on.")
 
 
 def given(context: typer.Context) -> dict[str, Any]:
@@ -182,38 +232,8 @@ def given(context: typer.Context) -> dict[str, Any]:
     names = {field.name for field in fields(TrainConfig)}
     chosen = {name: value for name, value in context.params.items() if name in names}
     if chosen["data_dir"] is not None:
-        chosen["data_dir"] = str(Path(chosen["data_dir"]).expanduser().absolute())
-    if chosen["data"] is not None and chosen["data"].endswith(".npz"):
-        chosen["data"] = str(Path(chosen["data"]).expanduser().absolute())
+        chosen["data_dir"] = str(chosen["data_dir"].absolute())
+    if chosen["data"] is not None and is_own_file(chosen["data"]):
+        chosen["data"] = str(own_file(chosen["data"], chosen["data_dir"]))
     # A flag that is not there means "as it was", not "no".
     return {name: None if value is False else value for name, value in chosen.items()}
-
-
-SMALL = 2_000_000  # multiply-adds of a layer and batch, below which threads cost more than they save
-
-
-def use_threads(count: int | None, config: TrainConfig, dataset: Dataset) -> None:
-    """Set torch's CPU threads to `count`, or to one if none is given and the model is small.
-
-    Two threads gain a small model next to nothing, and where other programs want the cores too, threads that
-    wait for each other have been seen to make it ten times slower.
-    """
-    if count is None and dataset.num_pixels * config.hidden * config.batch_size < SMALL:
-        count = 1
-    if count is not None:
-        torch.set_num_threads(count)
-
-
-def pick_device(name: str) -> str:
-    """Resolve auto, and check that the device is there.
-
-    Raises:
-        ConfigError: it is not, or `name` is not the name of a device.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from fastvae.app.atomic import write_json
-from fastvae.app.compare import Row
-from fastvae.app.config import TrainConfig, continued, read_config
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import ConfigError
-from fastvae.app.evaluate import Evaluation, EvaluationPlan, evaluate
-from fastvae.app.pictures import draw_gap, draw_run
-from fastvae.app.progress import counting_progress, training_progress
-from fastvae.app.run_folder import RunFolder, TrainedRun, load_run
-from fastvae.app.train import train
+from fastvae._files import write_json
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.checkpoint import read_checkpoint
+from fastvae.app.run.comparison import Row, Verdict, judge
+from fastvae.app.run.config import PriorName, TrainConfig, continued, read_config
+from fastvae.app.run.evaluation import Evaluation, evaluate
+from fastvae.app.run.evaluation_plan import EvaluationPlan
+from fastvae.app.run.folder import RunFolder
+from fastvae.app.run.lock import locked
+from fastvae.app.run.networks import build
+from fastvae.app.run.trained import TrainedRun, knowing_data, load_run, versions
+from fastvae.app.run.training import train
+from fastvae.app.show.pictures import draw_comparison, draw_gap, draw_run
+from fastvae.app.show.progress import counting_progress, training_progress
+from fastvae.app.user_errors import ConfigError
 
 
 def train_run(
@@ -30,14 +35,15 @@ def train_run(
     out: Path,
     *,
     resume: bool,
+    overwrite: bool = False,
     device: str,
     label: str = "",
 ) -> TrainedRun:
     """Train, or go on training, with a progress bar; then draw the run's pictures."""
     folder = RunFolder(out)
-    done = folder.load()["epoch"] if resume and folder.checkpoint.exists() else 0
+    done = read_checkpoint(folder)["epoch"] if resume and folder.holds_run() else 0
     with training_progress(console, config, dataset, done + 1, label) as watchers:
-        train(config, dataset, out, resume=resume, device=device, watchers=watchers)
+        train(config, dataset, out, resume=resume, overwrite=overwrite, device=device, watchers=watchers)
     run = load_run(out, dataset=dataset, device=device)
     draw_run(run)
     return run
@@ -47,9 +53,18 @@ def evaluate_run(console: Console, run: TrainedRun, plan: EvaluationPlan, label:
     """Evaluate with a progress bar; keep the result, and the picture of prior and posterior, in the run's folder."""
     with counting_progress(console, label, len(plan.images(run.dataset))) as on_images:
         evaluation = evaluate(run, plan, on_images)
-    write_json(run.folder.evaluation, asdict(evaluation))
+    write_json(run.folder.evaluation(plan.part(run.dataset)), asdict(evaluation))
     draw_gap(run)
     return evaluation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row for each prior, each prior's run with the first seed, and which prior is better."""
+
+    rows: list[Row]
+    shown: list[TrainedRun]
+    verdict: Verdict
 
 
 def compare_priors(
@@ -60,24 +75,31 @@ def compare_priors(
     seeds: Sequence[int],
     out: Path,
     plan: EvaluationPlan,
+    *,
     device: str,
-) -> tuple[list[Row], list[TrainedRun]]:
+    overwrite: bool = False,
+) -> Comparison:
     """Train and evaluate every prior with every seed, each in a folder of its own under `out`.
 
-    What is already done, and was done the same way, is not done again.
-
-    Returns:
-        A row for each prior, and each prior's run with the first seed.
+    What is already done, and was done the same way, is not done again unless `overwrite` is said.
     """
+    config = knowing_data(config, dataset)
+    for prior in priors:
+        build(_with(config, prior), dataset)  # what cannot be built is told before hours of training
+    if overwrite:
+        for prior in priors:
+            for seed in seeds:
+                _folder(out, prior, seed).clear()
     rows, shown = [], []
     for prior in priors:
         runs, evaluations = [], []
         for seed in seeds:
-            path, label = out / f"{prior}-seed{seed}", f"{prior}, seed {seed}:"
-            run = _trained(console, replace(config, prior=prior, seed=seed), dataset, path, device, label)
-            evaluation = _earlier_evaluation(run, plan)
-            if evaluation is None:
-                evaluation = evaluate_run(console, run, plan, f"{label} evaluating")
+            folder, label = _folder(out, prior, seed), f"{prior}, seed {seed}:"
+            with locked(folder.path):
+                run = _trained(console, _with(config, prior, seed), dataset, folder, device, label)
+                evaluation = earlier_evaluation(run, plan)
+                if evaluation is None:
+                    evaluation = evaluate_run(console, run, plan, f"{label} evaluating")
             console.print(
                 f"{label} log-likelihood {evaluation.log_likelihood:.2f} "
                 f"(epoch {run.checkpoint['best_epoch']}, the best of {run.checkpoint['epoch']})",
@@ -97,29 +119,65 @@ def compare_priors(
             )
         )
         shown.append(runs[0])
-    return rows, shown
+    return Comparison(rows, shown, judge(rows))
+
+
+def keep_comparison(
+    comparison: Comparison, config: TrainConfig, plan: EvaluationPlan, part: str, out: Path
+) -> list[Path]:
+    """Write compare.json and the picture of all priors into `out`; the files, with the pictures of the runs.
+
+    Where `part` of the data was measured on (see `EvaluationPlan.part`), the JSON file is named after it.
+    """
+    pictures = [out / "compare.png", *(path for run in comparison.shown for path in run.folder.pictures())]
+    draw_comparison(comparison.shown, pictures[0])
+    rows, verdict = comparison.rows, comparison.verdict
+    summary: dict[str, Any] = {
+        "config": {key: value for key, value in asdict(config).items() if key not in ("prior", "seed")},
+        "split": plan.split,
+        "importance_samples": plan.samples,
+        "seeds": list(range(len(rows[0].log_likelihood))),
+        "priors": [asdict(row) for row in rows],
+        "verdict": {**asdict(verdict), "beyond_noise": verdict.beyond_noise, "sentence": str(verdict)},
+        "versions": versions(),
+        "pictures": [str(path.relative_to(out)) for path in pictures],
+    }
+    result = out / (f"compare-{part}.json" if part else "compare.json")
+    write_json(result, summary)
+    return [result, *pictures]
+
+
+def _folder(out: Path, prior: str, seed: int) -> RunFolder:
+    return RunFolder(out / f"{prior}-seed{seed}")
+
+
+def _with(config: TrainConfig, prior: str, seed: int = 0) -> TrainConfig:
+    return replace(config, prior=cast(PriorName, prior), seed=seed)
 
 
 def _trained(
-    console: Console, config: TrainConfig, dataset: Dataset, path: Path, device: str, label: str
+    console: Console, config: TrainConfig, dataset: Dataset, folder: RunFolder, device: str, label: str
 ) -> TrainedRun:
-    folder = RunFolder(path)
     if folder.holds_run():
+        saved = read_config(folder.config)
         try:
-            config = continued(read_config(folder.config), asdict(config))
+            config = continued(saved, asdict(config))
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error} Say --overwrite, or another --out.") from error
-        if folder.results.exists() and read_config(folder.config).epochs == config.epochs:
-            return load_run(path, dataset=dataset, device=device)
-    return train_run(console, config, dataset, path, resume=folder.holds_run(), device=device, label=label)
+            raise ConfigError(f"{folder.path}: {error} Say --overwrite, or another --out.") from error
+        if folder.results.exists() and saved.epochs == config.epochs:
+            return load_run(folder.path, dataset=dataset, device=device)
+    return train_run(console, config, dataset, folder.path, resume=folder.holds_run(), device=device, label=label)
 
 
-def _earlier_evaluation(run: TrainedRun, plan: EvaluationPlan) -> Evaluation | None:
+def earlier_evaluation(run: TrainedRun, plan: EvaluationPlan) -> Evaluation | None:
+    """The evaluation that is in the run's folder, if it is whole and of the same plan."""
     try:
-        content: dict[str, Any] = json.loads(run.folder.evaluation.read_text())
-        evaluation = Evaluation(**content)
-    except (FileNotFoundError, ValueError, TypeError):
+        evaluation = _EVALUATION.validate_json(run.folder.evaluation(plan.part(run.dataset)).read_bytes())
+    except (FileNotFoundError, ValidationError):
         return None
     asked = (plan.split, plan.samples, len(plan.images(run.dataset)))
     same = (evaluation.split, evaluation.importance_samples, evaluation.images) == asked
     return evaluation if same else None
+
+
+_EVALUATION = TypeAdapter(Evaluation)

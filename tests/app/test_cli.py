@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,12 +15,13 @@ import torch
 from matplotlib.image import imread
 
 import fastvae
-from fastvae.app.run_folder import RunFolder, load_run
+from fastvae.app.run.checkpoint import read_checkpoint
+from fastvae.app.run.folder import RunFolder
+from fastvae.app.run.trained import load_run
 
-from .conftest import TINY, Cli
+from .conftest import ENVIRONMENT, TINY, Cli
 
 PICTURES = ["curves.png", "latent_space.png", "pseudo_inputs.png", "reconstructions.png", "samples.png"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(fastvae.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 def check_picture(path: Path) -> None:
@@ -44,7 +44,7 @@ def test_train_evaluate_sample(cli: Cli, tmp_path: Path) -> None:
 
     code, text, error = cli("evaluate", out, "--samples", 20, "--limit", 30, "--device", "cpu")
     assert code == 0, error
-    evaluation = json.loads((out / "evaluation.json").read_text())
+    evaluation = json.loads((out / "evaluation-test-first-30.json").read_text())
     assert evaluation["images"] == 30 and evaluation["importance_samples"] == 20
     assert evaluation["elbo"] == pytest.approx(evaluation["reconstruction"] - evaluation["kl"])
     # The importance-weighted bound is the tighter one, and no model knows digits better than this.
@@ -103,12 +103,40 @@ def test_gap_of_a_standard_prior(cli: Cli, tmp_path: Path, tiny_npz: Path) -> No
     assert not (out / "prior_and_posterior.png").exists() and not (out / "evaluation.json").exists()
 
 
+def test_partial_evaluations_leave_the_full_one_alone(cli: Cli, run: Path) -> None:
+    """And one image tells neither a standard error nor which units are active."""
+    assert cli("evaluate", run, "-s", 3)[0] == 0
+    full = (run / "evaluation.json").read_bytes()
+    for options, name in (
+        (["--limit", 1], "evaluation-test-first-1.json"),
+        (["--limit", 7], "evaluation-test-first-7.json"),
+        (["--split", "validation"], "evaluation-validation.json"),
+        (["--split", "validation", "--limit", 2], "evaluation-validation-first-2.json"),
+    ):
+        code, text, error = cli("evaluate", run, "-s", 3, *options)
+        assert code == 0 and str(run / name) in text, error
+        assert (run / "evaluation.json").read_bytes() == full
+    one = json.loads((run / "evaluation-test-first-1.json").read_text())
+    assert one["images"] == 1 and one["standard_error"] is None and one["active_units"] is None
+    assert json.loads(full)["standard_error"] > 0
+    for limit in (8, 1000):  # all test images
+        assert cli("evaluate", run, "-s", 4, "--limit", limit)[0] == 0
+    assert json.loads((run / "evaluation.json").read_text())["importance_samples"] == 4
+    _, text, _ = cli("evaluate", run, "-s", 3, "--limit", 1)
+    assert "1 test image " in text
+    lines = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in text.splitlines() if "│" in line}
+    assert lines["its standard error over images"] == "-" and lines["active units"] == "- of 3"
+    # a run that goes on loses them all
+    assert cli("train", "--out", run, "--resume", "--epochs", 3)[0] == 0
+    assert not list(run.glob("evaluation*"))
+
+
 def test_evaluation_repeats(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     cli("train", "--data", tiny_npz, "--out", tmp_path, "--prior", "standard", *TINY)
     values = []
     for _ in range(2):
         cli("evaluate", tmp_path, "--samples", 5, "--limit", 6)
-        values.append(json.loads((tmp_path / "evaluation.json").read_text())["log_likelihood"])
+        values.append(json.loads((tmp_path / "evaluation-test-first-6.json").read_text())["log_likelihood"])
     assert values[0] == values[1]
 
 
@@ -139,9 +167,9 @@ def test_resume_and_overwrite(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     code, _, error = cli("train", "--out", out, "--resume", "--hidden", 17)
     assert code == 1 and "--hidden is 17" in error and "16" in error
     code, _, error = cli("train", "--out", out, "--resume", "--epochs", 3)
-    assert code == 0 and RunFolder(out).load()["epoch"] == 3, error
+    assert code == 0 and read_checkpoint(RunFolder(out))["epoch"] == 3, error
     code, _, error = cli("train", "--data", tiny_npz, "--out", out, *TINY, "--overwrite", "--hidden", 17)
-    assert code == 0 and RunFolder(out).load()["epoch"] == 2, error
+    assert code == 0 and read_checkpoint(RunFolder(out))["epoch"] == 2, error
     code, _, error = cli("train", "--out", tmp_path / "none", "--resume")
     assert code == 1 and "holds no run" in error
 
@@ -149,7 +177,7 @@ def test_resume_and_overwrite(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
 def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     assert cli("train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY)[0] == 0
     assert cli("train", "--data", tiny_npz, "--out", tmp_path / "run", *TINY, "--overwrite", "-k", 5000)[0] == 1
-    assert RunFolder(tmp_path / "run").load()["epoch"] == 2
+    assert read_checkpoint(RunFolder(tmp_path / "run"))["epoch"] == 2
 
 
 @pytest.mark.parametrize(
@@ -173,12 +201,21 @@ def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Pat
         (["train", "--subset", "9", "--refresh", "0.5"], "--subset and --refresh are two ways"),
         (["train", "--refresh", "0"], "--refresh is 0.0"),
         (["train", "--neighbours", "-2"], "--neighbours is -2"),
-        (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--device", "abacus"], "--device is 'abacus'"),
         (["train", "--binarize"], "--binarize is for .npz files"),
         (["train", "--resume", "--overwrite"], "contradict"),
         (["compare", "--priors", "vamp"], "--priors is 'vamp'"),
         (["compare", "--priors", "vamp,flow"], "standard, mixture, vamp"),
         (["compare", "--split", "training"], "--split is 'training'"),
+        (["train", "--device", "meta"], "--device is 'meta'; it can be auto, cpu, cuda"),
+        (["train", "--device", "cuda:999"], "--device cuda:999: is not here"),
+        (["train", "--hidden", "1000000000"], "Take smaller ones"),
+        (["train", "--prior", "mixture", "-k", "2000000000"], "Take smaller ones"),
+        (["compare", "--latent", "2000000000"], "Take smaller ones"),
+        (["train", "--hidden", "99999999999999999999"], "--hidden is 99999999999999999999; it should be at most"),
+        (["train", "--samples", "2000000000"], "there is not enough memory"),
+        (["train", "--threads", "1000000"], "--threads"),
+        (["compare", "--seeds", "1000000000"], "--seeds"),
     ],
 )
 def test_options_that_make_no_sense(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -227,12 +264,13 @@ def test_ctrl_c_then_resume(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130, text
     assert "fastvae train --out parts --resume" in text and "Traceback" not in text
-    stopped_at = RunFolder(tmp_path / "parts").load()["epoch"]
-    assert 1 <= stopped_at < 150 and not list((tmp_path / "parts").glob(".*"))
+    stopped_at = read_checkpoint(RunFolder(tmp_path / "parts"))["epoch"]
+    assert 1 <= stopped_at < 150 and [path.name for path in (tmp_path / "parts").glob(".*")] == [".lock"]
 
-    assert cli("train", "--out", tmp_path / "parts", "--resume")[0] == 0
-    assert cli("train", "--out", tmp_path / "straight", *settings)[0] == 0
-    resumed, straight = (RunFolder(tmp_path / name).load() for name in ("parts", "straight"))
+    for command in (["--out", tmp_path / "parts", "--resume"], ["--out", tmp_path / "straight", *settings]):
+        code, _, error = cli("train", *command)
+        assert code == 0, error
+    resumed, straight = (read_checkpoint(RunFolder(tmp_path / name)) for name in ("parts", "straight"))
     assert resumed["epoch"] == straight["epoch"] == 150
     for name, weight in straight["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_rel
 
-from fastvae.app.compare import Row, judge
+from fastvae.app.run.comparison import Row, judge
 
 from .conftest import TINY, Cli
 
@@ -49,7 +49,7 @@ def test_compare_and_compare_again(cli: Cli, tmp_path: Path, tiny_npz: Path) -> 
     summary = json.loads((tmp_path / "compare.json").read_text())
     assert [r["prior"] for r in summary["priors"]] == ["standard", "vamp"]
     assert all(len(r["log_likelihood"]) == 2 for r in summary["priors"])
-    assert summary["verdict"]["sentence"] in text
+    assert summary["verdict"]["sentence"] in text and "+- is the standard deviation over 2 seeds" in text
     for name in ("compare.png", *summary["pictures"]):
         assert (tmp_path / name).stat().st_size > 5000 and str(tmp_path / name) in text
 
@@ -61,6 +61,10 @@ def test_compare_and_compare_again(cli: Cli, tmp_path: Path, tiny_npz: Path) -> 
     code, _, error = cli(*command)
     assert code == 0, error
     assert [path.stat().st_mtime_ns for path in checkpoints] == times
+    assert json.loads((tmp_path / "compare.json").read_text()) == summary
+
+    code, text, error = cli(*command, "--limit", 1)
+    assert code == 0 and (tmp_path / "compare-test-first-1.json").exists(), error
     assert json.loads((tmp_path / "compare.json").read_text()) == summary
 
     code, _, error = cli(*command, "--hidden", 17)

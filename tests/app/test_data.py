@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastvae.app.data import load
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import DataError
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.named_sets import load
+from fastvae.app.user_errors import DataError
 
 REAL = os.environ.get("FASTVAE_DATA")
 

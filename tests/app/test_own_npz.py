@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastvae.app.data import load
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import DataError
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.named_sets import load
+from fastvae.app.user_errors import DataError
 
 GREY = np.random.default_rng(0).integers(0, 256, (40, 4, 6), dtype=np.uint8)
 
@@ -73,6 +75,7 @@ def test_image_shape_of_flat_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "problem"),
     [
+        ({"x": GREY, "x_train": GREY}, r"holds both x and x_train, so it is not clear"),
         ({"pictures": GREY}, r"should hold x_train or x; it holds pictures"),
         ({"x_train": GREY / 128}, r"x_train holds values from 0 to 1\.99"),
         ({"x_train": GREY / 255 - 0.1}, r"x_train holds values from -0\.1"),
@@ -104,6 +107,42 @@ def test_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.npz: there is no such file") as error:
         load(str(tmp_path / "nothing.npz"))
     assert "savez_compressed" in str(error.value)
+
+
+def write_claim(path: Path, shape: tuple[int, ...], descr: str = "|u1", data: bytes = bytes(1000)) -> None:
+    """An archive of one array whose header claims a shape, whatever data there are."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x_train.npy", header.getvalue() + data)
+
+
+@pytest.mark.parametrize(
+    ("shape", "promised"), [((10**12, 28, 28), 784 * 10**12), ((999,), 999), ((1001,), 1001), ((-1, 28, 28), -784)]
+)
+def test_headers_that_claim_what_is_not_there(tmp_path: Path, shape: tuple[int, ...], promised: int) -> None:
+    """Refused before memory is asked for: 784 TB of it would stop the program."""
+    write_claim(tmp_path / "claim.npz", shape)
+    with pytest.raises(DataError, match=rf"'x_train' has 1000 bytes of data where its header promises {promised}\b"):
+        load(str(tmp_path / "claim.npz"))
+
+
+def test_arrays_that_memory_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvae.app.data.array_files.physical_memory", lambda: 2**20)
+    write_claim(tmp_path / "large.npz", (2**21, 1), data=bytes(2**21))
+    with pytest.raises(DataError, match=r"takes 0 GiB and this machine has 0 GiB"):
+        load(str(tmp_path / "large.npz"))
+
+
+def test_damaged_members(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x_train.npy", b"hello" * 100)
+    (tmp_path / "b.npz").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+        archive.writestr("x_train.npy", b"\x93NUMPY\x07\x00" + bytes(100))
+    for name in ("a.npz", "b.npz", "c.npz"):
+        with pytest.raises(DataError, match=rf"{name}: cannot be read .*\n.*damaged"):
+            load(str(tmp_path / name))
 
 
 class Bomb:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from scipy.stats import multivariate_normal
 
-from fastvae.app.latent_space import density_on_plane, principal_plane, spread_apart
-from fastvae.app.plots import GAP, grid_of_images, magnification
+from fastvae.app.data.dataset import Dataset, Split
+from fastvae.app.run.checkpoint import Epoch, Measures
+from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.evaluation import posterior_means
+from fastvae.app.run.gap import aggregated_posterior
+from fastvae.app.run.trained import load_run
+from fastvae.app.run.training import train
+from fastvae.app.show import pictures
+from fastvae.app.show.curves import draw_curves
+from fastvae.app.show.image_grid import GAP, columns_for, grid_of_images, grid_size, magnification
+from fastvae.app.show.latent_space import draw_densities, draw_latent_space, spread_apart
+from fastvae.app.show.plane import density_on_plane, principal_plane
 
 
 def test_images_lie_row_by_row() -> None:
@@ -59,3 +73,110 @@ def test_labels_are_spread_apart_and_others_left_alone() -> None:
     assert gaps.min() > 0.99
     np.testing.assert_array_equal(spread[3], places[3])
     assert np.abs(spread[:3] - places[:3]).max() < 1
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "columns"),
+    [
+        (100, (28, 28), 10),
+        (7, (8, 8), 7),
+        (100, (28, 20), 10),
+        (100, (1000, 1), 100),
+        (100, (1, 3000), 1),
+        (1, (1, 9), 1),
+    ],
+)
+def test_elongated_images_make_no_elongated_picture(count: int, shape: tuple[int, int], columns: int) -> None:
+    assert columns_for(count, shape, usual=10) == columns
+    height, width = grid_size(count, shape, columns)
+    assert grid_of_images(torch.zeros(count, shape[0] * shape[1]), shape, columns).shape == (height, width)
+    assert height < 5 * width
+
+
+def test_the_plane_does_not_flip() -> None:
+    torch.manual_seed(0)
+    points = torch.randn(400, 3) * torch.tensor([1.0, 5.0, 2.0])
+    plane, mirrored = principal_plane(points), principal_plane(2 * points.mean(0) - points)
+    torch.testing.assert_close(plane.axes, mirrored.axes)
+    assert principal_plane(torch.zeros(5, 3)).explained == (0.0, 0.0)
+
+
+def test_all_pictures_of_a_run_share_one_plane(run: Path) -> None:
+    """That of the training images, though the points are test images."""
+    trained = load_run(run)
+    figure = Figure()
+    axes = figure.subplots()
+    draw_latent_space(axes, trained)
+    panels = Figure().subplots(1, 2)
+    draw_densities(panels, trained)
+    assert axes.get_xlabel() == panels[0].get_xlabel() == panels[1].get_xlabel()
+    assert axes.get_ylabel() == panels[0].get_ylabel()
+    plane = principal_plane(aggregated_posterior(trained).mu)
+    assert f"({plane.explained[0]:.0%} of variance)" in axes.get_xlabel()
+    expected = plane.project(posterior_means(trained.vae, trained.dataset.test.x))
+    (dots, *_) = [c for c in axes.collections if len(c.get_offsets()) == len(expected)]
+    drawn = np.asarray(dots.get_offsets())
+    np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0), atol=1e-5)
+    legend = axes.get_legend()
+    assert legend is not None
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told == ["density of the prior", "test images' posterior means, by class", "posteriors of 8 pseudo-inputs"]
+
+
+def line(epoch: int, value: float) -> Epoch:
+    measures = Measures(bound=value, elbo=value, reconstruction=value, kl=-value)
+    return Epoch(epoch=epoch, beta=1.0, train=measures, validation=measures, seconds=1.0)
+
+
+def test_curves_mark_what_is_off_the_scale_and_label_their_axes() -> None:
+    history = [line(epoch, -100.0 / epoch) for epoch in range(1, 41)]
+    figure = Figure()
+    draw_curves(figure, history, "ELBO", 40, warmup=4)
+    for axes, marker in zip(figure.axes, ("v", "v", "^"), strict=True):
+        assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "nats per image"
+        low, high = axes.get_ylim()
+        edge = low if marker == "v" else high
+        marked = [curve for curve in axes.lines if curve.get_marker() == marker]
+        assert len(marked) == 2  # training and validation
+        for curve in marked:
+            np.testing.assert_array_equal(curve.get_xdata(), [1, 2, 3, 4])
+            np.testing.assert_array_equal(curve.get_ydata(), [edge] * 4)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][-1] == "off the scale"
+    figure = Figure()
+    draw_curves(figure, history[:5], "ELBO", 5, warmup=0)
+    assert "off the scale" not in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_pictures_of_samples_say_what_they_show(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+
+    def keep(figure: Figure, path: Path) -> None:
+        titles = [axes.get_title() for axes in figure.axes]
+        told[path.name] = " ".join([figure.get_suptitle(), *titles])
+
+    monkeypatch.setattr(pictures, "save_figure", keep)
+    trained = load_run(run)
+    pictures.draw_run(trained)
+    pictures.draw_samples(trained, Path("means.png"), 5)
+    pictures.draw_samples(trained, Path("draws.png"), 5, drawn=True)
+    pictures.draw_comparison([trained, trained], Path("compare.png"))
+    for name in ("samples.png", "means.png", "reconstructions.png", "compare.png"):
+        assert "means of p(x|z)" in told[name], told[name]
+    assert "pixels drawn from p(x|z)" in told["draws.png"] and "means" not in told["draws.png"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shape", [(6, 6), (300, 1), (1, 300), (1, 1)])
+def test_pictures_of_any_shape_are_laid_out(tmp_path: Path, shape: tuple[int, int]) -> None:
+    images = torch.rand(60, shape[0] * shape[1]).round()
+    split = Split(images, torch.arange(60) % 3)
+    data = Dataset("tiny", "made here", split, split, split, image_shape=shape, kind="binary")
+    config = TrainConfig(components=4, latent=2, hidden=4, epochs=3, warmup=0)
+    train(config, data, tmp_path)
+    run = load_run(tmp_path, dataset=data)
+    pictures.draw_gap(run)
+    pictures.draw_comparison([run, run], tmp_path / "compare.png")
+    for path in [*pictures.draw_run(run), tmp_path / "compare.png"]:
+        height, width = imread(path).shape[:2]
+        assert height < 12 * width and width < 12 * height

@@ -7,21 +7,23 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvae import VAE, ExemplarPrior, VampPrior
-from fastvae.app.atomic import whole_file
-from fastvae.app.config import TrainConfig, continued, make_config, option
-from fastvae.app.dataset import Dataset, Split
-from fastvae.app.errors import ConfigError, RunError
-from fastvae.app.models import build
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import Checkpoint, RunFolder, load_run
-from fastvae.app.train import Watchers, finished, measure, train
+from fastvae import VAE, ExemplarPrior, VampPrior, bounds
+from fastvae._files import whole_file
+from fastvae.app.data.dataset import Dataset, Split
+from fastvae.app.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from fastvae.app.run.config import BoundName, GradientName, TrainConfig, continued, make_config, option
+from fastvae.app.run.folder import RunFolder
+from fastvae.app.run.networks import build
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.trained import load_run
+from fastvae.app.run.training import Watchers, finished, measure, train
+from fastvae.app.user_errors import ConfigError, RunError
 
 TINY = TrainConfig(components=6, latent=3, hidden=12, epochs=4, warmup=2, batch_size=32)
 
@@ -66,7 +68,7 @@ def test_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, prior: str) -> None
     resumed = train(config, data, tmp_path / "parts", resume=True)
     assert resumed["epoch"] == 4
     assert_same(straight, resumed)
-    assert_same(RunFolder(tmp_path / "straight").load(), RunFolder(tmp_path / "parts").load())
+    assert_same(read_checkpoint(RunFolder(tmp_path / "straight")), read_checkpoint(RunFolder(tmp_path / "parts")))
 
 
 def test_interrupted_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_interrupted_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(TINY, data, tmp_path / "parts", watchers=Watchers(batch=interrupt))
-    assert RunFolder(tmp_path / "parts").load()["epoch"] == 2
+    assert read_checkpoint(RunFolder(tmp_path / "parts"))["epoch"] == 2
     assert_same(train(TINY, data, tmp_path / "parts", resume=True), train(TINY, data, tmp_path / "straight"))
 
 
@@ -102,8 +104,8 @@ def test_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) ->
     state = train(TINY, tiny_data(), tmp_path)
     broken = {**state, "epoch": lambda: None}
     with pytest.raises(Exception, match="pickle"):
-        RunFolder(tmp_path).save(broken)  # type: ignore[arg-type]
-    assert_same(RunFolder(tmp_path).load(), state)
+        write_checkpoint(RunFolder(tmp_path), broken)  # type: ignore[arg-type]
+    assert_same(read_checkpoint(RunFolder(tmp_path)), state)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -114,7 +116,7 @@ def test_checkpoint_never_runs_code(tmp_path: Path) -> None:
 
     torch.save({"epoch": Bomb()}, tmp_path / "checkpoint.pt")
     with pytest.raises(RunError, match="damaged or not a checkpoint"):
-        RunFolder(tmp_path).load()
+        read_checkpoint(RunFolder(tmp_path))
     assert not (tmp_path / "trace").exists()
 
 
@@ -225,7 +227,7 @@ def test_training_leaves_each_images_own_exemplar_out(tmp_path: Path) -> None:
 
     data, seen = tiny_data(dynamic=False), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastvae.app.models.ExemplarPrior", Watched)
+        patch.setattr("fastvae.app.run.networks.ExemplarPrior", Watched)
         hook = nn.modules.module.register_module_forward_pre_hook(
             lambda module, inputs: seen.append(inputs[0]) if isinstance(module, VAE) and module.training else None
         )
@@ -253,7 +255,7 @@ def test_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> No
     bad = replace(good, train=Split(x), dynamic=False)
     with pytest.raises(RunError, match=r"training loss became nan in epoch 4.*--learning-rate"):
         train(TINY, bad, tmp_path, resume=True)
-    state = RunFolder(tmp_path).load()
+    state = read_checkpoint(RunFolder(tmp_path))
     assert state["epoch"] == 3 and all(w.isfinite().all() for w in state["model"].values())
 
 
@@ -261,6 +263,24 @@ def test_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     train(TINY, tiny_data(), tmp_path)
     with pytest.raises(RunError, match=r"holds a run already; say --resume .* or --overwrite"):
         train(TINY, tiny_data(), tmp_path)
+
+
+def test_the_settings_have_the_librarys_names() -> None:
+    """They are written twice, because the command line checks them before it imports the library."""
+    assert get_args(BoundName) == bounds.BOUNDS and get_args(GradientName) == bounds.GRADIENTS
+
+
+def test_what_takes_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told from a lower bound, so that nothing that could be trained is refused."""
+    config, data = replace(TINY, prior="standard", hidden=50), tiny_data()
+    weights = sum(parameter.numel() for parameter in build(config, data).parameters())
+    monkeypatch.setattr("fastvae.app.run.networks.physical_memory", lambda: 5 * 4 * weights)
+    build(config, data)
+    monkeypatch.setattr("fastvae.app.run.networks.physical_memory", lambda: int(5 * 4 * 0.9 * weights))
+    with pytest.raises(ConfigError, match=r"--hidden 50, --latent 3 and --components 6 make .* weights"):
+        build(config, data)
+    monkeypatch.setattr("fastvae.app.run.networks.physical_memory", lambda: None)
+    build(config, data)
 
 
 @pytest.mark.parametrize("field", ["prior", "components", "latent", "learning_rate", "seed", "data"])

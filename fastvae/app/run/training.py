@@ -15,13 +15,23 @@ from torch import Tensor
 from torch.optim import Adam
 
 from fastvae import VAE
-from fastvae.app.atomic import write_json
-from fastvae.app.config import TrainConfig, write_config
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import RunError
-from fastvae.app.models import build
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import Checkpoint, Epoch, Measures, RunFolder, versions
+from fastvae._files import write_json
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.checkpoint import (
+    Checkpoint,
+    Epoch,
+    Measures,
+    load_weights,
+    read_checkpoint,
+    write_checkpoint,
+    write_first_checkpoint,
+)
+from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.folder import RunFolder
+from fastvae.app.run.networks import build
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.trained import knowing_data, versions
+from fastvae.app.user_errors import RunError
 from fastvae.vae import VAEOutput
 
 VALIDATION_BATCH = 1000  # images encoded at once
@@ -44,6 +54,7 @@ def train(
     out: Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     device: str = "cpu",
     watchers: Watchers | None = None,
 ) -> Checkpoint:
@@ -52,11 +63,14 @@ def train(
     The best model is the one with the highest validation bound, the KL term counting in full. Training stops
     after `config.epochs`, or when the bound has not improved for `config.patience` epochs after the warm-up.
 
+    Nothing is written before the first epoch is finished, so what fails at once leaves `out` as it was.
+
     Args:
         config: the settings.
         dataset: the data that `config.data` names.
         out: the run's folder; made if it is not there.
         resume: go on from the checkpoint in `out`, to the same end, bit for bit, as without a stop.
+        overwrite: replace the run in `out`, once the first epoch of the new one is finished.
         device: where to train, in torch's words.
         watchers: told how it goes.
 
@@ -64,22 +78,24 @@ def train(
         The last checkpoint.
 
     Raises:
-        RunError: `out` holds a run and `resume` was not said, or the loss is no longer a finite number.
+        RunError: `out` holds a run and neither `resume` nor `overwrite` was said, the run does not fit the settings, or
+            the loss is no longer a finite number.
+        ConfigError: the data are not those that the settings have the fingerprint of.
     """
     folder, watchers = RunFolder(out), watchers or Watchers()
-    if folder.holds_run() and not resume:
-        raise RunError(f"{out}: holds a run already; say --resume to go on with it or --overwrite to replace it.")
+    if not (resume or overwrite):
+        folder.refuse_run()
+    config = knowing_data(config, dataset)
     vae = build(config, dataset).to(device)
     optimizer = Adam(vae.parameters(), lr=config.learning_rate, fused=True)
     state = _first(vae, optimizer)
-    if folder.checkpoint.exists():
-        state = folder.load(device)
-        vae.load_state_dict(state["model"])
+    if resume and folder.holds_run():
+        state = read_checkpoint(folder, device)
+        load_weights(vae, state["model"], folder)
         optimizer.load_state_dict(state["optimizer"])
-    out.mkdir(parents=True, exist_ok=True)
-    write_config(folder.config, config)
-    if not finished(config, state):
-        folder.clear_results()
+    if finished(config, state):
+        write_json(folder.config, asdict(config))  # the data may have moved
+    first = state["epoch"] + 1
     images, validation = dataset.train.x.to(device), dataset.validation.x.to(device)
 
     while not finished(config, state):
@@ -94,7 +110,11 @@ def train(
         validated = measure(vae, validation, config.num_samples, config.bound)
         line = Epoch(epoch=epoch, beta=beta, train=measured, validation=validated, seconds=seconds)
         state = _next(state, line, vae, optimizer)
-        folder.save(state)
+        if epoch == first:
+            out.mkdir(parents=True, exist_ok=True)
+            write_first_checkpoint(folder, config, state)
+        else:
+            write_checkpoint(folder, state)
         watchers.epoch(line)
 
     write_json(folder.results, results(config, dataset, state, device))

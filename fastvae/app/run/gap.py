@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on alone
 
 from fastvae import AggregatedPosterior
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import TrainedRun
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.trained import TrainedRun
 from fastvae.priors import Estimate
 
 DRAWS = 10_000  # of z from q(z), for each estimate

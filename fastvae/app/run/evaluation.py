@@ -10,53 +10,33 @@ import torch
 from torch import Tensor
 
 from fastvae import VAE
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import ConfigError
-from fastvae.app.gap import Gap, measure_gap
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import TrainedRun
-from fastvae.app.train import VALIDATION_BATCH, measure, with_fixed_prior
+from fastvae.app.run.evaluation_plan import EvaluationPlan
+from fastvae.app.run.gap import Gap, measure_gap
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.trained import TrainedRun
+from fastvae.app.run.training import VALIDATION_BATCH, measure, with_fixed_prior
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BOUND_SAMPLES = 10  # of z for each image, so that the bound's own noise does not show beside that over images
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
-    """What to measure on: the "validation" or "test" set, or its first `limit` images; and how closely.
-
-    `samples` are the importance samples for each image's log-likelihood.
-    """
-
-    split: str = "test"
-    samples: int = 5000
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.split not in ("validation", "test"):
-            raise ConfigError(f"--split is {self.split!r}; it can be validation or test.")
-
-    def images(self, dataset: Dataset) -> Tensor:
-        """The images to measure on, [N, pixels]."""
-        return (dataset.validation if self.split == "validation" else dataset.test).x[: self.limit]
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Means over the images of a set, in nats. `standard_error` is that of the mean log-likelihood.
 
-    `gap` is about the training images: how far the prior is from what the encoder makes of them all.
+    One image tells neither a standard error nor which units are active: both are None then. `gap` is about the
+    training images: how far the prior is from what the encoder makes of them all.
     """
 
     split: str
     images: int
     importance_samples: int
     log_likelihood: float
-    standard_error: float
+    standard_error: float | None
     elbo: float
     reconstruction: float
     kl: float
-    active_units: int
+    active_units: int | None
     latent: int
     gap: Gap
     seconds: float
@@ -81,7 +61,7 @@ def evaluate(
         parts.append(vae.log_likelihood(batch, num_samples=plan.samples))
         on_images(sum(map(len, parts)))
     log_likelihood = torch.cat(parts).double()
-    error = float(log_likelihood.std()) / len(x) ** 0.5 if len(x) > 1 else 0.0
+    several = len(x) > 1
     measures = measure(run.vae, x, num_samples=BOUND_SAMPLES)
     means = posterior_means(run.vae, x)
     return Evaluation(
@@ -89,11 +69,11 @@ def evaluate(
         images=len(x),
         importance_samples=plan.samples,
         log_likelihood=float(log_likelihood.mean()),
-        standard_error=error,
+        standard_error=float(log_likelihood.std()) / len(x) ** 0.5 if several else None,
         elbo=measures["elbo"],
         reconstruction=measures["reconstruction"],
         kl=measures["kl"],
-        active_units=int((means.var(0, correction=0) > ACTIVE).sum()),
+        active_units=int((means.var(0, correction=0) > ACTIVE).sum()) if several else None,
         latent=means.shape[1],
         gap=measure_gap(run),
         seconds=time.perf_counter() - started,

@@ -10,12 +10,14 @@ import torch
 from matplotlib.figure import Figure
 
 from fastvae import VampPrior
-from fastvae.app.config import bound_name
-from fastvae.app.gap import aggregated_posterior
-from fastvae.app.latent_space import draw_densities, draw_latent_space
-from fastvae.app.plots import draw_curves, draw_images, draw_pairs, save_figure
-from fastvae.app.randomness import Stream, reseed
-from fastvae.app.run_folder import GAP, PICTURES, TrainedRun
+from fastvae.app.run.config import bound_name
+from fastvae.app.run.folder import GAP, PICTURES
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.trained import TrainedRun
+from fastvae.app.show.curves import draw_curves
+from fastvae.app.show.figures import save_figure
+from fastvae.app.show.image_grid import columns_for, draw_images, draw_pairs, grid_size
+from fastvae.app.show.latent_space import draw_densities, draw_latent_space
 
 PRIOR_NAMES = {
     "standard": "standard normal prior",
@@ -23,6 +25,8 @@ PRIOR_NAMES = {
     "vamp": "VampPrior",
     "exemplar": "exemplar prior",
 }
+
+TALLEST = 60  # inches of a picture, 9,000 pixels; the PNG writer takes 65,535 at most
 
 
 def draw_run(run: TrainedRun) -> list[Path]:
@@ -46,13 +50,13 @@ def draw_run(run: TrainedRun) -> list[Path]:
 
 def draw_samples(run: TrainedRun, path: Path, count: int, *, drawn: bool = False, seed: int = 0) -> None:
     """Write a picture of `count` samples: the mean image of each z, or with `drawn` its pixels drawn too."""
-    save_figure(_grid_figure(run, _sample(run, count, drawn, seed), f"{count} samples"), path)
+    save_figure(_grid_figure(run, _sample(run, count, drawn, seed), f"{count} samples, {_shown(drawn)}"), path)
 
 
 def draw_gap(run: TrainedRun) -> None:
     """Write the densities of prior and aggregated posterior, side by side on one plane, into the run's folder."""
-    figure = Figure(figsize=(10.4, 6.2), layout="constrained")
-    draw_densities(figure.subplots(1, 2, sharex=True, sharey=True), run.vae.prior, aggregated_posterior(run))
+    figure = Figure(figsize=(10.4, 6.4), layout="constrained")
+    draw_densities(figure.subplots(1, 2, sharex=True, sharey=True), run)
     figure.suptitle(_title(run, "prior and aggregated posterior of the training images"), fontsize=12)
     save_figure(figure, run.folder.picture(GAP))
 
@@ -63,8 +67,8 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
     grid = figure.subplots(2, len(runs), squeeze=False, height_ratios=[1, 1.25])
     for column, run in enumerate(runs):
         top, bottom = grid[:, column]
-        draw_images(top, _sample(run, 60, False, 0), run.dataset, columns=10)
-        top.set_title(f"{PRIOR_NAMES[run.config.prior]}: samples", fontsize=13)
+        draw_images(top, _sample(run, 60, False, 0), run.dataset, columns_for(60, run.dataset.image_shape, usual=10))
+        top.set_title(f"{PRIOR_NAMES[run.config.prior]}: samples,\n{_shown(False)}", fontsize=13)
         draw_latent_space(bottom, run)
         bottom.set_title("latent space", fontsize=13)
     figure.suptitle(runs[0].dataset.name, fontsize=15)
@@ -72,7 +76,11 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
 
 
 def _title(run: TrainedRun, what: str) -> str:
-    return f"{run.dataset.name}, {PRIOR_NAMES[run.config.prior]}: {what}"
+    return f"{run.dataset.name}, {PRIOR_NAMES[run.config.prior]}\n{what}"
+
+
+def _shown(drawn: bool) -> str:
+    return "pixels drawn from p(x|z)" if drawn else "means of p(x|z)"
 
 
 def _sample(run: TrainedRun, count: int, drawn: bool, seed: int) -> torch.Tensor:
@@ -81,17 +89,16 @@ def _sample(run: TrainedRun, count: int, drawn: bool, seed: int) -> torch.Tensor
 
 
 def _grid_figure(run: TrainedRun, x: torch.Tensor, what: str) -> Figure:
-    columns = min(len(x), 10)
-    rows = ceil(len(x) / columns)
-    height, width = run.dataset.image_shape
-    figure = Figure(figsize=(6.4, 0.6 + 6.2 * rows * height / (columns * width)), layout="constrained")
+    columns = columns_for(len(x), run.dataset.image_shape, usual=10)
+    height, width = grid_size(len(x), run.dataset.image_shape, columns)
+    figure = Figure(figsize=(6.4, 0.9 + min(6.2 * height / width, TALLEST)), layout="constrained")
     draw_images(figure.subplots(), x, run.dataset, columns)
     figure.suptitle(_title(run, what), fontsize=12)
     return figure
 
 
 def _samples(run: TrainedRun) -> Figure:
-    return _grid_figure(run, _sample(run, 100, False, run.config.seed), "samples")
+    return _grid_figure(run, _sample(run, 100, False, run.config.seed), f"samples, {_shown(False)}")
 
 
 @torch.no_grad()
@@ -104,12 +111,14 @@ def _pseudo_inputs(run: TrainedRun) -> Figure:
 
 
 def _reconstructions(run: TrainedRun) -> Figure:
-    blocks, columns = 4, 12
+    height, width = run.dataset.image_shape
+    blocks, columns = 4, columns_for(48, (2 * height, width), usual=12)
     x = run.dataset.test.x[: blocks * columns].to(run.device)
     reconstructed = run.vae.reconstruct(x)
     blocks = ceil(len(x) / columns)
-    height, width = run.dataset.image_shape
-    figure = Figure(figsize=(8, 0.6 + blocks * (0.25 + 7 * 2 * height / (columns * width))), layout="constrained")
+    pair = grid_size(2, (height, width), 1)[0] / grid_size(1, (height, width), columns)[1]
+    inches = min(7 * pair, TALLEST / blocks)
+    figure = Figure(figsize=(8, 0.9 + blocks * (0.25 + inches)), layout="constrained")
     for axes, a, b in zip(
         figure.subplots(blocks, squeeze=False)[:, 0],
         x.split(columns),
@@ -117,12 +126,12 @@ def _reconstructions(run: TrainedRun) -> Figure:
         strict=True,
     ):
         draw_pairs(axes, a, b, run.dataset)
-    figure.suptitle(_title(run, "test images"), fontsize=12)
+    figure.suptitle(_title(run, f"test images and reconstructions, {_shown(False)}"), fontsize=12)
     return figure
 
 
 def _curves(run: TrainedRun) -> Figure:
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     bound = bound_name(run.config)
     draw_curves(figure, run.checkpoint["history"], bound, run.checkpoint["best_epoch"], run.config.warmup)
     figure.suptitle(_title(run, "training"), fontsize=12)
@@ -130,7 +139,7 @@ def _curves(run: TrainedRun) -> Figure:
 
 
 def _latent_space(run: TrainedRun) -> Figure:
-    figure = Figure(figsize=(6.8, 7.4), layout="constrained")
+    figure = Figure(figsize=(6.8, 7.6), layout="constrained")
     axes = figure.subplots()
     draw_latent_space(axes, run)
     axes.set_title(_title(run, "posterior means of the test images"), fontsize=12)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvae.app.dataset import Dataset, Kind, Split, binarise_held_out, cut, make_split
-from fastvae.app.errors import DataError
-from fastvae.app.files import read_npz
+from fastvae.app.data.array_files import read_npz
+from fastvae.app.data.dataset import Dataset, Kind, Split, binarise_held_out, cut, make_split
+from fastvae.app.user_errors import DataError
 
 PARTS = ("train", "valid", "test")
 FEWEST = 10  # images in all; fewer cannot be cut into three sets that mean anything
@@ -28,14 +28,14 @@ def load_npz(path: Path, *, binarize: bool = False) -> Dataset:
             two levels (0 and 1, or 0 and 255) are binary and all others are grey.
 
     Raises:
-        DataError: the file is missing, damaged, or its arrays are not as above.
+        DataError: the file is damaged, or its arrays are not as above.
     """
-    if not path.is_file():
-        raise DataError(
-            f"{path}: there is no such file (looked for it as {path.absolute()}).\n"
-            "Save one with numpy.savez_compressed(path, x_train=images), images a uint8 [N, height, width]."
-        )
     arrays = read_npz(path)
+    if "x" in arrays and "x_train" in arrays:
+        raise DataError(
+            f"{path}: holds both x and x_train, so it is not clear which images are meant. Keep x alone for images "
+            "that are to be cut into sets, or x_train (with x_valid, x_test) for sets that are cut already."
+        )
     if "x" in arrays:
         renamed = {"x": "x_train", "y": "y_train", "image_shape": "image_shape"}
         arrays = {renamed[key]: array for key, array in arrays.items() if key in renamed}

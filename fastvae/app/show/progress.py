@@ -6,21 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
 
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-from fastvae.app.config import TrainConfig, bound_name
-from fastvae.app.dataset import Dataset
-from fastvae.app.run_folder import Epoch
-from fastvae.app.train import Watchers
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.checkpoint import Epoch
+from fastvae.app.run.config import TrainConfig, bound_name
+from fastvae.app.run.training import Watchers
+from fastvae.app.show.width import is_narrow
+
+BESIDE = 40  # columns for epoch, bar and time beside the measures
 
 
 @contextmanager
@@ -29,17 +32,19 @@ def training_progress(
 ) -> Iterator[Watchers]:
     """Show a bar over all batches, with the last epoch's validation bound, the ELBO's two terms, and the time left.
 
-    Where output does not go to a terminal there is no bar but a line after each fifth of the epochs.
+    A narrow terminal gets two short lines in place of the bar. Where output does not go to a terminal there is a
+    line after each fifth of the epochs.
     """
     batches = ceil(len(dataset.train) / config.batch_size)
-    columns = (
+    wide = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         TextColumn("{task.fields[measures]}"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    narrow = (TextColumn("{task.description}\n{task.fields[measures]}"), TimeRemainingColumn())
+    with _progress(console, wide, narrow) as progress:
         begun = (first_epoch - 1) * batches
         task = progress.add_task(label, total=config.epochs * batches, completed=begun, measures="")
 
@@ -48,13 +53,11 @@ def training_progress(
             progress.update(task, completed=(epoch - 1) * batches + index + 1, description=description)
 
         def on_epoch(line: Epoch) -> None:
-            v = line["validation"]
-            measures = f"ELBO {v['elbo']:.2f} = reconstruction {v['reconstruction']:.2f} - KL {v['kl']:.2f}"
-            if config.bound != "elbo":
-                measures = f"{bound_name(config)} {v['bound']:.2f}, {measures}"
-            progress.update(task, measures=measures)
+            told = _measures(config, line)
+            fits = len(label) + len(told) + BESIDE <= console.width
+            progress.update(task, measures=told if fits else _in_short(config, line))
             if not console.is_terminal and line["epoch"] % max(1, config.epochs // 5) == 0:
-                console.print(f"{label} epoch {line['epoch']}/{config.epochs}: {measures}", soft_wrap=True)
+                console.print(f"{label} epoch {line['epoch']}/{config.epochs}: {told}", soft_wrap=True)
 
         yield Watchers(on_batch, on_epoch)
 
@@ -62,7 +65,7 @@ def training_progress(
 @contextmanager
 def counting_progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar over `total` images; gives a function to be told how many have been done."""
-    columns = (
+    wide = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
@@ -70,16 +73,23 @@ def counting_progress(console: Console, label: str, total: int) -> Iterator[Call
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    narrow = (TextColumn("{task.description}\n{task.completed}/{task.total} images"), TimeRemainingColumn())
+    with _progress(console, wide, narrow) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)
 
 
-@contextmanager
-def interruptible(console: Console, advice: Callable[[], str]) -> Iterator[None]:
-    """Turn Ctrl-C into `advice` on the terminal and exit code 130, as shells have it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print(f"\nStopped. {advice()}", style="yellow", soft_wrap=True, markup=False, highlight=False)
-        raise typer.Exit(130) from None
+def _progress(console: Console, wide: tuple[ProgressColumn, ...], narrow: tuple[ProgressColumn, ...]) -> Progress:
+    columns = narrow if is_narrow(console) else wide
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def _measures(config: TrainConfig, line: Epoch) -> str:
+    v = line["validation"]
+    elbo = f"ELBO {v['elbo']:.2f} = reconstruction {v['reconstruction']:.2f} - KL {v['kl']:.2f}"
+    return elbo if config.bound == "elbo" else f"{bound_name(config)} {v['bound']:.2f}, {elbo}"
+
+
+def _in_short(config: TrainConfig, line: Epoch) -> str:
+    v = line["validation"]
+    return f"{config.bound.upper()} {v['bound']:.2f}, KL {v['kl']:.2f}"

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import VAE, ExemplarPrior, MixturePrior, StandardNormalPrior, VampPrior
-from fastvae.app.config import TrainConfig
-from fastvae.app.dataset import Dataset
-from fastvae.app.errors import ConfigError
-from fastvae.app.randomness import Stream, reseed
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.memory import physical_memory
+from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.user_errors import ConfigError
 from fastvae.priors import Prior
 
 EXEMPLAR_CHUNK = 1000  # exemplars encoded at once: with all at once, activations would outgrow everything else
@@ -79,8 +80,9 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
 
     Raises:
         ConfigError: more pseudo-inputs are to start from training images, or more exemplars to be taken in a step,
-            than there are.
+            than there are; or training takes more memory than there is.
     """
+    _check_memory(config, dataset)
     reseed(config.seed, Stream.INITIALISE)
     sizes = (dataset.num_pixels, config.hidden, config.latent)
     encoder = Encoder(*sizes)
@@ -118,6 +120,22 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
         )
     likelihood = "bernoulli" if dataset.kind == "binary" else "discretized_logistic"
     return VAE(encoder, decoder, prior, likelihood=likelihood)
+
+
+def _check_memory(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse what cannot be trained here: a system that runs out of memory often kills a program without a word."""
+    pixels, hidden, latent = dataset.num_pixels, config.hidden, config.latent
+    weights = hidden * (3 * pixels + 4 * hidden + 4 * latent)  # at least; grey images take a little more
+    if config.prior in ("mixture", "vamp"):
+        weights += config.components * (latent if config.prior == "mixture" else pixels)
+    needed = 5 * 4 * weights  # float32 weights, their gradients, Adam's two moments, and the best weights so far
+    there = physical_memory()
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"--hidden {hidden}, --latent {latent} and --components {config.components} make {weights:,} weights, for "
+            f"which training takes {needed / 2**30:,.0f} GiB of memory; this machine has {there / 2**30:,.0f} GiB. "
+            "Take smaller ones."
+        )
 
 
 def _he_normal(module: nn.Module) -> None:

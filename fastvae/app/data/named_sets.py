@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from fastvae.app.atomic import whole_file
-from fastvae.app.dataset import Dataset, binarise_held_out, cut, make_split
-from fastvae.app.errors import DataError
-from fastvae.app.files import read_amat, read_idx, read_npz
-from fastvae.app.own_npz import load_npz
-
-
-def data_folder(data_dir: str | Path | None = None) -> Path:
-    """Where data files are looked for: `data_dir`, else the environment's FASTVAE_DATA, else ./data."""
-    return Path(data_dir or os.environ.get("FASTVAE_DATA") or "data").expanduser()
+from fastvae._files import whole_file
+from fastvae.app.data.array_files import read_amat, read_idx, read_npz
+from fastvae.app.data.dataset import Dataset, binarise_held_out, cut, make_split
+from fastvae.app.data.own_npz import load_npz
+from fastvae.app.data.places import check_name, data_folder, is_own_file, own_file
+from fastvae.app.user_errors import DataError
 
 
 def load(name: str, data_dir: str | Path | None = None, *, binarize: bool = False, download: bool = False) -> Dataset:
@@ -25,19 +20,16 @@ def load(name: str, data_dir: str | Path | None = None, *, binarize: bool = Fals
 
     Args:
         name: digits, mnist, static-mnist, freyfaces, caltech101, or the path of an .npz file; see `load_npz`.
-        data_dir: the folder with the files; see `data_folder`.
+        data_dir: the folder with the files; see `data_folder` and `own_file`.
         binarize: binarise the grey images of an .npz file dynamically.
         download: fetch mnist from OpenML if it is not in the folder.
 
     Raises:
         DataError: the data are not there or not right; the message says which file, where, and how to get it.
     """
-    if name.endswith(".npz"):
-        return load_npz(Path(name).expanduser(), binarize=binarize)
-    if name not in NAMED:
-        raise DataError(f"data {name!r} is not known: it can be {', '.join(NAMED)}, or the path of an .npz file.")
-    if binarize:
-        raise DataError(f"--binarize is for .npz files of your own; {name} comes with its own treatment.")
+    check_name(name, data_dir, binarize=binarize)
+    if is_own_file(name):
+        return load_npz(own_file(name, data_dir), binarize=binarize)
     folder = data_folder(data_dir)
     if download and name == "mnist":
         return _mnist(folder, download=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,6 +49,14 @@ class Dataset:
     def num_pixels(self) -> int:
         """Pixels in an image: height times width."""
         return self.image_shape[0] * self.image_shape[1]
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of all images, and of how they are to be read: the same for the same data, wherever they lie."""
+        digest = hashlib.sha256(repr((self.kind, self.dynamic, self.image_shape)).encode())
+        for split in (self.train, self.validation, self.test):
+            digest.update(repr(tuple(split.x.shape)).encode())
+            digest.update(split.x.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 Splits = tuple[Split, Split, Split]

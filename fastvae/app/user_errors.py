@@ -1,4 +1,4 @@
-"""What a user can get wrong. The command line prints these as a message, without a traceback."""
+"""What a user can put right. The command line prints these errors as a message, without a traceback."""
 
 from __future__ import annotations
 

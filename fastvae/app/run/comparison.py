@@ -18,7 +18,7 @@ class Row:
     log_likelihood: list[float]
     elbo: list[float]
     kl: list[float]
-    active_units: list[int]
+    active_units: list[int | None]
     seconds_per_epoch: list[float]
 
 

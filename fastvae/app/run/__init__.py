@@ -1,0 +1,1 @@
+"""Runs: settings, folder, training, evaluation and comparison, without a word on the terminal."""

@@ -1,0 +1,206 @@
+"""What a run is: every choice that decides its result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails, from_json
+
+from fastvae.app.data.places import is_own_file
+from fastvae.app.user_errors import ConfigError, RunError
+
+PriorName = Literal["standard", "mixture", "vamp", "exemplar"]
+PseudoInit = Literal["data", "noise"]
+# The names of fastvae.bounds, said again because they are checked before PyTorch is imported.
+BoundName = Literal["elbo", "iwae"]
+GradientName = Literal["plain", "stl", "dreg"]
+
+PRIORS: tuple[str, ...] = get_args(PriorName)
+
+LARGEST = 2**31 - 1
+AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
+AtLeastZero = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+class TrainConfig:
+    """All that decides the result of a training run; kept as config.json in the run's folder.
+
+    The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
+    `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
+    `num_samples` draws and the estimator `gradient`, is what training maximises. `data_sha256` is the fingerprint of
+    the images, by which they are known again when their file has moved.
+    """
+
+    data: str = "digits"
+    data_dir: str | None = None
+    data_sha256: str | None = None
+    binarize: bool = False
+    prior: PriorName = "vamp"
+    components: AtLeastOne = 500
+    pseudo_init: PseudoInit = "data"
+    learn_weights: bool = False
+    chunk_size: AtLeastOne | None = None
+    subset: AtLeastOne | None = None
+    refresh: Annotated[float, Field(gt=0, le=1)] = 1.0
+    neighbours: AtLeastZero = 0
+    bound: BoundName = "elbo"
+    num_samples: AtLeastOne = 1
+    gradient: GradientName = "plain"
+    latent: AtLeastOne = 40
+    hidden: AtLeastOne = 300
+    epochs: AtLeastOne = 100
+    warmup: AtLeastZero = 20
+    patience: AtLeastOne = 20
+    batch_size: AtLeastOne = 100
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> TrainConfig:
+        if self.subset is not None and self.refresh < 1:
+            raise ConfigError("--subset and --refresh are two ways to save work in a step; say one of them.")
+        if self.bound == "elbo" and self.gradient == "dreg":
+            raise ConfigError("--gradient dreg is for --bound iwae; for the ELBO it would be --gradient stl.")
+        if self.warmup >= self.epochs:
+            raise ConfigError(
+                f"--warmup is {self.warmup} of {self.epochs} epochs; the KL term would never count in full. "
+                "It should be below --epochs."
+            )
+        return self
+
+
+def bound_name(config: TrainConfig) -> str:
+    """The bound that training maximises, in words."""
+    return "ELBO" if config.bound == "elbo" else f"IWAE bound of {config.num_samples} samples"
+
+
+def option(field: str) -> str:
+    """The command-line option that sets a field of TrainConfig."""
+    return "--samples" if field == "num_samples" else "--" + field.replace("_", "-")
+
+
+# Found by trying, judged on the validation set alone.
+FOR_DATA: dict[str, dict[str, Any]] = {
+    "digits": {
+        "components": 100,
+        "latent": 16,
+        "hidden": 100,
+        "epochs": 250,
+        "warmup": 40,
+        "patience": 50,
+        "learning_rate": 2e-3,
+    }
+}
+
+FOR_BOUND: dict[str, dict[str, Any]] = {"iwae": {"num_samples": 50, "gradient": "dreg"}}
+
+
+def make_config(given: dict[str, Any]) -> TrainConfig:
+    """The settings of a new run: what was `given`, else what suits the data, else the general default.
+
+    Entries of `given` that are None count as not given. A warm-up that was not given takes no more than a
+    fifth of the epochs.
+
+    Raises:
+        ConfigError: a setting, or a combination of them, makes no sense; the message names the option.
+    """
+    named = {key: value for key, value in given.items() if value is not None}
+    for_bound = FOR_BOUND.get(named.get("bound", TrainConfig.bound), {})
+    chosen = FOR_DATA.get(named.get("data", TrainConfig.data), {}) | for_bound | named
+    if "warmup" not in named:
+        epochs = chosen.get("epochs", TrainConfig.epochs)
+        chosen["warmup"] = min(chosen.get("warmup", TrainConfig.warmup), max(epochs, 0) // 5)
+    return _validated(chosen)
+
+
+def continued(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The settings for going on with a run: those it was begun with, or more epochs, or data that have moved.
+
+    Raises:
+        ConfigError: an option that was given differs from what the run was begun with; names the option.
+    """
+    changes = {key: value for key, value in given.items() if value is not None and value != getattr(saved, key)}
+    for key, value in changes.items():
+        moved = key == "data_dir" or (key == "data" and is_own_file(value) and is_own_file(saved.data))
+        first_known = key == "data_sha256" and saved.data_sha256 is None
+        if moved or first_known or (key == "epochs" and value > saved.epochs):
+            continue
+        if key == "data_sha256":
+            raise other_data(given.get("data") or saved.data)
+        more = " It can only be raised." if key == "epochs" else ""
+        raise ConfigError(
+            f"{option(key)} is {value}, but the run to be resumed was begun with {getattr(saved, key)}.{more}"
+        )
+    return _validated(asdict(saved) | changes | {"data": moved_data(saved, given.get("data"), given.get("data_dir"))})
+
+
+def moved_data(config: TrainConfig, data: str | None, data_dir: str | Path | None) -> str:
+    """Where a run's data are now: where `data` says, or its .npz file in `data_dir`, or where they were."""
+    if data is None and data_dir is not None and is_own_file(config.data):
+        return str(Path(data_dir).expanduser().absolute() / Path(config.data).name)
+    return data or config.data
+
+
+def other_data(data: str) -> ConfigError:
+    """The error that the data are not those of the run."""
+    return ConfigError(
+        f"--data is {data}, which does not hold the images that the run was begun with. Say --data with the place "
+        "where those are now, or begin a new run."
+    )
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read the settings of a run.
+
+    Raises:
+        RunError: there are none, or they are damaged; the message names the option that is wrong.
+    """
+    known, optional = {field.name for field in fields(TrainConfig)}, {"data_sha256"}
+    try:
+        content = from_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it should hold an option's name and value a line, in braces")
+        if others := known - set(content) - optional | set(content) - known:
+            raise ValueError(
+                f"its settings are not those of this version's runs: {', '.join(sorted(others))} should "
+                f"{'be there' if others <= known else 'not be there'}"
+            )
+        return _validated(content)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(f"{path.parent}: holds no run (there is no {path.name} in it).") from error
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).removesuffix(".")
+        raise RunError(f"{path}: cannot be read ({reason}). Put it right, or train the run anew.") from error
+
+
+def _validated(content: dict[str, Any]) -> TrainConfig:
+    try:
+        return TrainConfig(**content)
+    except ValidationError as error:
+        raise _in_words(error.errors()[0]) from None
+
+
+def _in_words(problem: ErrorDetails) -> ConfigError:
+    """What pydantic found first, as the message of a wrong option."""
+    context = problem.get("ctx", {})
+    if isinstance(context.get("error"), ConfigError):
+        return context["error"]
+    wanted = {
+        "greater_than_equal": "it should be {ge} or more",
+        "greater_than": "it should be above {gt:g}",
+        "less_than_equal": "it should be at most {le:,}",
+        "literal_error": "it can be {expected}",
+        "finite_number": "it should be a finite number",
+        "int_type": "it should be a whole number",
+        "float_type": "it should be a number",
+        "bool_type": "it should be true or false",
+        "string_type": "it should be text",
+    }.get(problem["type"], problem["msg"])
+    expected = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
+    words = wanted.format(**{**context, "expected": expected})
+    return ConfigError(f"{option(str(problem['loc'][0]))} is {problem['input']!r}; {words}.")

@@ -1,0 +1,39 @@
+"""Where a run is computed: the device, the threads, the memory."""
+
+from __future__ import annotations
+
+import torch
+
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.config import TrainConfig
+from fastvae.app.user_errors import ConfigError
+
+SMALL = 2_000_000  # multiply-adds of a layer and batch, below which threads cost more than they save
+
+
+def use_threads(count: int | None, config: TrainConfig, dataset: Dataset) -> None:
+    """Set torch's CPU threads to `count`, or to one if none is given and the model is small.
+
+    Two threads gain a small model next to nothing, and where other programs want the cores too, threads that
+    wait for each other have been seen to make it ten times slower.
+    """
+    if count is None and dataset.num_pixels * config.hidden * config.batch_size < SMALL:
+        count = 1
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def pick_device(name: str) -> str:
+    """Resolve auto, and check that the device is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"--device {name}: is not here ({reason}); take cpu, or auto.") from error
+    return name

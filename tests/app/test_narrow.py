@@ -1,0 +1,97 @@
+"""A terminal of 40 columns: help, progress and tables that can be read."""
+
+from __future__ import annotations
+
+import re
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastvae.app.data.dataset import Dataset, Split
+from fastvae.app.run.comparison import Row
+from fastvae.app.run.config import TrainConfig
+from fastvae.app.show.progress import counting_progress, training_progress
+from fastvae.app.show.result_tables import comparison_tables
+
+from .conftest import Cli
+
+MEASURES = {"bound": -123.45, "elbo": -123.46, "reconstruction": -101.23, "kl": 22.23}
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "compare", "info", ""])
+def test_help(cli: Cli, command: str) -> None:
+    code, text, error = cli(*command.split(), "--help")
+    assert code == 0, error
+    assert max(map(len, text.splitlines())) <= 40 and "…" not in text
+    if command == "train":
+        words = " ".join(text.split())
+        assert "--learning-rate" in words and "--out DIR The run's folder. [required]" in words
+        assert "Passes over the training images, at most. (default 100; digits 250)" in words
+    if not command:
+        assert re.search(r"\nevaluate\n +Measure the best model", text)
+
+
+def test_a_wide_terminal_has_columns(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    _, text, _ = cli("train", "--help")
+    assert any("--epochs" in line and "Passes over the training images" in line for line in text.splitlines())
+
+
+def console(width: int) -> Console:
+    return Console(file=StringIO(), force_terminal=True, width=width, color_system=None, legacy_windows=False)
+
+
+def lines(terminal: Console) -> list[str]:
+    assert isinstance(terminal.file, StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue()).replace("\r", "\n").splitlines()
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+def test_progress_of_training(width: int, bound: str) -> None:
+    split = Split(torch.zeros(200, 9))
+    data = Dataset("tiny", "made here", split, split, split, image_shape=(3, 3), kind="binary")
+    config = TrainConfig(bound=bound, num_samples=50 if bound == "iwae" else 1)  # type: ignore[arg-type]
+    shown = console(width)
+    with training_progress(shown, config, data, 1, "standard, seed 0:") as watchers:
+        watchers.batch(12, 1)
+        watchers.epoch({"epoch": 12, "beta": 1, "train": MEASURES, "validation": MEASURES, "seconds": 1})  # type: ignore[typeddict-item]
+    told = lines(shown)
+    assert max(map(len, told)) <= width and not any("…" in line for line in told)
+    if width < 120:
+        assert any("standard, seed 0: epoch 12/100" in line for line in told)
+        assert any(f"{bound.upper()} -123.45, KL 22.23" in line for line in told)
+    elif bound == "elbo":
+        assert any("ELBO -123.46 = reconstruction -101.23 - KL 22.23" in line for line in told)
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_progress_of_evaluation(width: int) -> None:
+    shown = console(width)
+    with counting_progress(shown, "standard, seed 0: evaluating", 10000) as on_images:
+        on_images(1234)
+    told = lines(shown)
+    assert max(map(len, told)) <= width and not any("…" in line for line in told)
+    assert any("1234/10000 images" in " ".join(line.split()) for line in told)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_tables_of_a_comparison(width: int) -> None:
+    row = Row("standard", [-122.5, -121.0], [-131.0, -129.0], [5.0, 6.0], [40, None], [0.1, 0.2])
+    shown = console(width)
+    for table in comparison_tables([row, row], "static-mnist: 10000 test images", narrow=width == 40):
+        shown.print(table)
+    told = lines(shown)
+    assert max(map(len, told)) <= width and not any("…" in line for line in told)
+    text = " ".join(" ".join(told).split())
+    for value in ("-121.75 +- 1.06", "-130.00 +- 1.41", "5.50 +- 0.71", "0.150"):
+        assert text.count(value) == 2
+    assert "+- is the standard deviation over 2 seeds" in text

@@ -1,0 +1,100 @@
+"""How soon the command answers: options are checked before PyTorch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import ENVIRONMENT
+
+# The command as it is installed, and at its end whether PyTorch was imported.
+SCRIPT = """
+import atexit, sys
+atexit.register(lambda: print("torch" if "torch" in sys.modules else "no torch", file=sys.stderr))
+from fastvae_command import main
+sys.argv[0] = "fastvae"
+main()
+"""
+
+
+def command(*arguments: str) -> tuple[int, str, str, float]:
+    """Exit code, stdout, stderr and the seconds it took of the processor."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.returncode, done.stdout, done.stderr, seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "--epochs", "0", "--out", "a"], "--epochs is 0; it should be 1 or more."),
+        (["train", "--bound", "vr", "--out", "a"], "it can be elbo, iwae"),
+        (["train", "--device", "meta", "--out", "a"], "--device is 'meta'; it can be auto, cpu, cuda"),
+        (["train", "--data", "cifar", "--out", "a"], "'cifar' is not known"),
+        (["train", "--data", "none.npz", "--out", "a"], "there is no such file"),
+        (["train", "--resume", "--out", "a"], "holds no run"),
+        (["evaluate", "a"], "holds no run"),
+        (["sample", "a"], "holds no run"),
+        (["compare", "--priors", "vamp", "--out", "a"], "--priors is 'vamp'"),
+        (["evaluate", ""], "the name is empty"),
+        (["train", "--out", ""], "the name is empty"),
+    ],
+)
+def test_wrong_options_are_told_before_torch_is_imported(tmp_path: Path, arguments: list[str], told: str) -> None:
+    code, _, error, seconds = command(*arguments)
+    assert code in (1, 2) and told in error and error.endswith("\nno torch\n")
+    assert "Traceback" not in error and seconds < 1 and not Path("a").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "-h"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    code, text, error, seconds = command(*arguments)
+    assert code == 0 and "Usage" in text and error == "no torch\n" and seconds < 2
+
+
+def test_info_takes_no_longer_than_importing_torch() -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    subprocess.run([sys.executable, "-c", "import torch"], env=ENVIRONMENT, check=True)
+    torch_alone = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    code, text, _, seconds = command("info")
+    assert code == 0 and "extension" in text
+    assert seconds < torch_alone + 1
+
+
+def test_the_library_is_whole_once_it_is_imported_late() -> None:
+    script = """
+import fastvae_command, sys
+from unittest import mock
+sys.argv = ["fastvae", "info"]
+try: fastvae_command.main()
+except SystemExit as stop: assert not stop.code
+import fastvae, fastvae.app.cli
+assert fastvae.VAE and fastvae.app.cli and fastvae.mixture_log_prob and sys.modules["fastvae"] is fastvae
+assert fastvae.__file__ and fastvae.__path__ and fastvae.priors.Prior is fastvae.vae.Prior
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_module_of_the_command_line_runs_as_well() -> None:
+    started = time.monotonic()
+    command_line = [sys.executable, "-m", "fastvae.app.cli", "train", "--epochs", "0", "--out", "a"]
+    done = subprocess.run(command_line, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "--epochs is 0" in done.stderr and time.monotonic() - started < 60
+
+
+def test_bench_is_reached_by_the_command() -> None:
+    code, _, error, _ = command("bench", "speed")
+    assert code == 1 and "there is no suite 'speed'" in error
+    code, text, _, _ = command("bench", "--help")
+    assert code == 0 and "--peers" in text
