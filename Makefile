@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint bench bench-alone gpu dist clean
+.PHONY: demo test lint docs bench bench-alone gpu dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
@@ -18,6 +18,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.tables --check
+
+# the site, in site/: broken links are errors, external ones are listed; the notebooks run, on one thread as is fastest
+docs: .venv/ready
+	FASTVAE_DOCS_EXECUTE=1 OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # on a quiet machine; FASTVAE_DATA names the folder with the latents of a trained model
 bench: .venv/ready
@@ -51,4 +55,4 @@ dist: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist fastvae.egg-info fastvae/_C*.so
+	rm -rf .venv build dist site fastvae.egg-info fastvae/_C*.so
