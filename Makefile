@@ -32,7 +32,7 @@ bench: .venv/ready
 	for part in estimators refresh memory; do $(BIN)/python -m benchmarks.bounds $$part || exit 1; done
 	$(BIN)/python -m benchmarks.tables
 
-# beside the best peer alone, each shape in a process of its own: see "Fresh memory" in docs/guides/benchmarking.md
+# beside the best peer alone, each shape in a process of its own: see "What is fair" in the docs
 ALONE := 1024,10000,40 256,50000,64 1024,10000,2 1024,10000,8 1024,10000,16
 bench-alone: .venv/ready
 	for shape in $(ALONE); do $(BIN)/fastvae bench mixture --shapes $$shape --peers expansion-compile \

@@ -139,7 +139,7 @@ def test_gradients_in_the_weights_are_checked_as_logits_only_where_that_is_said(
 
 
 def test_the_peer_in_the_docs_runs(tmp_path: Path) -> None:
-    page = Path(__file__).parents[2] / "docs" / "guides" / "benchmarking.md"
+    page = Path(__file__).parents[2] / "docs" / "benchmarking.md"
     (source,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     (tmp_path / "chunks.py").write_text(source)
     peer = load_peers(tmp_path / "chunks.py")["chunks"]
