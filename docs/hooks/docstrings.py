@@ -39,7 +39,10 @@ def inherited_docstring(obj: Object) -> Docstring | None:
         for base in obj.parent.mro():
             member = base.members.get(obj.name)
             if member is not None and member.docstring is not None:
-                return Docstring(member.docstring.value, lineno=member.docstring.lineno, parent=obj)
+                inherited = member.docstring
+                return Docstring(
+                    inherited.value, parent=obj, parser=inherited.parser, parser_options=inherited.parser_options
+                )
     return None
 
 
