@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test test-all lint bench bench-alone static-report gpu dist clean
+.PHONY: demo test test-slow test-all lint docs bench bench-alone static-report gpu dist clean
 
 demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
@@ -16,8 +16,11 @@ PYTEST := FASTVAE_TEST_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -
 test: .venv/ready
 	$(PYTEST) --fast
 
-test-all: .venv/ready
-	$(PYTEST)
+# what the fast tier leaves out
+test-slow: .venv/ready
+	$(PYTEST) --slow
+
+test-all: test test-slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -25,6 +28,10 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.tables --check
+
+# the site, in site/: broken links are errors, external ones are listed; the notebooks run, on one thread as is fastest
+docs: .venv/ready
+	FASTVAE_DOCS_EXECUTE=1 OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # on a quiet machine; FASTVAE_DATA names the folder with the latents of a trained model
 bench: .venv/ready
@@ -63,4 +70,4 @@ dist: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist fastvae.egg-info fastvae/_C*.so
+	rm -rf .venv build dist site fastvae.egg-info fastvae/_C*.so

@@ -192,10 +192,10 @@ def _draws(
 
 
 class _Scale(torch.autograd.Function):
-    """Passes z [s, B, D] and log q [s, B] on; backward scales their gradients by what arrives at a third output.
+    """Returns z [s, B, D] and log q [s, B] unchanged, and a third output, whose gradient scales theirs in backward.
 
-    That is how v_s, known only once all w are, reaches the gradient in z_s: :class:`_SendBack` sends it along the
-    graph, through whatever cuts the samples into chunks or computes them again.
+    v_s is known only when all weights are.  :class:`_SendBack` sends it to the third output, through whatever cuts the
+    samples into chunks or computes them again, and so it reaches the gradient in z_s.
     """
 
     @staticmethod

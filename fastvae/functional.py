@@ -28,25 +28,25 @@ def mixture_log_prob(
 ) -> Tensor:
     """Log density of a mixture of K diagonal Gaussians, log p(z) = logsumexp_k [log w_k + log N(z; mu_k, sigma_k^2)].
 
-    Differentiable once in z, mu, logvar and log_weights.  Memory is O(M + K) for M rows: no [M, K] array exists, but
-    where the compiled kernels on a CPU keep one of at most 16 MiB for backward.
+    Differentiable once in z, mu, logvar and log_weights.  Memory grows with M + K for M rows.  An array of M x K
+    exponents exists only for small problems on the CPU, where up to 16 MiB are kept for backward.
 
     Args:
         z: [..., D], the points.
         mu: [K, D], the means.
         logvar: broadcastable to [K, D], the log variances; [D], [1, D] or [] is one variance for all components,
-            [K, 1] an isotropic one for each.
-        log_weights: [K], used as given and never renormalised; -inf is a component that is not there.  None means
-            -log K each.
+            [K, 1] an isotropic one for each.  A single dimension means [D], also where K = D.
+        log_weights: [K], used as given and never renormalised; a log weight of -inf removes the component.  None means
+            -log K each.  :func:`fastvae.log_weights_of` makes them of weights that may be 0.
         exclude: int64 [...], for each row the index of a component to leave out, or -1 for none.
-        dense_backward: compute every term of the gradients.  By default the compiled kernels leave out pairs of a
-            row and a component whose responsibility is below 2^-24 / K (2^-53 / K in float64) and, where z needs a
-            gradient, its share of that gradient below such a fraction of what the widest component alone could give.
-            All that a row leaves out is less than a rounding, so the gradient in z stays what it is; a parameter
-            that no row uses gets exactly 0 where dense arithmetic gives about 1e-12.
+        dense_backward: True computes every term of the gradients.  By default, pairs of a row and a component whose
+            responsibility is below 2^-24 / K (2^-53 / K in float64) may be left out; where z needs a gradient, only if
+            the pair's share of that gradient is below such a fraction of what the widest component alone could give.
+            What a row leaves out is below a rounding.  A parameter that no row uses gets a gradient of exactly 0
+            instead of about 1e-12.
         precision: "highest", "high" or "medium": how inexact tensor cores may be; None follows
-            `torch.get_float32_matmul_precision()`.  "highest" is the difference form, which all backends compute;
-            "triton" alone has the others, whose errors docs/triton-kernels.md tells.
+            `torch.get_float32_matmul_precision()`.  "highest" is the difference form, which all backends compute; only
+            "triton" has the others, and docs/guides/backends-and-precision.md has their errors.
         impl: "cpu", "triton", "cuda", "composite", "reference", or None to choose by device, see
             :func:`fastvae.backends.choose`.
 

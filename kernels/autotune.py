@@ -2,7 +2,7 @@
 
 A tile decides the order of a sum, so a choice by the clock gives other bits when it falls out otherwise.  It is
 therefore made once: whoever meets a key first times the candidates of `tiles.py`, and whoever comes later, in this
-process or another, takes what the file has.  docs/triton-kernels.md describes the key and the file.
+process or another, takes what the file has.  docs/developers/triton-kernels.md describes the key and the file.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from support.tiers import MARKS, marks_of
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="leave out the marked tests: see tests/support/tiers.py")
+    parser.addoption("--slow", action="store_true", help="leave out all but the marked tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,9 +32,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for mark in marks[item]:
             item.add_marker(mark)
-    if config.getoption("--fast"):
-        config.hook.pytest_deselected(items=[item for item in items if marks[item]])
-        items[:] = [item for item in items if not marks[item]]
+    for option, wanted in (("--fast", False), ("--slow", True)):
+        if config.getoption(option):
+            config.hook.pytest_deselected(items=[item for item in items if bool(marks[item]) != wanted])
+            items[:] = [item for item in items if bool(marks[item]) == wanted]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -8,7 +8,7 @@
 // Components are packed chunk by chunk into scratch that stays in the cache (panels.h) and used by all rows of the task.
 // Rows go by tiles against a batch of panels, in phases that each keep the multipliers busy: the exponents of the tiles
 // that matter (tiles.h), all their exponentials, and with these the gradients.  Backward computes a again, except where
-// M x K is so small that forward keeps it; nothing else of that size exists.  docs/cpu-kernels.md has the reasons and the
+// M x K is so small that forward keeps it; nothing else of that size exists.  docs/developers/cpu-kernels.md has the reasons and the
 // measurements.
 #pragma once
 

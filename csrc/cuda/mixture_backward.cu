@@ -7,7 +7,7 @@
 // memory, and goes through them a second time with the sums over the other side in registers.  In this second pass a
 // warp takes those rows (components) of the other side for which any of its own 16 has a weight, and no others.
 //
-// What is too small to matter is set to zero before: see docs/cuda-kernels.md.
+// What is too small to matter is set to zero before: see docs/developers/cuda-kernels.md.
 #include "tile.cuh"
 
 namespace fastvae::cuda {

@@ -5,7 +5,7 @@
 //
 // A block takes tiles of 128 x 128 (64 x 64 in double precision), of which a thread owns 8 x 8 (4 x 4).  A stage is a
 // few dimensions of a tile in shared memory, copied there asynchronously while the one before is worked on: six loads
-// of 16 bytes for 128 fused multiply-adds.  docs/cuda-kernels.md has the reasons.
+// of 16 bytes for 128 fused multiply-adds.  docs/developers/cuda-kernels.md has the reasons.
 #pragma once
 
 #include <cuda_pipeline.h>

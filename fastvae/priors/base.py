@@ -62,13 +62,15 @@ class Prior(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define sample(n)")
 
     def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
-        """log p(z) for one step of training: what it takes to know p is computed once, here, and not for each z.
+        """A function z -> log p(z) for one step of training.
+
+        What all its evaluations share is computed once, when the function is made.
 
         Args:
             index: int64 [B], which of the training points the rows of a batch are, for a prior that is made of them
                 (see :class:`fastvae.ExemplarPrior`); others have no use for it.
-            near: [B, D], about where the density will be asked for, as the posterior's means; for a prior that saves
-                work elsewhere.
+            near: [B, D], points close to the z that will be evaluated, such as the posteriors' means; a prior may use
+                them to choose which components to encode.
 
         Returns:
             A function: z [..., B, D] -> [..., B], nats, differentiable in z and in the prior's parameters.
@@ -97,7 +99,7 @@ class Prior(nn.Module):
         return z, log_q - evaluate(f"the density of {type(self).__name__}", self.density(index, mu), z)
 
     def snapshot(self) -> Prior:
-        """This prior as it is now, for many evaluations without gradients."""
+        """A copy of this prior that is cheap to evaluate many times; it has no gradients."""
         return self
 
 

@@ -21,10 +21,10 @@ class EncodedMixture(Mixture):
     The encoder is shared but not owned: `parameters()` and `state_dict()` of the prior do not hold it, so that the
     VAE's hold it once.  Assigning `vae.encoder` (another encoder, or the same one wrapped) assigns `encoder` here too.
 
-    With `refresh` below 1, a step of training (`kl` and `density` in training mode) encodes that share of the inputs,
-    each in its turn of a random order, and takes the others as they were when last encoded, without a gradient.  No
-    encoding is then older than 1 / refresh steps; but of the gradient by way of the components only a share arrives,
-    and training shows it.  `neighbours` brings more of it back: each row's nearest components, which hold most of its
+    With `refresh` below 1, a step of training (`kl` and `density` in training mode) encodes only that share of the
+    inputs, in a random order, and reuses the last encodings of the others without a gradient.  No encoding is older
+    than 1 / refresh steps.  The gradient by way of the components is then biased: about the share `refresh` of it
+    arrives, and training shows it.  `neighbours` brings more of it back: each row's nearest components, which hold most of its
     responsibilities, are encoded too.  `log_prob`, `components`, `sample` and evaluation mode encode all, as ever, and
     so does the first step after `train()` or `eval()`.
     """

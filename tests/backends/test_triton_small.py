@@ -84,7 +84,7 @@ def test_the_density_is_one_launch_each_way(precision: str) -> None:
 
 
 def test_launches_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of docs/triton-kernels.md."""
+    """The table of docs/developers/triton-kernels.md."""
     small, counts = triton_module("small"), []
     for largest in (small.LARGEST, -1):
         monkeypatch.setattr(small, "LARGEST", largest)

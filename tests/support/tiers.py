@@ -13,13 +13,16 @@ MARKS = {
     "triton": "runs Triton's interpreter, where there is no GPU",
     "emulated": "runs kernels for another machine on this one",
     "machine_code": "compiles GPU kernels and looks at their machine code",
-    "slow": "builds wheels, or measures the memory of large problems",
+    "slow": "builds wheels, runs notebooks or several processes, or measures the memory of large problems",
 }
 
 # A parameter names the backend, or one of these fixtures.
 _BACKEND_OF_FIXTURE = {"triton": "triton", "small_triton": "triton-small", "emulated_small": "cuda-emulated"}
 _MARK_OF_FOLDER = {"machine_code": "machine_code"}
-_MARK_OF_FILE = {"test_static_report": "machine_code", "test_packaging": "slow", "test_memory": "slow"}
+_MARK_OF_FILE = {
+    "test_static_report": "machine_code",
+    **dict.fromkeys(("test_ddp", "test_memory", "test_notebooks", "test_packaging"), "slow"),
+}
 
 
 def marks_of(item: pytest.Item) -> set[str]:
