@@ -1,7 +1,7 @@
 """The backends: who computes an operation, on which device, at which precision.
 
 `backend.py` says what a backend is, `registry.py` lists them and chooses one for a call.  A new backend is a module
-here with one :class:`Backend` record, and a line in the registry; `docs/developers/adding-a-backend.md` walks through it.
+here with one :class:`Backend` record, and a line in the registry: see docs/developers/adding-a-backend.md.
 """
 
 from fastvae.backends.backend import Backend

@@ -24,9 +24,9 @@ class EncodedMixture(Mixture):
     With `refresh` below 1, a step of training (`kl` and `density` in training mode) encodes only that share of the
     inputs, in a random order, and reuses the last encodings of the others without a gradient.  No encoding is older
     than 1 / refresh steps.  The gradient by way of the components is then biased: about the share `refresh` of it
-    arrives, and training shows it.  `neighbours` brings more of it back: each row's nearest components, which hold most of its
-    responsibilities, are encoded too.  `log_prob`, `components`, `sample` and evaluation mode encode all, as ever, and
-    so does the first step after `train()` or `eval()`.
+    arrives, and training shows it.  `neighbours` brings more of it back: each row's nearest components, which hold
+    most of its responsibilities, are encoded too.  `log_prob`, `components`, `sample` and evaluation mode encode all,
+    and so does the first step after `train()` or `eval()`.
     """
 
     encoder: nn.Module
