@@ -20,11 +20,39 @@ from .arithmetic import lowest
 from .logsumexp import absorb, any_at_least, column, log_responsibility, responsibility, score_matters, store_sums
 
 UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
+# Dimensions whose t^2 are added up one by one; the sums of such blocks are then added up.  So the error of a sum of
+# equal terms grows with BLOCK + D / BLOCK and not with D.
+BLOCK = tl.constexpr(64)
 
 
 @triton.jit
-def _squares(outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER_STEP, INNER_STEP, D):
+def _squares(
+    outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER_STEP, INNER_STEP, D, BLOCKS: tl.constexpr
+):  # fmt: skip
     """sum_d ((outer_d - inner_d) s_d)^2, [outer, inner], of pointers [outer, 1] and [1, inner] to dimension 0.
+
+    BLOCKS: whether D is above BLOCK.
+    """
+    if BLOCKS:
+        total = tl.zeros((outer.shape[0], inner.shape[1]), outer.dtype.element_ty)
+        for start in range(0, D, BLOCK):
+            total += _squares_of_block(
+                outer, inner, scale_of_outer, outer_s, inner_s, OUTER_STEP, INNER_STEP, tl.minimum(BLOCK, D - start)
+            )
+            outer += BLOCK * OUTER_STEP
+            inner += BLOCK * INNER_STEP
+            if scale_of_outer:
+                outer_s += BLOCK * OUTER_STEP
+            else:
+                inner_s += BLOCK * INNER_STEP
+    else:
+        total = _squares_of_block(outer, inner, scale_of_outer, outer_s, inner_s, OUTER_STEP, INNER_STEP, D)
+    return total
+
+
+@triton.jit
+def _squares_of_block(outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER_STEP, INNER_STEP, D):
+    """The sum over D dimensions, one by one.
 
     Loads are two-dimensional so that they take the layout of the sum, and the sum starts as a product of nothing,
     because that makes the compiler give each thread blocks of 4 x 4: of its operands then come four in one load.
@@ -54,7 +82,7 @@ def _squares(outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER
 @triton.jit
 def forward_kernel(
     z, mu, s, c, reach, exclude, partial_top, partial_total, partial_score,
-    M, M_PADDED, K_PADDED, D, SPAN, negligible, SCORE: tl.constexpr, DENSE: tl.constexpr,
+    M, M_PADDED, K_PADDED, D, SPAN, negligible, SCORE: tl.constexpr, DENSE: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows against SPAN components: what `merge_rows` needs, and DIMS dimensions of the score."""
@@ -69,7 +97,7 @@ def forward_kernel(
     for k in range(split * SPAN, tl.minimum(split * SPAN + SPAN, K_PADDED), COLUMNS):
         columns = k + tl.arange(0, COLUMNS)
         of_mu, of_s = (mu + columns)[None, :], (s + columns)[None, :]
-        square = _squares((z + rows)[:, None], of_mu, False, of_s, of_s, M_PADDED, K_PADDED, D)
+        square = _squares((z + rows)[:, None], of_mu, False, of_s, of_s, M_PADDED, K_PADDED, D, BLOCKS)
         a = tl.load((c + columns)[None, :]) - 0.5 * square
         if exclude is not None:
             a = tl.where(left_out[:, None] == columns[None, :], float("-inf"), a)
@@ -103,7 +131,7 @@ def forward_kernel(
 def parameters_kernel(
     z, mu, s, c, grad, log_prob, exclude, s0, s1, s2,
     M, M_PADDED, K_PADDED, D, SPAN, limit,
-    NEED_S1: tl.constexpr, NEED_S2: tl.constexpr, DENSE: tl.constexpr,
+    NEED_S1: tl.constexpr, NEED_S2: tl.constexpr, DENSE: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2.
@@ -120,7 +148,7 @@ def parameters_kernel(
     for m in range(split * SPAN, tl.minimum(split * SPAN + SPAN, M_PADDED), ROWS):
         rows = m + tl.arange(0, ROWS)
         of_mu, of_s = (mu + columns)[:, None], (s + columns)[:, None]
-        square = _squares(of_mu, (z + rows)[None, :], True, of_s, of_s, K_PADDED, M_PADDED, D)
+        square = _squares(of_mu, (z + rows)[None, :], True, of_s, of_s, K_PADDED, M_PADDED, D, BLOCKS)
         x = log_responsibility(constant[:, None] - 0.5 * square, log_prob, exclude, rows, columns, M)
         matters = True
         if not DENSE:

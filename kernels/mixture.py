@@ -210,7 +210,7 @@ def _forward_by(
     if precision == "highest":
         difference.forward_kernel[(blocks, splits, slices)](
             rows.operand, *components.operand, components.c, components.reach, exclude, *outputs,
-            M, rows.count, components.count, padded, span, negligible, **sizes,
+            M, rows.count, components.count, padded, span, negligible, BLOCKS=difference.BLOCK.value < D, **sizes,
         )  # fmt: skip
     else:
         assert isinstance(rows.operand, Features) and isinstance(components.operand, Features) and survey is not None
@@ -258,8 +258,9 @@ def _parameters_by(
     padded, given = tiles.padded_dimensions(precision, D), (components.c, grad, log_prob, exclude, s0, s1, s2)
     if precision == "highest":
         difference.parameters_kernel[(blocks, splits, slices)](
-            rows.operand, *components.operand, *given, M, rows.count, components.count, padded, span, limit, **sizes
-        )
+            rows.operand, *components.operand, *given, M, rows.count, components.count, padded, span, limit,
+            BLOCKS=difference.BLOCK.value < D, **sizes,
+        )  # fmt: skip
     else:
         assert isinstance(rows.operand, Features) and isinstance(components.operand, Features)
         product.parameters_kernel[(blocks, splits, slices)](

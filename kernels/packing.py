@@ -33,6 +33,24 @@ def log_weight(log_weights, k, K, dtype: tl.constexpr):
 
 
 @triton.jit
+def add_exactly(total, lost, x):
+    """(total, lost) with x added to total, and to lost what that addition rounds off (Knuth's two-sum).
+
+    A plain sum of D equal terms is off by D / 4 roundings: as long as the sum stays between two powers of 2, every
+    addition rounds by the same amount in the same direction.
+    """
+    new_total = total + x
+    added = new_total - total
+    return new_total, lost + ((total - (new_total - added)) + (x - added))
+
+
+@triton.jit
+def exact_total(total, lost):
+    """What `add_exactly` has added up; an infinite total has lost NaN."""
+    return total + tl.where(lost == lost, lost, 0.0)
+
+
+@triton.jit
 def _parameters(mu, logvar, absent, k, d, D, SHARED: tl.constexpr):
     """(mu, logvar, where there is something) of a tile [k, d]; absent components are all zeros."""
     there = (~absent)[:, None] & (d < D)[None, :]
@@ -101,6 +119,7 @@ def components_difference_kernel(
     log_w = log_weight(log_weights, k, K, dtype)
     absent = log_w == float("-inf")
     logvar_sum = tl.zeros((COLUMNS,), dtype)
+    lost = logvar_sum
     steep = logvar_sum
     for start in range(0, D, CHUNK):
         d = start + tl.arange(0, CHUNK)
@@ -108,10 +127,10 @@ def components_difference_kernel(
         at = (d.to(tl.int64) * K_PADDED)[:, None] + k[None, :]
         tl.store(mu_t + at, tl.trans(m), (d < D_PADDED)[:, None])
         tl.store(s_t + at, tl.trans(tl.where(there, exp(-0.5 * lv), 0.0)), (d < D_PADDED)[:, None])
-        logvar_sum += tl.sum(lv, 1)
+        logvar_sum, lost = add_exactly(logvar_sum, lost, tl.sum(lv, 1))
         if widest is not None:
             steep = _steepness(widest, lv, there, d, D, steep)
-    constant = log_w - 0.5 * logvar_sum - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
+    constant = log_w - 0.5 * exact_total(logvar_sum, lost) - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
     tl.store(c + k, constant)
     if widest is not None:
         tl.store(reach + k, constant / 64 + steep + REACH_CONSTANT)
@@ -126,7 +145,9 @@ def components_product_kernel(
     log_w = log_weight(log_weights, k, K, tl.float32)
     absent = log_w == float("-inf")
     logvar_sum = tl.zeros((COLUMNS,), tl.float32)
+    lost = logvar_sum
     mu_square = logvar_sum
+    lost_of_square = logvar_sum
     steep = logvar_sum
     for start in range(0, D_PADDED, CHUNK):
         d = start + tl.arange(0, CHUNK)
@@ -136,11 +157,11 @@ def components_product_kernel(
         _store_feature(m * v, p_high, p_low, p_high_t, p_low_t, k, d, F, K_PADDED)
         if not SHARED:
             _store_feature(-0.5 * v, p_high, p_low, p_high_t, p_low_t, k, D_PADDED + d, F, K_PADDED)
-        logvar_sum += tl.sum(lv, 1)
-        mu_square += tl.sum(m * m * v, 1)
+        logvar_sum, lost = add_exactly(logvar_sum, lost, tl.sum(lv, 1))
+        mu_square, lost_of_square = add_exactly(mu_square, lost_of_square, tl.sum(m * m * v, 1))
         steep = _steepness(widest, lv, there, d, D, steep)
-    constant = log_w - 0.5 * logvar_sum - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
-    tl.store(c + k, constant - 0.5 * mu_square)
+    constant = log_w - 0.5 * exact_total(logvar_sum, lost) - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
+    tl.store(c + k, constant - 0.5 * exact_total(mu_square, lost_of_square))
     tl.store(reach + k, constant / 64 + steep + REACH_CONSTANT)
 
 
@@ -176,7 +197,8 @@ def rows_product_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    term = tl.zeros((ROWS,), tl.float32)
+    square = tl.zeros((ROWS,), tl.float32)
+    lost = square
     for start in range(0, D_PADDED, CHUNK):
         d = start + tl.arange(0, CHUNK)
         inside = (m < M)[:, None] & (d < D)[None, :]
@@ -188,6 +210,6 @@ def rows_product_kernel(
         else:
             _store_feature(value * value, None, None, x_high_t, x_low_t, m, D_PADDED + d, F, M_PADDED)
             v = exp(-tl.load(shared_logvar + d, d < D, 0.0))
-            term -= 0.5 * tl.sum(value * value * v[None, :], 1)
+            square, lost = add_exactly(square, lost, tl.sum(value * value * v[None, :], 1))
     if shared_logvar is not None:
-        tl.store(row_term + m, term)
+        tl.store(row_term + m, -0.5 * exact_total(square, lost))

@@ -4,12 +4,14 @@
 // variance there is one v for all panels, and packing reads mu alone.
 #pragma once
 
+#include "../common/compensated.h"
 #include "kernels.h"
 #include "vector_math.h"
 
 namespace FASTVAE_ISA {
 
 using fastvae::Backward;
+using fastvae::CompensatedSum;
 using fastvae::Exponents;
 using fastvae::Mixture;
 
@@ -161,7 +163,8 @@ struct Square {
   const Places<T>& places;
   const Vec<Bits<T>> absent;
   T *mu, *v;
-  Vec<T> logvar_sum, narrow;  // over the dimensions so far; how far logvar is below the widest at most
+  Vec<T> narrow;                        // how far logvar is below the widest at most
+  CompensatedSum<Vec<T>> logvar_sum{};  // over the dimensions so far
 
   template <bool kWhole>
   inline __attribute__((always_inline)) void pack(int64_t d) {
@@ -173,16 +176,18 @@ struct Square {
     for (int i = 0; i < n; ++i) store<T>(mu + mix.place[d + i] * kPanel<T>, absent ? Vec<T>{} : x[i]);
     if (mix.shared) return;
     places.template load_transposed<kWhole>(mix.logvar, d, mix.D, x);
+    Vec<T> of_square{};  // by pairs, so that it rounds by few units at most
 #pragma GCC unroll 16
     for (int i = 0; i < n; i += 2) {
       Vec<T> half_v[2] = {x[i], x[i + 1]};
       half_v_of<T>(half_v);
+      of_square += x[i] + x[i + 1];  // lanes past the last dimension are 0
       for (int j = 0; j < 2 && i + j < n; ++j) {
-        logvar_sum += x[i + j];
         if (mix.widest) narrow = larger<T>(mix.widest[d + i + j] - x[i + j], narrow);
         store<T>(v + mix.place[d + i + j] * kPanel<T>, absent ? broadcast<T>(T(1)) : half_v[j]);
       }
     }
+    logvar_sum.add(of_square);
   }
 };
 
@@ -194,9 +199,9 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
   const int64_t D = mix.D;
   const double minus_infinity = -__builtin_inf(), uniform = -__builtin_log(double(mix.K));
   Extremes<T> extremes = {T(minus_infinity), T(0)};
-  T shared_sum = 0;
+  CompensatedSum<T> shared_sum;
   if (mix.shared)
-    for (int64_t d = 0; d < D; ++d) shared_sum += mix.logvar[d];
+    for (int64_t d = 0; d < D; ++d) shared_sum.add(mix.logvar[d]);
   for (int64_t j = 0; j < round_up(count, kPanel<T>); j += W) {
     const Places<T> places(mix, k + j, count - j);
     double log_w[W];
@@ -207,15 +212,16 @@ Extremes<T> pack(const Mixture<T>& mix, int64_t k, int64_t count, const Scratch<
     }
     Square<T> square = {mix, places, absent,
                         scratch.mu + scratch.at(j / kPanel<T>) + j % kPanel<T>,
-                        scratch.v + scratch.v_at(j / kPanel<T>) + j % kPanel<T>,
-                        broadcast<T>(shared_sum), Vec<T>{}};
+                        scratch.v + scratch.v_at(j / kPanel<T>) + j % kPanel<T>, Vec<T>{}};
     int64_t d = 0;
     for (; places.whole(d, D); d += W) square.template pack<true>(d);
     for (; d < D; d += W) square.template pack<false>(d);
-    const Vec<T> logvar_sum = square.logvar_sum, narrow = square.narrow;
+    const Vec<T> narrow = square.narrow;
     T steep = j % kPanel<T> ? scratch.steep[j / kPanel<T>] : T(0);
     for (int i = 0; i < W; ++i) {
-      const double c = log_w[i] - 0.5 * double(logvar_sum[i]) - double(D) * kHalfLog2Pi;
+      const double logvar_sum = mix.shared ? fastvae::total_of(shared_sum.sum, shared_sum.lost)
+                                           : fastvae::total_of(square.logvar_sum.sum[i], square.logvar_sum.lost[i]);
+      const double c = log_w[i] - 0.5 * logvar_sum - double(D) * kHalfLog2Pi;
       scratch.c[j + i] = T(absent[i] ? minus_infinity : c);
       if (absent[i]) continue;
       if (T(c) > extremes.c) extremes.c = T(c);

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../common/compensated.h"
+
 #ifdef __CUDACC__
 #define FASTVAE_HOST_DEVICE __host__ __device__ __forceinline__
 #else

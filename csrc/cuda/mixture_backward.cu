@@ -21,7 +21,10 @@ template <class T>
 struct Shared {
   static constexpr int kLine = Tile<T>::kSide + Tile<T>::kVector;  // no two lines begin in the same bank
   Stage<T, kDepth> stages[2];
-  T weights[Tile<T>::kSide][kLine];  // of the other side's rows or components, by the block's own
+  // Of the other side's rows or components, by the block's own; before that, sums of earlier blocks of dimensions.
+  T weights[Tile<T>::kSide][kLine];
+
+  __device__ __forceinline__ EarlierInSharedMemory<T> earlier() { return {weights[0]}; }
 };
 static_assert(sizeof(Shared<float>) <= 99 * 1024 && sizeof(Shared<double>) <= 99 * 1024);
 
@@ -203,7 +206,9 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Task<T> task) {
 
   const auto add = [&](int row_tile, int panel, Squares<T>& q) {
     weigh<kSide>(task, row_tile, panel, q);
-    // The last tile's weights were read before the barrier that this tile's first stage began with.
+    // The last tile's weights were read before the barrier that this tile's first stage began with; the sums of earlier
+    // blocks, which lie in the same memory, have just been read.
+    if (packed.depth > kBlock) __syncthreads();
     store_weights<kSide>(q, shared);
     __syncthreads();
     T mine[kFew<T>][8];  // z, or mu
@@ -235,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Task<T> task) {
     }
   };
   const Cursor first = kRows ? Cursor{own, begin, 0} : Cursor{begin, own, 0};
-  for_each_tile(shared.stages, packed, first, kRows ? 0 : 1, kRows ? 1 : 0, end - begin, add);
+  for_each_tile(shared.stages, shared.earlier(), packed, first, kRows ? 0 : 1, kRows ? 1 : 0, end - begin, add);
 
   if (!working) return;
 #pragma unroll

@@ -17,9 +17,9 @@ struct Shared {
 static_assert(sizeof(Shared<float>) <= 99 * 1024 && sizeof(Shared<double>) <= 99 * 1024);
 
 // partial [splits, M], or null where there is one split: log_prob is then written at once.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    forward(Mixture<T> mix, Packed<T> packed, int splits, LogSum<T>* partial, T* log_prob) {
+template <class Earlier, class T>
+__device__ __forceinline__ void row_tile_forward(const Mixture<T>& mix, const Packed<T>& packed, int splits,
+                                                 LogSum<T>* partial, T* log_prob) {
   using Shape = Tile<T>;
   const int row_tile = int(blockIdx.x), split = int(blockIdx.y);
   const int begin = cut(packed.panels, splits, split), end = cut(packed.panels, splits, split + 1);
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       shared.total[r][threadIdx.x] = total;
     }
   };
-  for_each_tile(shared.stages, packed, {row_tile, begin, 0}, 0, 1, end - begin, add);
+  for_each_tile(shared.stages, Earlier{}, packed, {row_tile, begin, 0}, 0, 1, end - begin, add);
 
   // The 16 threads of a row are 8 lanes in each of two neighbouring warps.
 #pragma unroll 1
@@ -63,6 +63,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     log_prob[m] = sum.log();
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    forward(Mixture<T> mix, Packed<T> packed, int splits, LogSum<T>* partial, T* log_prob) {
+  row_tile_forward<NoEarlierBlocks>(mix, packed, splits, partial, log_prob);
+}
+
+// Where D is above kBlock: a thread has twice as many sums, and a multiprocessor one block at a time.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_wide(Mixture<T> mix, Packed<T> packed, int splits, LogSum<T>* partial, T* log_prob) {
+  row_tile_forward<EarlierInRegisters<T>>(mix, packed, splits, partial, log_prob);
+}
+
 // A warp for each row.
 template <class T>
 __global__ void __launch_bounds__(kThreads) merge_splits(const LogSum<T>* partial, int64_t M, int64_t splits,
@@ -79,11 +92,13 @@ template <class T>
 struct ForwardPlan {
   Carve<T> carve;
   Packed<T> packed;
+  bool wide;
   int64_t splits;
   LogSum<T>* partial;
 
   ForwardPlan(const Mixture<T>& mix, T* memory) : carve(memory), packed(mix, carve, false) {
-    splits = plan_splits(packed.panels, packed.row_tiles, 2 * kMultiprocessors);
+    wide = packed.depth > kBlock;
+    splits = plan_splits(packed.panels, packed.row_tiles, (wide ? 1 : 2) * kMultiprocessors);
     static_assert(sizeof(LogSum<T>) == 2 * sizeof(T));
     partial = reinterpret_cast<LogSum<T>*>(carve.take(splits > 1 ? 2 * splits * mix.M : 0));
     if (splits == 1) partial = nullptr;
@@ -101,8 +116,8 @@ template <class T>
 void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stream) {
   const ForwardPlan<T> plan(mix, scratch);
   pack<T>(mix, nullptr, nullptr, plan.packed, stream);
-  launch(stream, plan.packed.row_tiles, plan.splits, kThreads, sizeof(Shared<T>), forward<T>, mix, plan.packed,
-         plan.splits, plan.partial, log_prob);
+  launch(stream, plan.packed.row_tiles, plan.splits, kThreads, sizeof(Shared<T>),
+         plan.wide ? forward_wide<T> : forward<T>, mix, plan.packed, plan.splits, plan.partial, log_prob);
   if (plan.partial)
     launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, merge_splits<T>, plan.partial, mix.M, plan.splits,
            log_prob);

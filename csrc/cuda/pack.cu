@@ -49,16 +49,17 @@ __global__ void __launch_bounds__(Tile<T>::kSide) pack_components(Mixture<T> mix
   const auto logvar = [&](int64_t k, int d) { return mix.logvar[(mix.shared ? 0 : k * mix.D) + d]; };
   const bool there = present(k);
 
-  double logvar_sum = 0;
+  CompensatedSum<T> logvar_sum;
   T squared = 0, narrow = 0;
   for (int d = 0; d < mix.D && there; ++d) {
     const T lv = logvar(k, d), scaled = mix.mu[k * mix.D + d] * T(exp(T(-0.5) * bounded(lv)));
-    logvar_sum += double(lv);
+    logvar_sum.add(lv);
     squared = T(fma(scaled, scaled, squared));
     if (widest) narrow = T(fmax(narrow, widest[d] - lv));
   }
   const double log_w = !there ? 0.0 : mix.log_weights ? double(mix.log_weights[k]) : uniform;
-  const T c = there ? T(log_w - 0.5 * (logvar_sum + double(mix.D) * kLog2Pi)) : T(-INFINITY);
+  const double log_determinant = total_of(logvar_sum.sum, logvar_sum.lost);
+  const T c = there ? T(log_w - 0.5 * (log_determinant + double(mix.D) * kLog2Pi)) : T(-INFINITY);
   packed.c[k] = c;
   const bool far = !(squared <= T(mix.D) * T(mix.D));  // also where it is NaN
   const bool difference = block_max(T(far), shared) != T(0);

@@ -22,6 +22,10 @@ struct Tile {
 
 constexpr int kChunk = 64;  // dimensions whose gradients a block holds in registers
 
+// Dimensions whose t^2 are added up one by one; the sums of such blocks are then added up.  So the error of a sum of
+// equal terms grows with kBlock + D / kBlock and not with D.
+constexpr int kBlock = 64;
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Blocks that a device runs at a time are taken to be those of an H200, so that how sums are cut, and with it the last

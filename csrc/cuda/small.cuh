@@ -106,22 +106,39 @@ class ItemStream {
   Place ahead_;  // what is copied next
 };
 
-// The log variances of a component are added up in double precision, four (two) at a time; one order everywhere, so
-// that backward's exponents are forward's to the last bit.
+// sum_d t^2 of an item: of the blocks of kBlock dimensions before d's, and of d's block so far.
 template <class T>
-__device__ __forceinline__ double sum_of(const Vector<T>& x) {
+struct SumOfSquares {
+  T earlier = 0, block = 0;
+
+  // Before dimension d, a multiple of kVector, is added.
+  __device__ __forceinline__ void begin(int d) {
+    if (d % kBlock) return;
+    earlier += block;
+    block = T(0);
+  }
+  __device__ __forceinline__ void add(T t) { block = T(fma(t, t, block)); }
+  __device__ __forceinline__ T total() const { return earlier + block; }
+};
+
+// The log variances of a component are added up four (two) at a time, in one order everywhere, so that backward's
+// exponents are forward's to the last bit.
+template <class T>
+__device__ __forceinline__ T sum_of(const Vector<T>& x) {
   if constexpr (Tile<T>::kVector == 4)
-    return double((x.x[0] + x.x[1]) + (x.x[2] + x.x[3]));
+    return (x.x[0] + x.x[1]) + (x.x[2] + x.x[3]);
   else
     return x.x[0] + x.x[1];
 }
 
 // c_k, -inf for a component that is absent.  `uniform` is -log K.
 template <class T>
-__device__ __forceinline__ T largest_exponent(const Mixture<T>& mix, double uniform, int64_t k, double logvar_sum) {
+__device__ __forceinline__ T largest_exponent(const Mixture<T>& mix, double uniform, int64_t k,
+                                              const CompensatedSum<T>& logvar_sum) {
   const T log_weight = mix.log_weights ? mix.log_weights[k] : T(uniform);
   if (log_weight == T(-INFINITY)) return log_weight;
-  return T((mix.log_weights ? double(log_weight) : uniform) - 0.5 * (logvar_sum + double(mix.D) * kLog2Pi));
+  const double log_determinant = total_of(logvar_sum.sum, logvar_sum.lost);
+  return T((mix.log_weights ? double(log_weight) : uniform) - 0.5 * (log_determinant + double(mix.D) * kLog2Pi));
 }
 
 // A block's sums over items, for dimensions d: 256 threads are as many dimensions as there are, and as many slices of

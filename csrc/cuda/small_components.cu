@@ -50,9 +50,9 @@ __device__ __forceinline__ void fetch_components(const Task<T>& task, int64_t fi
   __syncthreads();
   if (int(threadIdx.x) < kOwn) {
     const int own = int(threadIdx.x);
-    double logvar_sum = 0;
+    CompensatedSum<T> logvar_sum;
     for (int d = 0; d < padded; d += kVector)
-      logvar_sum += sum_of(*reinterpret_cast<const Vector<T>*>(&shared.s[own][d]));
+      logvar_sum.add(sum_of(*reinterpret_cast<const Vector<T>*>(&shared.s[own][d])));
     shared.c[own] = present(mix, first + own) ? largest_exponent(mix, task.uniform, first + own, logvar_sum)
                                               : T(-INFINITY);
   }
@@ -73,16 +73,17 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
   ItemStream<kVectors, T, 1> rows(shared.stages, {{mix.z}, {mix.D}, M, D});
   fetch_components(task, first, shared);
 
-  T q[kOwn] = {};
+  SumOfSquares<T> q[kOwn];
   const auto add = [&](int d, const Vector<T>(&of)[1]) {
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
+      q[own].begin(d);
       const Vector<T> mu = *reinterpret_cast<const Vector<T>*>(&shared.mu[own][d]);
       const Vector<T> s = *reinterpret_cast<const Vector<T>*>(&shared.s[own][d]);
 #pragma unroll
       for (int i = 0; i < Tile<T>::kVector; ++i) {
         const T t = (of[0].x[i] - mu.x[i]) * s.x[i];
-        q[own] = T(fma(t, t, q[own]));
+        q[own].add(t);
       }
     }
   };
@@ -94,10 +95,10 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
     const int64_t left_out = mix.exclude ? mix.exclude[m] : -1;
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-      const T c = shared.c[own], a = T(fma(q[own], T(-0.5), c));
+      const T c = shared.c[own], a = T(fma(q[own].total(), T(-0.5), c));
       const bool none = !there || c == T(-INFINITY) || first + own == left_out || a < limit;
       shared.weights[m][own] = none ? T(0) : grad * exp_term(a - log_prob);
-      q[own] = T(0);
+      q[own] = {};
     }
   };
   rows.run(add, finish);

@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, 2) small_rows(Task<T> task) {
     left_out[r] = component < mix.K ? int(component) : -1;
   }
   LogSum<T> sums[kOwn];
-  T q[kOwn] = {};
-  double logvar_sum = 0;
+  SumOfSquares<T> q[kOwn];
+  CompensatedSum<T> logvar_sum;
   const auto add = [&](int d, const Vector<T>(&of)[2]) {
     const Vector<T>&mu = of[0], &logvar = of[1];
     Vector<T> s;
@@ -150,25 +150,26 @@ __global__ void __launch_bounds__(kThreads, 2) small_rows(Task<T> task) {
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) {
       const Vector<T> z = *reinterpret_cast<const Vector<T>*>(&shared.z[r][d]);
+      q[r].begin(d);
 #pragma unroll
       for (int i = 0; i < Tile<T>::kVector; ++i) {
         const T t = (z.x[i] - mu.x[i]) * s.x[i];
-        q[r] = T(fma(t, t, q[r]));
+        q[r].add(t);
       }
     }
-    logvar_sum += sum_of(logvar);
+    logvar_sum.add(sum_of(logvar));
   };
   const auto finish = [&](int k) {
     const T c = largest_exponent(mix, task.uniform, k, logvar_sum);
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) {
       // what is absent may have brought NaN into q
-      const T a = c == T(-INFINITY) || k == left_out[r] ? T(-INFINITY) : T(fma(q[r], T(-0.5), c));
+      const T a = c == T(-INFINITY) || k == left_out[r] ? T(-INFINITY) : T(fma(q[r].total(), T(-0.5), c));
       sums[r].merge({a, T(1)});
       shared.weights[k][r] = a;
-      q[r] = T(0);
+      q[r] = {};
     }
-    logvar_sum = 0;
+    logvar_sum = {};
   };
   components.run(add, finish);
 

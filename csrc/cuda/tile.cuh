@@ -10,6 +10,8 @@
 
 #include <cuda_pipeline.h>
 
+#include <type_traits>
+
 #include "device_math.h"
 #include "launch.cuh"
 #include "plan.h"
@@ -118,12 +120,49 @@ __device__ __forceinline__ void copy_async(T* to, const T* from, int lines) {
   }
 }
 
+// Where a thread keeps, for each q, the sum of the blocks of dimensions before the one that it adds up.
+struct NoEarlierBlocks {};  // D is kBlock at most
+
+template <class T>
+struct EarlierInRegisters {
+  Squares<T> sums;
+  __device__ __forceinline__ T& operator()(int r, int c) { return sums[r][c]; }
+};
+
+template <class T>
+struct EarlierInSharedMemory {
+  T* sums;  // [kOwn, kOwn, kThreads]
+  __device__ __forceinline__ T& operator()(int r, int c) {
+    return sums[(r * Tile<T>::kOwn + c) * kThreads + int(threadIdx.x)];
+  }
+};
+
+// q is a block's sum: it goes to those of the earlier blocks, or at the end these come to it.
+template <class T, class Earlier>
+__device__ __forceinline__ void end_block(Squares<T>& q, Earlier& earlier, bool first, bool last) {
+  if constexpr (!std::is_same_v<Earlier, NoEarlierBlocks>) {
+    if (first && last) return;
+#pragma unroll
+    for (int r = 0; r < Tile<T>::kOwn; ++r) {
+#pragma unroll
+      for (int c = 0; c < Tile<T>::kOwn; ++c) {
+        if (!first) q[r][c] += earlier(r, c);
+        if (last) continue;
+        earlier(r, c) = q[r][c];
+        q[r][c] = T(0);
+      }
+    }
+  }
+}
+
 // Calls finish(row_tile, panel, q) for each of `count` tiles, from the first on by the given steps.  While one of the two
 // stages is worked on, the next few dimensions are copied to the other.
-template <class T, int kDepth, class Finish>
-__device__ __forceinline__ void for_each_tile(Stage<T, kDepth> (&stages)[2], const Packed<T>& packed, Cursor now,
-                                              int row_step, int panel_step, int count, const Finish& finish) {
+template <class T, int kDepth, class Earlier, class Finish>
+__device__ __forceinline__ void for_each_tile(Stage<T, kDepth> (&stages)[2], Earlier earlier, const Packed<T>& packed,
+                                              Cursor now, int row_step, int panel_step, int count,
+                                              const Finish& finish) {
   using Shape = Tile<T>;
+  static_assert(kBlock % kDepth == 0);
   const Place at;
   const auto depth_of = [&](const Cursor& c) {
     return packed.depth - c.begin < kDepth ? packed.depth - c.begin : kDepth;
@@ -153,7 +192,10 @@ __device__ __forceinline__ void for_each_tile(Stage<T, kDepth> (&stages)[2], con
     else
       add_squares<false>(stages[reading], depth_of(now), at, q);
     reading = 1 - reading;
-    if (now.begin + kDepth >= packed.depth) {
+    const int done = now.begin + kDepth;
+    const bool last = done >= packed.depth;
+    if (last || done % kBlock == 0) end_block(q, earlier, done <= kBlock, last);
+    if (last) {
       finish(now.row_tile, now.panel, q);
 #pragma unroll
       for (int r = 0; r < Shape::kOwn; ++r) {

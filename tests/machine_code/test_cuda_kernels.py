@@ -80,12 +80,13 @@ def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtyp
     tiled = os.environ["FASTVAE_TILES"] == "1"
     name, several = {4: ("float", 4), 8: ("double", 2)}[dtype.itemsize]
     for n, own in ((2, 1), (140, several)):
-        for D, whole in ((4, "true"), (3, "false")):
+        for D, whole in ((4, "true"), (3, "false"), (68, "true")):
             case = hard_case(n, n, D, dtype=dtype)
             args = case.z, case.mu, case.logvar, None, None
             cuda.largest_shared()
             log_prob = emulated.mixture_log_prob(*args)
-            rows = "forward<{}>" if tiled else f"small_rows<{{}}, {whole}, {own}>"
+            forward = "forward<{}>" if D <= 64 else "forward_wide<{}>"
+            rows = forward if tiled else f"small_rows<{{}}, {whole}, {own}>"
             assert cuda.largest_shared() == cuda_family.SHARED[rows.format(name)]
             emulated.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
             components = "backward<components, {}>" if tiled else f"small_components<{{}}, {whole}, {own}>"

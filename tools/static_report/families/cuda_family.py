@@ -26,8 +26,7 @@ GAUSSIAN = (16_384, 256)
 # Of a block, in bytes: the size of each kernel's struct Shared, which the machine code does not tell.
 # tests/test_cuda.py compares it with what is launched.
 SHARED: Mapping[str, int] = {
-    "forward<float>": 67_584,
-    "forward<double>": 67_584,
+    **{f"{forward}<{dtype}>": 67_584 for forward in ("forward", "forward_wide") for dtype in ("float", "double")},
     **{f"backward<{side}, float>": 92_160 for side in ("rows", "components")},
     **{f"backward<{side}, double>": 58_368 for side in ("rows", "components")},
     **{f"small_rows<float, {whole}, 1>": 73_808 for whole in ("true", "false")},
