@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 TOOLS = ("memcheck", "racecheck")
-TEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", "a_gpu_gives"]
+TEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/backends/test_cuda.py", "-k", "a_gpu_gives"]
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ ON_A_GPU = [
     "((triton or cuda-emulated) and not opcheck and not static_report) or gpu",
     "--ignore=tests/bench",
 ]
-DRY = ["tests/test_gpu.py", "tests/test_triton.py", "-k", "gpu or precision_follows or stream"]
+DRY = ["tests/backends/test_gpu.py", "tests/backends/test_triton.py", "-k", "gpu or precision_follows or stream"]
 
 
 def arguments(context: Context) -> list[str]:
