@@ -95,8 +95,8 @@ def test_a_faint_component_may_be_a_steep_one(impl: str, dtype: torch.dtype) -> 
 
     Half of the components have sigma 1e3, half 1e-3, and z lies eight or more of the latter away from theirs.
     Their responsibility is below what one may neglect in log p, but r t / sigma is not below what one may
-    neglect in the score: it is up to half of it.  They take turns by 128,
-    which is a tile of their own for every backend, and rows are so many that none of them splits the components.
+    neglect in the score: it is up to half of it.  The two kinds take turns by 128 components, which fills a tile of
+    any backend; and rows are so many that no backend splits the components.
     """
     K, M = 512, 64
     wide = torch.arange(K) // 128 % 2 == 0
