@@ -160,11 +160,11 @@ MUTATIONS = [
         SAMPLING,
     ),
     cpu(
-        "the noise of the wrong sample",
+        "the noise begins a block late",
         "gaussian.h",
-        "(s * task.M + task.row_begin) * D",
-        "(task.row_begin) * D",
-        "backward draws other noise than forward",
+        "uint64_t(base_) / 4, numbers_",
+        "uint64_t(base_) / 4 + 1, numbers_",
+        "another part of the stream: backends disagree",
         SAMPLING,
     ),
     cpu(
