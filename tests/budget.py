@@ -8,7 +8,8 @@ roundoff u:
   2u t^2.  No term has |mu| / sigma in it: the expansion z^2 s^2 - 2 z mu s^2 + mu^2 s^2 loses u mu^2 s^2, and even
   t = fma(z, s, -mu s) moves t by u |mu| s;
 - a sum of n terms rounds n times, with a standard deviation below u |partial sum| / sqrt 3; a growing sum
-  ends at most u |sum| sqrt(n) / 3 off, and three of those are u |sum| sqrt n;
+  ends at most u |sum| sqrt(n) / 3 off, and three of those are u |sum| sqrt n.  Equal terms, added one by one, all round
+  the same way and end u |sum| n / 4 off: the band has no room for that, and kernels add blocks or compensate;
 - logsumexp adds as much for its K terms, 3u for exp, log and the rescaling, and u |l| for the last addition;
 - a responsibility about the smallest normal number may as well be zero;
 - unless dense_backward is set, one of at most u / K may be left out of the gradients of the parameters, by

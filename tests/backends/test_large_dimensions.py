@@ -76,12 +76,13 @@ def test_equal_distances(impl: str, dimensions: tuple[int, ...], dtype: torch.dt
 
 @dtypes
 def test_equal_terms_of_log_q_and_kl(impl: str, dimensions: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The budgets of test_gaussian.py.  The noise keeps the terms of log q from being equal."""
+    """The budgets of test_gaussian.py, without sums in blocks: the noise keeps the terms of log q from being equal, and
+    no lane adds more than 512 of the KL; mu is the worst found for that many."""
     u = torch.finfo(dtype).eps / 2
     for D in dimensions:
         for value in (*LOGVARS, -20.3):
             logvar = torch.full((2, D), value, dtype=dtype)
-            mu = torch.full((2, D), 1.37, dtype=dtype)
+            mu = torch.full((2, D), 22.28, dtype=dtype)
             kl = fastvae.gaussian_kl(mu, logvar, impl=impl)
             want = fastvae.gaussian_kl(mu.double(), logvar.double(), impl="reference")
             size = (mu.square() + torch.exp(logvar) + logvar.abs() + 1).double().sum(-1)
