@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,7 +49,8 @@ def whole_files(*paths: Path, outdated: Sequence[Path] = ()) -> Iterator[list[Bi
             raise
     except BaseException as error:
         for part in parts:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # there may be none
+                part.unlink()
         # torch.save turns an OSError of the file into a RuntimeError of its own.
         reason = error if isinstance(error, OSError) else error.__context__
         if isinstance(error, OSError | RuntimeError) and isinstance(reason, OSError):

@@ -69,13 +69,13 @@ class Features(NamedTuple):
 
 
 class Rows(NamedTuple):
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method of that name is not used
     operand: Tensor | Features  # z [D, M] for the difference form
     term: Tensor | None
 
 
 class Components(NamedTuple):
-    count: int
+    count: int  # type: ignore[assignment]
     operand: tuple[Tensor, Tensor] | Features  # mu and s [D, K] for the difference form
     c: Tensor
     reach: Tensor
@@ -310,7 +310,8 @@ def mixture_log_prob_backward(
     need_mu: bool,
     need_logvar: bool,
     need_log_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """The gradients in z, mu, logvar and log_weights; one that is not needed has no elements."""
     problem = Problem(precision, z, mu, logvar, log_weights, exclude)
     dz = torch.empty_like(z) if need_z else z.new_empty(0)
     if not len(z):

@@ -119,9 +119,9 @@ def evaluate_command(
 ) -> None:
     """Measure the best model of a run: log-likelihood by importance sampling, ELBO, KL and active units.
 
-    And how far its prior is from the aggregated posterior q(z), the mean of q(z|x) over all training images. Writes
-    evaluation.json, and a picture of the two, into the run's folder. What is measured on the validation images, or
-    with --limit on some alone, gets a file of its own, such as evaluation-test-first-100.json.
+    It also measures how far the prior is from the aggregated posterior q(z), the mean of q(z|x) over all training
+    images. The run's folder gets evaluation.json and a picture of both densities. A measurement on the validation
+    images, or with --limit on some images alone, gets a file of its own, such as evaluation-test-first-100.json.
     """
     plan = EvaluationPlan(split, samples, limit)
     _check_run(run_dir, data, data_dir, device)
@@ -157,8 +157,8 @@ def sample_command(
     path = out or RunFolder(run_dir).picture("samples")
     if not path.parent.is_dir():
         raise ConfigError(f"--out {path}: the folder {path.parent.absolute()} does not exist.")
-    if path.is_dir():
-        raise ConfigError(f"--out {path}: is a folder; name the PNG file to write.")
+    if path.is_dir() or path.suffix.lower() != ".png":
+        raise ConfigError(f"--out {path}: should be the name of a PNG file, such as samples.png.")
     with interruptible(console, lambda: "Nothing was written."):
         import_library()
         from fastvae.app.run.device import pick_device
@@ -199,7 +199,7 @@ def compare_command(
 ) -> None:
     """Train several priors with several seeds, evaluate each, and say which is better and by how much.
 
-    Said again with the same --out, it goes on where it was stopped, and does nothing twice.
+    The same command goes on where an earlier one with this --out was stopped, and repeats nothing.
     """
     names = [name.strip() for name in priors.split(",")]
     if len(names) < 2 or len(set(names)) < len(names) or not set(names) <= set(PRIORS):
@@ -208,7 +208,8 @@ def compare_command(
     config = make_config(options.given(context))
     check_name(config.data, config.data_dir, binarize=config.binarize)
     options.check_device(device)
-    with interruptible(console, lambda: "The same command goes on from here."), locked(out):
+    without = " without --overwrite" if overwrite else ""
+    with interruptible(console, lambda: f"The same command{without} goes on from here."), locked(out):
         import_library()
         from fastvae.app.data.named_sets import load
         from fastvae.app.run.device import pick_device, use_threads

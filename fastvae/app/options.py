@@ -103,12 +103,14 @@ PseudoInit = Annotated[
 ]
 LearnWeights = Annotated[
     bool | None,
-    typer.Option("--learn-weights", help="Learn the components' weights; else all are 1/K.", rich_help_panel=MODEL),
+    typer.Option(
+        "--learn-weights", help="Learn the components' weights; otherwise all are 1/K.", rich_help_panel=MODEL
+    ),
 ]
 ChunkSize = Annotated[
     int | None,
     typer.Option(
-        help="Encode so many pseudo-inputs or exemplars at a time and compute their activations again in backward, "
+        help="How many pseudo-inputs or exemplars are encoded at a time. Backward computes their activations again, "
         "so that memory does not grow with their number. (default: all pseudo-inputs at once; 1000 exemplars)",
         rich_help_panel=MODEL,
     ),
@@ -116,22 +118,22 @@ ChunkSize = Annotated[
 Subset = Annotated[
     int | None,
     typer.Option(
-        help="Take so many exemplars at random in each step of training; evaluation takes all. (default: all)",
+        help="How many exemplars each training step takes, at random; evaluation takes all. (default: all)",
         rich_help_panel=MODEL,
     ),
 ]
 Refresh = Annotated[
     float | None,
     typer.Option(
-        help="The share of the pseudo-inputs or exemplars that each step encodes anew; the others stay as they last "
-        "were, and give no gradient. (default 1, all)",
+        help="The share of the pseudo-inputs or exemplars that each step encodes anew; the others keep their last "
+        "encoding and get no gradient. (default 1, all)",
         rich_help_panel=MODEL,
     ),
 ]
 Neighbours = Annotated[
     int | None,
     typer.Option(
-        help="With --refresh: each step encodes so many of those nearest to each image, too. (default 0)",
+        help="With --refresh: how many of those nearest to each image a step encodes as well. (default 0)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -163,7 +165,7 @@ Latent = Annotated[
 Hidden = Annotated[
     int | None,
     typer.Option(
-        help=f"Units of each of the two hidden layers, in the encoder and in the decoder.   {_default('hidden')}",
+        help=f"Units of each of the two hidden layers, in the encoder and in the decoder. {_default('hidden')}",
         rich_help_panel=MODEL,
     ),
 ]
@@ -174,7 +176,7 @@ Epochs = Annotated[
 Warmup = Annotated[
     int | None,
     typer.Option(
-        help="Epochs in which the weight of the KL term grows from 0 to 1.  "
+        help="Epochs in which the weight of the KL term grows from 0 to 1. "
         "(default 20, but at most a fifth of --epochs)",
         rich_help_panel=TRAINING,
     ),
@@ -182,8 +184,8 @@ Warmup = Annotated[
 Patience = Annotated[
     int | None,
     typer.Option(
-        help="Stop when the validation bound has not improved for so many epochs after the warm-up.  "
-        f" {_default('patience')}",
+        help="Stop when the validation bound has not improved for this many epochs after the warm-up. "
+        f"{_default('patience')}",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -211,9 +213,10 @@ Threads = Annotated[
     ),
 ]
 ImportanceSamples = Annotated[
-    int, typer.Option("--samples", "-s", min=1, help="Importance samples for each image's log-likelihood.")
+    int,
+    typer.Option("--samples", "-s", min=1, max=10_000_000, help="Importance samples for each image's log-likelihood."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on the first so many images alone.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images alone, the first.")]
 RunDir = Annotated[
     Path, typer.Argument(help="The folder of a training run.", show_default=False, parser=_path, metavar="DIR")
 ]

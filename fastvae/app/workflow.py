@@ -21,7 +21,7 @@ from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.lock import locked
 from fastvae.app.run.networks import build
-from fastvae.app.run.trained import TrainedRun, knowing_data, load_run, versions
+from fastvae.app.run.trained import TrainedRun, load_run, versions, with_fingerprint
 from fastvae.app.run.training import train
 from fastvae.app.show.pictures import draw_comparison, draw_gap, draw_run
 from fastvae.app.show.progress import counting_progress, training_progress
@@ -83,13 +83,14 @@ def compare_priors(
 
     What is already done, and was done the same way, is not done again unless `overwrite` is said.
     """
-    config = knowing_data(config, dataset)
+    config = with_fingerprint(config, dataset)
     for prior in priors:
         build(_with(config, prior), dataset)  # what cannot be built is told before hours of training
     if overwrite:
         for prior in priors:
             for seed in seeds:
-                _folder(out, prior, seed).clear()
+                with locked(_folder(out, prior, seed).path):
+                    _folder(out, prior, seed).clear()
     rows, shown = [], []
     for prior in priors:
         runs, evaluations = [], []

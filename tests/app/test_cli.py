@@ -231,6 +231,30 @@ def test_folder_without_a_run(cli: Cli, tmp_path: Path, command: str) -> None:
     assert code == 1 and "holds no run" in error
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--out", "none/a.png"], "none does not exist"),
+        (["--out", "run"], "--out run: should be the name of a PNG file"),
+        (["--out", "a.txt"], "--out a.txt: should be the name of a PNG file"),
+        (["--count", 1001], "--count"),
+        (["--count", 0], "--count"),
+        (["--seed", -1], "--seed"),
+        (["--out", ""], "the name is empty"),
+    ],
+)
+def test_samples_that_cannot_be_drawn(cli: Cli, tmp_path: Path, run: Path, options: list[object], told: str) -> None:
+    before = set(tmp_path.rglob("*"))
+    code, text, error = cli("sample", run, *options)
+    assert code in (1, 2) and told in " ".join(error.split()) and "Traceback" not in text + error
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_as_many_samples_as_can_be_drawn(cli: Cli, run: Path) -> None:
+    assert cli("sample", run, "--count", 1000, "--out", run / "all.png")[0] == 0
+    check_picture(run / "all.png")
+
+
 def test_out_that_is_a_file(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, _, error = cli("train", "--out", tmp_path / "file", *TINY)

@@ -115,6 +115,13 @@ def test_checkpoints_that_are_damaged(cli: Cli, run: Path, spoil: Callable[[Path
         assert told in error and str(run / "checkpoint.pt") in error and "--overwrite" in error
 
 
+@pytest.mark.parametrize("optimizer", [{}, {"state": {}, "param_groups": []}, {"state": 3, "param_groups": [{}]}])
+def test_an_optimizer_of_another_model(cli: Cli, run: Path, optimizer: dict[str, Any]) -> None:
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "optimizer": optimizer}, run / "checkpoint.pt")
+    assert "its optimizer is of another model" in refused(cli, "train", "--out", run, "--resume", "--epochs", 3)
+
+
 def test_another_runs_settings_with_this_checkpoint(cli: Cli, tmp_path: Path, tiny_npz: Path, run: Path) -> None:
     """Settings and checkpoint of two runs, whose models differ by their prior."""
     standard = tmp_path / "standard"
@@ -194,15 +201,18 @@ def test_a_full_disk_at_the_end_can_be_resumed(
     assert (run / "results.json").exists() and (run / "curves.png").exists()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("numbers", [10, 300_000])
-def test_torchs_own_error_of_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+@pytest.mark.parametrize("numbers", [10_000, 300_000])
+def test_torchs_own_error_of_a_full_disk_is_told(tmp_path: Path, numbers: int) -> None:
     """torch.save turns the OSError of a write into a RuntimeError about positions."""
-    real = os.open
-    monkeypatch.setattr("builtins.open", lambda path, mode, _open=open: _open("/dev/full", mode))
-    with pytest.raises(FileError, match="No space left on device"), whole_file(tmp_path / "checkpoint.pt") as file:
-        torch.save({"a": torch.zeros(numbers)}, file)
-    assert real is os.open and not list(tmp_path.iterdir())
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # bytes of a file, as good as a full disk
+    try:
+        with pytest.raises(FileError, match="File too large"), whole_file(tmp_path / "checkpoint.pt") as file:
+            torch.save({"a": torch.zeros(numbers)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("after", [0, 1])
@@ -224,6 +234,18 @@ def test_ctrl_c_between_files_that_belong_together(tmp_path: Path, monkeypatch: 
             file.write(b"new")
     assert [path.read_bytes() for path in paths] == [b"new", b"new"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_place_that_nothing_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a read-only file system says to opening a file, and again to deleting one."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(FileError, match=r"file: cannot be written \(Read-only file system\)"):
+        write_json(tmp_path / "file", 3)
 
 
 def test_other_errors_while_writing_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:

@@ -67,9 +67,14 @@ def test_a_folder_in_use_is_refused_with_the_name_of_the_process(
 
 
 def test_a_run_of_a_comparison_is_locked_too(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
-    with locked(tmp_path / "all" / "vamp-seed0"):
-        code, _, error = cli("compare", "--data", tiny_npz, "--out", tmp_path / "all", *TINY, "--seeds", 1, "-s", 3)
-    assert code == 1 and "vamp-seed0: is in use by process" in error
+    run = tmp_path / "all" / "vamp-seed0"
+    with locked(run):
+        (run / "config.json").touch()
+        for more in ([], ["--overwrite"]):
+            command = ["compare", "--data", tiny_npz, "--out", tmp_path / "all", *TINY, "--seeds", 1, "-s", 3, *more]
+            code, _, error = cli(*command)
+            assert code == 1 and "vamp-seed0: is in use by process" in error
+        assert (run / "config.json").exists()
 
 
 def test_two_trainings_started_at_once(tmp_path: Path, tiny_npz: Path) -> None:

@@ -19,10 +19,11 @@ from fastvae.app.data.dataset import Dataset, Split
 from fastvae.app.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fastvae.app.run.config import BoundName, GradientName, TrainConfig, continued, make_config, option
 from fastvae.app.run.folder import RunFolder
+from fastvae.app.run.measuring import measure
 from fastvae.app.run.networks import build
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import load_run
-from fastvae.app.run.training import Watchers, finished, measure, train
+from fastvae.app.run.training import Watchers, finished, train
 from fastvae.app.user_errors import ConfigError, RunError
 
 TINY = TrainConfig(components=6, latent=3, hidden=12, epochs=4, warmup=2, batch_size=32)

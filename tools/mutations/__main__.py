@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from table import MUTATIONS, Mutation
+from .table import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "results", "runs", "dist", "*.egg-info")
@@ -40,9 +40,7 @@ class ToolError(Exception):
 
 
 def copy_tree(folder: Path) -> None:
-    shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
-    for package in ("kernels", "benchmarks"):  # as parts of fastvae, before those of an editable installation
-        (folder / "fastvae" / package).symlink_to(Path("..", package))
+    shutil.copytree(ROOT, folder, ignore=LEFT_OUT, symlinks=True)
     call(folder, "-c", CHECK)
 
 
@@ -57,8 +55,15 @@ def call(folder: Path, *arguments: str) -> str:
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     variables = {"PYTHONPATH": str(folder), "FASTVAE_CUDA": "0", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     command = [sys.executable, *arguments]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.run(command, cwd=folder, env=os.environ | variables, text=True, errors="replace", **output)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | variables,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def build(folder: Path) -> None:

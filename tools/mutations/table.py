@@ -308,7 +308,7 @@ MUTATIONS = [
     ),
     python(
         "the chunked backend's maximum",
-        "composite.py",
+        "backends/composite.py",
         "total * torch.exp(top - new_top)",
         "total",
         "the online logsumexp mixes two scales",
@@ -316,7 +316,7 @@ MUTATIONS = [
     ),
     python(
         "the gradient of kl reaches the prior as it is",
-        "composition.py",
+        "backends/from_parts.py",
         "grad = -grad_kl.flatten()",
         "grad = grad_kl.flatten()",
         "the prior is driven away",
@@ -325,7 +325,7 @@ MUTATIONS = [
     python(
         "IWAE is a sum",
         "bounds.py",
-        "torch.logsumexp(log_weights, 0) - math.log(len(log_weights))",
+        "torch.logsumexp(log_weights, 0) - math.log(log_weights.shape[0])",
         "torch.logsumexp(log_weights, 0)",
         "the bound grows by log S",
         ("tests/core/test_bounds.py",),
@@ -340,7 +340,7 @@ MUTATIONS = [
     ),
     python(
         "an exemplar counts itself out",
-        "encoded_priors.py",
+        "priors/exemplar.py",
         "math.log(K / (K - 1))",
         "math.log(K)",
         "leave-one-out weights do not add up to one",

@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy_format
 
-from fastvae.app.data.memory import physical_memory
+from fastvae.app.data.physical_memory import physical_memory
 from fastvae.app.user_errors import DataError
 
 _DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)

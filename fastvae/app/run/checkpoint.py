@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on alone
 
 from fastvae import VAE
@@ -113,3 +114,15 @@ def load_weights(vae: VAE, weights: dict[str, Tensor], folder: RunFolder) -> Non
                 f"{shapes[0]} there and should be {shapes[1]}). Put the run's own checkpoint back.{_ANEW}"
             )
     vae.load_state_dict(weights)
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any], folder: RunFolder) -> None:
+    """Put a checkpoint's moments into the optimizer of its run.
+
+    Raises:
+        RunError: they are those of another model.
+    """
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder.checkpoint}: its optimizer is of another model.{_ANEW}") from error

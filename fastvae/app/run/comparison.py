@@ -27,7 +27,7 @@ class Verdict:
     """How the best prior's mean log-likelihood stands to the runner-up's, in nats per image.
 
     `difference` is the mean over seeds of the paired differences; `margin` is the half-width of its 95 %
-    confidence interval by Student's t, or None with one seed, where there is no telling.
+    confidence interval by Student's t, or None with one seed, which has no spread.
     """
 
     winner: str

@@ -12,12 +12,12 @@ from torch import Tensor
 from fastvae import VAE
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.gap import Gap, measure_gap
+from fastvae.app.run.measuring import VALIDATION_BATCH, measure, with_fixed_prior
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
-from fastvae.app.run.training import VALIDATION_BATCH, measure, with_fixed_prior
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
-BOUND_SAMPLES = 10  # of z for each image, so that the bound's own noise does not show beside that over images
+BOUND_SAMPLES = 10  # of z for each image: the sampling noise of the bound is then small beside its spread over images
 
 
 @dataclass(frozen=True)

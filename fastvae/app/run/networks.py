@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastvae import VAE, ExemplarPrior, MixturePrior, StandardNormalPrior, VampPrior
 from fastvae.app.data.dataset import Dataset
-from fastvae.app.data.memory import physical_memory
+from fastvae.app.data.physical_memory import physical_memory
 from fastvae.app.run.config import TrainConfig
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.user_errors import ConfigError

@@ -58,13 +58,13 @@ def load_run(
         place = moved_data(config, data, data_dir)
         config = replace(config, data=place, data_dir=config.data_dir if data_dir is None else str(data_dir))
         dataset = load(place, config.data_dir, binarize=config.binarize)
-    config = knowing_data(config, dataset)
+    config = with_fingerprint(config, dataset)
     vae = build(config, dataset).to(device)
     load_weights(vae, checkpoint["best_model"], folder)
     return TrainedRun(folder, config, dataset, vae.eval(), checkpoint, device)
 
 
-def knowing_data(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+def with_fingerprint(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     """The settings with the fingerprint of the data.
 
     Raises:

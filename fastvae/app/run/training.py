@@ -21,6 +21,7 @@ from fastvae.app.run.checkpoint import (
     Checkpoint,
     Epoch,
     Measures,
+    load_optimizer,
     load_weights,
     read_checkpoint,
     write_checkpoint,
@@ -28,13 +29,11 @@ from fastvae.app.run.checkpoint import (
 )
 from fastvae.app.run.config import TrainConfig
 from fastvae.app.run.folder import RunFolder
+from fastvae.app.run.measuring import Total, measure
 from fastvae.app.run.networks import build
 from fastvae.app.run.randomness import Stream, reseed
-from fastvae.app.run.trained import knowing_data, versions
+from fastvae.app.run.trained import versions, with_fingerprint
 from fastvae.app.user_errors import RunError
-from fastvae.vae import VAEOutput
-
-VALIDATION_BATCH = 1000  # images encoded at once
 
 OnBatch = Callable[[int, int], None]
 OnEpoch = Callable[[Epoch], None]
@@ -42,7 +41,9 @@ OnEpoch = Callable[[Epoch], None]
 
 @dataclass(frozen=True)
 class Watchers:
-    """Who is told how training goes: of each batch its epoch and index, of each epoch its history line."""
+    """Functions that are called as training goes: after a batch with its epoch and index, after an epoch with its line
+    of the history.
+    """
 
     batch: OnBatch = lambda epoch, index: None
     epoch: OnEpoch = lambda line: None
@@ -85,14 +86,14 @@ def train(
     folder, watchers = RunFolder(out), watchers or Watchers()
     if not (resume or overwrite):
         folder.refuse_run()
-    config = knowing_data(config, dataset)
+    config = with_fingerprint(config, dataset)
     vae = build(config, dataset).to(device)
     optimizer = Adam(vae.parameters(), lr=config.learning_rate, fused=True)
     state = _first(vae, optimizer)
     if resume and folder.holds_run():
         state = read_checkpoint(folder, device)
         load_weights(vae, state["model"], folder)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"], folder)
     if finished(config, state):
         write_json(folder.config, asdict(config))  # the data may have moved
     first = state["epoch"] + 1
@@ -125,42 +126,6 @@ def finished(config: TrainConfig, state: Checkpoint) -> bool:
     """Whether all epochs are done, or the bound has not improved for long enough to stop early."""
     waited = state["epoch"] - max(state["best_epoch"], config.warmup)
     return state["epoch"] >= config.epochs or waited >= config.patience
-
-
-def with_fixed_prior(vae: VAE) -> VAE:
-    """The same model for evaluation, whose prior's components are encoded once and not for every batch."""
-    return VAE(vae.encoder, vae.decoder, vae.prior.snapshot(), vae.likelihood).eval()
-
-
-@torch.no_grad()
-def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo") -> Measures:
-    """The bound, the ELBO and its two terms, each the mean over the images x [N, pixels]."""
-    was_training = vae.training
-    vae.eval()
-    frozen = with_fixed_prior(vae)
-    total = _Total()
-    for batch in x.split(max(1, VALIDATION_BATCH // num_samples)):
-        total.add(frozen(batch, num_samples=num_samples, bound=bound))
-    vae.train(was_training)
-    return total.mean()
-
-
-class _Total:
-    """Sums of what passes gave, over their images."""
-
-    def __init__(self) -> None:
-        self.count, self.bound, self.reconstruction, self.kl = 0, 0.0, 0.0, 0.0
-
-    def add(self, output: VAEOutput) -> None:
-        bound, reconstruction, kl = (v.detach() for v in (output.bound, output.reconstruction, output.kl))
-        self.count += len(bound)
-        self.bound += float(bound.sum(dtype=torch.float64))
-        self.reconstruction += float(reconstruction.sum(dtype=torch.float64))
-        self.kl += float(kl.sum(dtype=torch.float64))
-
-    def mean(self) -> Measures:
-        bound, reconstruction, kl = (v / self.count for v in (self.bound, self.reconstruction, self.kl))
-        return Measures(bound=bound, elbo=reconstruction - kl, reconstruction=reconstruction, kl=kl)
 
 
 def results(config: TrainConfig, dataset: Dataset, state: Checkpoint, device: str) -> dict[str, object]:
@@ -227,7 +192,7 @@ def _one_epoch(
     on_batch: OnBatch,
 ) -> Measures:
     vae.train()
-    total = _Total()
+    total = Total()
     order = torch.randperm(len(images), device=images.device)
     for number, rows in enumerate(order.split(config.batch_size)):
         x = images[rows]
