@@ -1,4 +1,4 @@
-"""Which tier of the tests catches which mistake: `python tools/mutations`, in an environment that runs the tests.
+"""Which tier of the tests catches which mistake: `python -m tools.mutations`, in an environment that runs the tests.
 
 Each mutation of table.py is applied to a copy of the tree, alone; what it touches is built again; and of the tests that
 should notice the fast tier runs first, then the rest.  Exits with 1 if a mutation is caught by neither.
