@@ -162,18 +162,24 @@ void gaussian_rsample_backward(const SampleBackward<T>& task) {
 
 template <class T>
 void gaussian_kl(const T* mu, const T* logvar, int64_t rows, int64_t D, T* kl) {
+  constexpr int64_t kBlock = 64 * 2 * kWidth<T>;  // a lane adds 64 terms, which may be equal, then the blocks' sums
   for (int64_t m = 0; m < rows; ++m, mu += D, logvar += D) {
-    Vec<T> total[2] = {};
-    for_pairs<T>(D, [&](auto whole, int64_t d, int64_t n) {
-      constexpr bool kWhole = decltype(whole)::value;
-      prefetch(mu + d);
-      prefetch(logvar + d);
-      Vec<T> x[2], lv[2];  // a lane past the end holds mu = logvar = 0, which adds 0
-      load_two<kWhole>(mu + d, n, x);
-      load_two<kWhole>(logvar + d, n, lv);
-      for (int i = 0; i < 2; ++i) total[i] += fma<T>(x[i], x[i], exponential<T>(lv[i]).exp_minus_1_minus_x);
-    });
-    kl[m] = T(0.5) * sum<T>(total[0] + total[1]);
+    Vec<T> total{};
+    for (int64_t begin = 0; begin < D; begin += kBlock) {
+      Vec<T> block[2] = {};
+      for_pairs<T>(D - begin < kBlock ? D - begin : kBlock, [&](auto whole, int64_t d, int64_t n) {
+        constexpr bool kWhole = decltype(whole)::value;
+        const T *of_mu = mu + begin + d, *of_logvar = logvar + begin + d;
+        prefetch(of_mu);
+        prefetch(of_logvar);
+        Vec<T> x[2], lv[2];  // a lane past the end holds mu = logvar = 0, which adds 0
+        load_two<kWhole>(of_mu, n, x);
+        load_two<kWhole>(of_logvar, n, lv);
+        for (int i = 0; i < 2; ++i) block[i] += fma<T>(x[i], x[i], exponential<T>(lv[i]).exp_minus_1_minus_x);
+      });
+      total += block[0] + block[1];
+    }
+    kl[m] = T(0.5) * sum<T>(total);
   }
 }
 

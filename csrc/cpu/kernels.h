@@ -30,7 +30,7 @@ struct Partial {
   double total;
 };
 
-constexpr int64_t kLeastPanel = 4, kMostPanel = 32;  // components, with any instruction set and type
+constexpr int64_t kMinPanel = 4, kMaxPanel = 32;  // components, with any instruction set and type
 
 // Exponents that forward keeps for backward.  The tile of R rows from the r-th on, and of the panel from the k-th component
 // on, is [R, panel] at r * stride + k * R.

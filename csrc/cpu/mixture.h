@@ -32,7 +32,7 @@ void add_rows(T* dz, int64_t D, const int32_t* place, T sign, T* rows) {
   constexpr int W = kWidth<T>;
   for (int64_t d = 0; d < D; d += W) {
     T* sum[W];
-    for (int i = 0; i < W; ++i) sum[i] = dz + place[least(d + i, D - 1)] * R * W;
+    for (int i = 0; i < W; ++i) sum[i] = dz + place[min(d + i, D - 1)] * R * W;
     for (int r = 0; r < R; ++r) {
       Vec<T> v[W];
 #pragma GCC unroll 16
@@ -51,8 +51,8 @@ template <class T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-__FLT_MAX__) : T(-__DBL_MAX__);
 
 constexpr int kMargin = 4;  // how far a term may exceed top before top is raised
-constexpr int kMost = 1024;  // a batch's sum in a lane, over top, is less while none does: exp(kMargin) < 64
-static_assert(2 * kBatch * 64 <= kMost);
+constexpr int kMaxLaneSum = 1024;  // a batch's sum in a lane, over top, is less while none does: exp(kMargin) < 64
+static_assert(2 * kBatch * 64 <= kMaxLaneSum);
 
 // A term of this row exceeds top by more than the margin: what was summed so far shrinks to the new one.
 template <class T, int R, bool SCORE>
@@ -94,7 +94,7 @@ inline __attribute__((always_inline)) bool sum_terms(const Tiles<T, R>& tiles, c
       }
     }
     sum[r] = sums[0] + sums[1];
-    few = below(sum[r], T(kMost), few);
+    few = below(sum[r], T(kMaxLaneSum), few);
   }
   return every_lane<T>(few);
 }
@@ -193,7 +193,7 @@ void mixture_forward(const Forward<T>& task) {
 
   const int64_t step = scratch.chunk * kPanel<T>;
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {
-    const int64_t count = least(step, task.range.component_end - k);
+    const int64_t count = min(step, task.range.component_end - k);
     const int64_t panels = (count + kPanel<T> - 1) / kPanel<T>;
     const Extremes<T> extremes = pack<T>(task.mixture, k, count, scratch);
     if (task.score)
@@ -272,7 +272,7 @@ void mixture_backward_as(const Backward<T>& task) {
 
   const int64_t step = scratch.chunk * kPanel<T>;
   for (int64_t k = task.range.component_begin; k < task.range.component_end; k += step) {
-    const int64_t count = least(step, task.range.component_end - k);
+    const int64_t count = min(step, task.range.component_end - k);
     const int64_t panels = (count + kPanel<T> - 1) / kPanel<T>;
     const Extremes<T> extremes = pack<T>(task.mixture, k, count, scratch);
     __builtin_memset(scratch.weights, 0, size_t(panels * kPanel<T>) * sizeof(T));

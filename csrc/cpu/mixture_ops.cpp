@@ -1,59 +1,13 @@
-// mixture_log_prob, its score and its gradients on the CPU: checks, tasks, merging, registration.
+// mixture_log_prob, its score and its gradients on the CPU: checks, the run of the tasks, merging, registration.
 //
-// A task is a range of rows by a range of components.  Splits of the components are merged afterwards (their maxima
-// and sums, or their parts of dz); groups of rows each have their own parts of the parameters' gradients.  Where a cut
-// changes the order of a sum it depends on the shapes alone, and merging goes in order: the same input gives the same
-// bits, whatever the threads.
+// Splits of the components are merged after the tasks (their maxima and sums, or their parts of dz); groups of rows each
+// have their own parts of the parameters' gradients.  Merging goes in order, so that it gives the same bits whatever the
+// threads.
+#include "mixture_plan.h"
 #include "operators.h"
-#include "prepared.h"
 
 namespace fastvae {
 namespace {
-
-constexpr int64_t kTileRows = 8, kPanel = kMostPanel;  // of the widest instruction set
-
-constexpr int64_t kMergeBytes = 32 << 20;  // what splits may hold before they are merged
-
-// Splits of the components at most.  Few in forward: in each a row has to find its largest terms anew before it can
-// leave others out.
-constexpr int64_t kForwardSplits = 8, kBackwardSplits = 64;
-
-constexpr int64_t kManyRows = 1024;
-
-struct Plan {
-  int64_t slab;    // rows worked on at a time
-  int64_t groups;  // of a slab's rows
-  int64_t splits;  // of the components
-};
-
-// Components are split first, since then each is packed once; rows as well where there are few components.  With
-// kManyRows or more for each task packing costs little, and rows come first where that is allowed: a row then has less to
-// merge.  row_bytes is what a split holds for each row until it is merged.
-Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t most_splits, bool rows_first) {
-  const int64_t pairs = std::max<int64_t>(1, M) * K;
-  const int64_t elements = pairs > (int64_t(1) << 60) / D ? int64_t(1) << 60 : pairs * D;
-  // 2^19 elements take some tens of microseconds, 2^25 some milliseconds.  By fours, for an even load on 2 or 4 threads.
-  int64_t tasks = std::clamp<int64_t>(elements >> 25, std::clamp<int64_t>(elements >> 19, 1, 16), 64);
-  if (tasks > 1) tasks = (tasks + 3) / 4 * 4;
-  Plan p;
-  p.splits = std::clamp<int64_t>(K / kPanel, 1, std::min(tasks, most_splits));
-  if (rows_first) p.splits = (p.splits - 1) / std::max<int64_t>(1, M / kManyRows) + 1;
-  p.slab = std::max<int64_t>(256, kMergeBytes / (p.splits * row_bytes) / kTileRows * kTileRows);
-  p.groups = std::clamp<int64_t>(std::min(M, p.slab) / 64, 1, tasks / p.splits);
-  return p;
-}
-
-// The cut of n by whole blocks: rows of a tile, components of a panel.
-int64_t cut_blocks(int64_t n, int64_t block, int64_t parts, int64_t i) {
-  return std::min(n, block * cut((n + block - 1) / block, parts, i));
-}
-
-Range range_of(const Plan& p, int64_t row_begin, int64_t row_end, int64_t K, int64_t task) {
-  const int64_t rows = row_end - row_begin, group = task / p.splits, split = task % p.splits;
-  const auto row = [&](int64_t i) { return row_begin + cut_blocks(rows, kTileRows, p.groups, i); };
-  const auto component = [&](int64_t i) { return cut_blocks(K, kPanel, p.splits, i); };
-  return {row(group), row(group + 1), component(split), component(split + 1)};
-}
 
 // The partial results of a row's splits, stride apart: log p(z), and for each split what its sums are to be multiplied
 // by to be relative to the total, into scale (null: not wanted).
@@ -232,12 +186,12 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
 
 // What is kept of a row, as fastvae/ops.py has it: its exponents, by whole panels, and with each 16 of them one number's
 // room for which tiles matter; these come after all exponents.
-int64_t kept_stride(int64_t K) { return (K + kMostPanel - 1) / kMostPanel * kMostPanel; }
+int64_t kept_stride(int64_t K) { return (K + kMaxPanel - 1) / kMaxPanel * kMaxPanel; }
 int64_t kept_numbers(int64_t K) { return kept_stride(K) / 16 * 17; }
 
 template <class T>
 Exponents<T> exponents_in(const Tensor& kept, int64_t M, int64_t K) {
-  static_assert(kLeastPanel * sizeof(T) >= 16);  // room for a byte a tile
+  static_assert(kMinPanel * sizeof(T) >= 16);  // room for a byte a tile
   T* a = output<T>(kept);
   return {a, reinterpret_cast<uint8_t*>(a + M * kept_stride(K)), kept_stride(K)};
 }

@@ -5,8 +5,6 @@
 
 namespace fastvae {
 
-using OptionalTensor = std::optional<Tensor>;
-
 Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar, const OptionalTensor& log_weights,
                         const OptionalTensor& exclude);
 

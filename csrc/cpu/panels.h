@@ -22,8 +22,8 @@ constexpr int kBatch = 8;  // panels that a tile of rows works on together
 
 constexpr double kHalfLog2Pi = 0.918938533204672741780;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // What one task needs beside its input and output, carved from one piece of memory.  A chunk of panels, and in backward
@@ -49,12 +49,12 @@ struct Scratch {
 
   static int64_t bytes(int64_t D, bool shared) {
     const Scratch forward(nullptr, D, shared, false), backward(nullptr, D, shared, true);
-    return int64_t(sizeof(T)) * most(forward.size, backward.size) + kBytes;
+    return int64_t(sizeof(T)) * max(forward.size, backward.size) + kBytes;
   }
 
   Scratch(void* memory, int64_t D, bool shared, bool gradients) : panel(kPanel<T> * D), shared(shared) {
     base = reinterpret_cast<T*>(round_up(reinterpret_cast<int64_t>(memory), kBytes));
-    chunk = most(1, least(64, (512 << 10) / ((gradients ? 4 : 2) * panel * int64_t(sizeof(T)))));
+    chunk = max(1, min(64, (512 << 10) / ((gradients ? 4 : 2) * panel * int64_t(sizeof(T)))));
     mu = take(chunk * panel);
     v = take(shared ? panel : chunk * panel);
     c = take(chunk * kPanel<T>);
@@ -83,9 +83,9 @@ template <class T>
 struct Places {
   int64_t count, k[kWidth<T>], at[kWidth<T>], next[kWidth<T>];
 
-  Places(const Mixture<T>& mix, int64_t first, int64_t n) : count(least(n, kWidth<T>)) {
+  Places(const Mixture<T>& mix, int64_t first, int64_t n) : count(min(n, kWidth<T>)) {
     for (int i = 0; i < count; ++i) {
-      const int64_t later = least(mix.K - 1, first + kWidth<T> + i);
+      const int64_t later = min(mix.K - 1, first + kWidth<T> + i);
       k[i] = mix.order ? mix.order[first + i] : first + i;
       at[i] = k[i] * mix.D;
       next[i] = (mix.order ? mix.order[later] : later) * mix.D;
@@ -169,7 +169,7 @@ struct Square {
   template <bool kWhole>
   inline __attribute__((always_inline)) void pack(int64_t d) {
     constexpr int W = kWidth<T>;
-    const int64_t n = kWhole ? W : least(W, mix.D - d);
+    const int64_t n = kWhole ? W : min(W, mix.D - d);
     Vec<T> x[W];
     places.template load_transposed<kWhole>(mix.mu, d, mix.D, x);
 #pragma GCC unroll 16
@@ -239,7 +239,7 @@ template <class T, bool kWhole>
 inline __attribute__((always_inline)) void unpack_square(const Backward<T>& task, const Places<T>& places,
                                                          const T* grads, const T* v, Vec<T> weight, int64_t d) {
   constexpr int W = kWidth<T>;
-  const int64_t D = task.mixture.D, n = kWhole ? W : least(W, D - d);
+  const int64_t D = task.mixture.D, n = kWhole ? W : min(W, D - d);
   const int32_t* place = task.mixture.place + d;
   if (task.dmu) {
     Vec<T> dmu[W] = {};

@@ -131,7 +131,7 @@ class Tiles {
     const T* v = scratch_.v + scratch_.v_at(next_);
     const T* from = kFirst ? scratch_.c + next_ * kPanel<T> : a;
     constexpr int64_t stride = kFirst ? 0 : kPanel<T>;
-    const int64_t end = least(D_, begin + kBlock);
+    const int64_t end = min(D_, begin + kBlock);
     const auto minus = [v](const T* from, Vec<T> sum) {
       return kIsotropic ? fma<T>(-sum, load<T>(v), load<T>(from)) : load<T>(from) - sum;
     };
@@ -157,7 +157,7 @@ class Tiles {
       }
     }
     while (d < end) {
-      const int64_t stop = look ? least(end, d + kLook) : end;
+      const int64_t stop = look ? min(end, d + kLook) : end;
       add_squares<kIsotropic>(row, d, stop, sum);
       d = stop;
       if ((look || end == D_) && !matters()) return leave_out(d, look);

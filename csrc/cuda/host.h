@@ -1,7 +1,9 @@
 // What the host side of the CUDA operators shares.
 #pragma once
 
-#include "../cpu/host.h"
+#include <memory>
+
+#include "../common/tensors.h"
 #include "kernels.h"
 
 // Where the operators are registered; a build for the tests, which runs the kernels on the CPU, names another place.
@@ -11,8 +13,6 @@
 #endif
 
 namespace fastvae::cuda {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // Makes a tensor's device the current one for as long as it lives, and knows PyTorch's current stream there.
 class OnDeviceOf {

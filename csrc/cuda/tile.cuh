@@ -108,11 +108,11 @@ struct Cursor {
   int row_tile, panel, begin;
 };
 
-// Begins to copy `lines` lines of kSide numbers, kMost at most.
-template <int kMost, class T>
+// Begins to copy `lines` lines of kSide numbers, kMaxLines at most.
+template <int kMaxLines, class T>
 __device__ __forceinline__ void copy_async(T* to, const T* from, int lines) {
-  constexpr int n = Tile<T>::kVector, steps = kMost * Tile<T>::kSide / (kThreads * n);
-  static_assert(steps * kThreads * n == kMost * Tile<T>::kSide, "every thread copies as much");
+  constexpr int n = Tile<T>::kVector, steps = kMaxLines * Tile<T>::kSide / (kThreads * n);
+  static_assert(steps * kThreads * n == kMaxLines * Tile<T>::kSide, "every thread copies as much");
 #pragma unroll
   for (int step = 0; step < steps; ++step) {
     const int i = (step * kThreads + int(threadIdx.x)) * n;

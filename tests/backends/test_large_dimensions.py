@@ -76,8 +76,7 @@ def test_equal_distances(impl: str, dimensions: tuple[int, ...], dtype: torch.dt
 
 @dtypes
 def test_equal_terms_of_log_q_and_kl(impl: str, dimensions: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The budgets of test_gaussian.py, without sums in blocks: the noise keeps the terms of log q from being equal, and
-    no lane adds more than 512 of the KL; mu is the worst found for that many."""
+    """The budgets of test_gaussian.py.  The noise keeps the terms of log q from being equal, those of the KL may be."""
     u = torch.finfo(dtype).eps / 2
     for D in dimensions:
         for value in (*LOGVARS, -20.3):
