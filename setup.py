@@ -1,7 +1,11 @@
-"""Builds the compiled kernels; everything else is in pyproject.toml.
+"""Builds the compiled kernels, `fastvae._C`; everything else is in pyproject.toml.
 
-FASTVAE_NO_EXTENSION=1 installs without them: the composite backend then does the work.  The CUDA kernels are part of
-the extension where nvcc is found, whether or not there is a GPU; FASTVAE_CUDA=0|1 decides instead.
+Environment variables decide what is built:
+
+FASTVAE_NO_EXTENSION=1  nothing: the wheel is pure Python, and the composite backend does the work.
+FASTVAE_CUDA=0|1        without the CUDA kernels, or with them, else the build fails.  By default they are built where
+                        nvcc is found, on the PATH or under CUDA_HOME, whether or not there is a GPU.
+MAX_JOBS=n              at most n files are compiled at once; by default one for each processor.
 """
 
 import os
@@ -13,8 +17,18 @@ from pathlib import Path
 
 from setuptools import setup
 
-sources = sorted(glob("csrc/cpu/*.cpp"))
-options: dict = {}
+
+def switch(name: str) -> bool | None:
+    """Whether an environment variable is 1 or 0; None where it is not set."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise RuntimeError(f"{name} must be 0 or 1, not {value!r}")
+    return value == "1" if value else None
+
+
+def sources(*patterns: str) -> list[str]:
+    """Files under csrc/, in an order that is the same everywhere."""
+    return sorted(file for pattern in patterns for file in glob(f"csrc/{pattern}", recursive=True))
 
 
 def cuda_home() -> Path | None:
@@ -23,10 +37,8 @@ def cuda_home() -> Path | None:
     Raises:
         RuntimeError: FASTVAE_CUDA=1 asks for CUDA and there is no nvcc.
     """
-    wanted = os.environ.get("FASTVAE_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise RuntimeError(f"FASTVAE_CUDA must be 0 or 1, not {wanted!r}")
-    if wanted == "0" or os.name != "posix":
+    wanted = switch("FASTVAE_CUDA")
+    if wanted is False:
         return None
     folder = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     for nvcc in (os.path.join(folder, "bin", "nvcc"), shutil.which("nvcc")):
@@ -36,23 +48,36 @@ def cuda_home() -> Path | None:
             top = [line.split("=", 1)[1] for line in told.stderr.splitlines() if line.startswith("#$ TOP=")]
             if top:
                 return Path(top[0].strip()).resolve()
-    if wanted == "1":
+    if wanted:
         raise RuntimeError("FASTVAE_CUDA=1, but no nvcc: put it on the PATH or set CUDA_HOME to the toolkit's folder")
     return None
 
 
-if os.environ.get("FASTVAE_NO_EXTENSION") != "1":
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+def extension() -> dict:
+    """What setup() needs to build fastvae._C.
+
+    Raises:
+        RuntimeError: the machine or its torch cannot build it.
+    """
+    if os.name != "posix":
+        raise RuntimeError("the compiled kernels need GCC or Clang: set FASTVAE_NO_EXTENSION=1 to install without them")
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        raise RuntimeError("install torch 2.10 or newer before fastvae, or leave out --no-build-isolation") from error
+    if torch.__version__ < (2, 10):
+        raise RuntimeError(f"the compiled kernels need torch 2.10 or newer; this is torch {torch.__version__}")
 
     cuda = cuda_home()
 
     class Build(BuildExtension):
-        """Compiles csrc/cuda/*.cu first: PyTorch's own way needs a PyTorch that was built with CUDA."""
+        """Compiles the CUDA kernels first: PyTorch's own way needs a PyTorch that was built with CUDA."""
 
         def build_extension(self, extension) -> None:
             if cuda:
                 with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                    extension.extra_objects += pool.map(self.compile_kernels, sorted(glob("csrc/cuda/*.cu")))
+                    extension.extra_objects += pool.map(self.compile_kernels, sources("cuda/**/*.cu"))
             super().build_extension(extension)
 
         def compile_kernels(self, source: str) -> str:
@@ -66,34 +91,26 @@ if os.environ.get("FASTVAE_NO_EXTENSION") != "1":
             subprocess.run([nvcc, *flags, "-c", source, "-o", str(target)], check=True)
             return str(target)
 
-    options = {
-        "ext_modules": [
-            CppExtension(
-                "fastvae._C",
-                sources + (sorted(glob("csrc/cuda/*.cpp")) if cuda else []),
-                include_dirs=[str(cuda / "include")] if cuda else [],
-                # 2.10, the first torch that has all of the stable ABI that is used: one file serves it and later ones
-                define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-                extra_compile_args=[
-                    "-O3",
-                    "-g0",
-                    "-std=c++17",
-                    "-Wall",
-                    "-Wextra",
-                    "-Wno-psabi",
-                    "-Wno-unknown-pragmas",
-                ],
-                # The CUDA runtime comes along, so that the file loads where there is none; hidden, so that it is not
-                # taken for PyTorch's.  The driver is looked for at the first launch.
-                library_dirs=[str(cuda / "lib64"), str(cuda / "lib")] if cuda else [],
-                libraries=["cudart_static", "dl", "rt", "pthread"] if cuda else [],
-                extra_link_args=["-Wl,--exclude-libs,ALL"] if cuda else [],
-                depends=glob("csrc/*/*"),
-                py_limited_api=True,
-            )
-        ],
+    module = CppExtension(
+        "fastvae._C",
+        sources("common/**/*.cpp", "cpu/**/*.cpp", *["cuda/**/*.cpp"] * bool(cuda)),
+        include_dirs=[str(cuda / "include")] if cuda else [],
+        # 2.10, the first torch that has all of the stable ABI that is used: one file serves it and later ones
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        extra_compile_args=["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"],
+        # The CUDA runtime comes along, so that the file loads where there is none; hidden, so that it is not
+        # taken for PyTorch's.  The driver is looked for at the first launch.
+        library_dirs=[str(cuda / "lib64"), str(cuda / "lib")] if cuda else [],
+        libraries=["cudart_static", "dl", "rt", "pthread"] if cuda else [],
+        extra_link_args=["-Wl,--exclude-libs,ALL"] if cuda else [],
+        depends=sources("**/*.*"),
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [module],
         "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
-setup(**options)
+
+setup(**({} if switch("FASTVAE_NO_EXTENSION") else extension()))
