@@ -20,7 +20,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:
             raise
-        sys.exit(f'error: the command line needs {error.name}, which is not installed; pip install "fastvae-kernels[app]"')
+        sys.exit(
+            f'error: the command line needs {error.name}, which is not installed; pip install "fastvae-kernels[app]"'
+        )
     except AppError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

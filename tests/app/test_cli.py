@@ -303,7 +303,7 @@ def test_ctrl_c_then_resume(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
 def test_missing_packages_are_named() -> None:
     code = "import sys; sys.modules['typer'] = None; from fastvae.app.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1 and 'pip install "fastvae[app]"' in done.stderr
+    assert done.returncode == 1 and 'pip install "fastvae-kernels[app]"' in done.stderr
     assert "typer" in done.stderr and "Traceback" not in done.stderr
 
 
