@@ -11,7 +11,7 @@ from fastvae import _checks, backends, reference
 from fastvae.autograd import GroupedMixtureLogProb
 from fastvae.dispatch import call
 
-_MOST_UNSAID = 2**16  # groups without components, which the result has room for, that need not be asked for
+_MAX_IMPLICIT_GROUPS = 2**16  # more groups than this, and than components, must be asked for by num_groups
 
 
 def grouped_mixture_log_prob(
@@ -81,7 +81,7 @@ def _number_of_groups(groups: Tensor, mu: Tensor, num_groups: int | None) -> int
         )
     low, high = (int(v) for v in groups.aminmax())
     if num_groups is None:
-        if high >= max(K, _MOST_UNSAID):
+        if high >= max(K, _MAX_IMPLICIT_GROUPS):
             raise ValueError(
                 f"groups must be numbered from 0, and are up to {high} with {K} components: number them anew by "
                 "torch.unique(groups, return_inverse=True), or give num_groups if most groups are to be empty"

@@ -1,8 +1,8 @@
 // mixture_log_prob, its score and its gradients on the CPU: checks, the run of the tasks, merging, registration.
 //
-// Splits of the components are merged after the tasks (their maxima and sums, or their parts of dz); groups of rows each
-// have their own parts of the parameters' gradients.  Merging goes in order, so that it gives the same bits whatever the
-// threads.
+// Splits of the components are merged after the tasks (their maxima and sums, or their parts of dz); groups of rows
+// each have their own parts of the parameters' gradients.  Merging goes in order, so that it gives the same bits whatever
+// the threads.
 #include "mixture_plan.h"
 #include "operators.h"
 
@@ -184,8 +184,8 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
   return {log_prob, score};
 }
 
-// What is kept of a row, as fastvae/ops.py has it: its exponents, by whole panels, and with each 16 of them one number's
-// room for which tiles matter; these come after all exponents.
+// What is kept of a row, as fastvae/operators.py has it: exponents by whole panels, and with each 16 of them room for one
+// number, which holds which tiles matter; these come after all exponents.
 int64_t kept_stride(int64_t K) { return (K + kMaxPanel - 1) / kMaxPanel * kMaxPanel; }
 int64_t kept_numbers(int64_t K) { return kept_stride(K) / 16 * 17; }
 
