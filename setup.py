@@ -66,7 +66,7 @@ def extension() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         raise RuntimeError("install torch 2.10 or newer before fastvae, or leave out --no-build-isolation") from error
-    if torch.__version__ < (2, 10):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         raise RuntimeError(f"the compiled kernels need torch 2.10 or newer; this is torch {torch.__version__}")
 
     cuda = cuda_home()

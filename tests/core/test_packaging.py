@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,24 +36,43 @@ def call(*command: str | Path, folder: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked source archive."""
-    folder = tmp_path_factory.mktemp("sdist")
+    """The unpacked source archive, outside of any repository and in a folder whose name has a space."""
+    folder = tmp_path_factory.mktemp("source archive")
     call("-m", "build", "--no-isolation", "--sdist", "--outdir", folder, ROOT, folder=folder)
-    (archive,) = folder.glob("*.tar.gz")
+    (archive,) = folder.glob("fastvae_kernels-*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-def install(source: Path, folder: Path, **variables: str) -> str:
-    """Build a wheel of the archive, install it into `folder`, use it, and give what it says of the CPU."""
+def install(source: Path, folder: Path, **variables: str) -> tuple[str, set[str]]:
+    """Build a wheel of the archive and install it into `folder`: its tags, and its files."""
     call("-m", "build", "--no-isolation", "--wheel", "--outdir", folder, source, folder=folder, **variables)
-    (wheel,) = folder.glob("*.whl")
+    (wheel,) = folder.glob("fastvae_kernels-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
     call("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "site", wheel, folder=folder)
-    return call("-c", SCRIPT, folder / "site", folder=folder)
+    return wheel.stem.split("-", 2)[2], {name for name in names if ".dist-info/" not in name}
 
 
-def test_the_archive_has_the_kernels(source: Path) -> None:
+def use(folder: Path) -> str:
+    """Use what is installed in `folder`, with no compiler on the PATH: what info() says of impl="cpu"."""
+    return call("-c", SCRIPT, folder / "site", folder=folder, PATH="")
+
+
+def library() -> set[str]:
+    """The files of the package, without the extension."""
+    files = {"fastvae_command.py", "fastvae/py.typed", "fastvae/benchmarks/probe.cpp"}
+    for folder, package in (
+        ("fastvae", "fastvae"),
+        ("kernels", "fastvae/kernels"),
+        ("benchmarks", "fastvae/benchmarks"),
+    ):
+        files |= {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
+    return files
+
+
+def test_the_archive_has_the_sources(source: Path) -> None:
     for name in ("csrc", "kernels", "fastvae", "tests"):
         files = [path for path in (ROOT / name).rglob("*.*") if path.is_file() and path.suffix not in (".so", ".pyc")]
         missing = [path for path in files if not (source / path.relative_to(ROOT)).exists()]
@@ -61,12 +81,44 @@ def test_the_archive_has_the_kernels(source: Path) -> None:
 
 def test_a_wheel_works_elsewhere(source: Path, tmp_path: Path) -> None:
     """Without CUDA, which the installation that is tested has been built with where there is nvcc."""
-    assert install(source, tmp_path, FASTVAE_CUDA="0").startswith("cpu (compiled kernels")
-    assert "abi3" in next(tmp_path.glob("*.whl")).name
-    assert (source / "fastvae/py.typed").exists() and (tmp_path / "site/fastvae/py.typed").exists()
+    tags, files = install(source, tmp_path, FASTVAE_CUDA="0")
+    assert tags.startswith("cp310-abi3-linux_")
+    assert files == library() | {"fastvae/_C.abi3.so"}
+    assert use(tmp_path).startswith("compiled kernels (")
 
 
 def test_without_a_compiler(source: Path, tmp_path: Path) -> None:
-    """FASTVAE_NO_EXTENSION=1 installs the composite backend, and info() says so aloud."""
-    told = install(source, tmp_path, FASTVAE_NO_EXTENSION="1", CC="/bin/false", CXX="/bin/false")
-    assert told.startswith("composite") and "missing: the extension was not built" in told
+    """FASTVAE_NO_EXTENSION=1 makes a wheel for every platform, and info() says aloud what is missing."""
+    tags, files = install(source, tmp_path, FASTVAE_NO_EXTENSION="1", CC="/bin/false", CXX="/bin/false")
+    assert tags == "py3-none-any" and files == library()
+    assert use(tmp_path).startswith("missing: the extension was not built")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FASTVAE_NO_EXTENSION": "yes"}, "FASTVAE_NO_EXTENSION must be 0 or 1, not 'yes'"),
+        ({"FASTVAE_CUDA": "2"}, "FASTVAE_CUDA must be 0 or 1, not '2'"),
+        ({"FASTVAE_CUDA": "1", "CUDA_HOME": "/nowhere", "PATH": ""}, "FASTVAE_CUDA=1, but no nvcc"),
+    ],
+)
+def test_variables_that_cannot_be_followed(source: Path, variables: dict[str, str], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        call("setup.py", "--version", folder=source, **variables)
+
+
+@pytest.mark.parametrize(
+    ("torch", "message"),
+    [
+        ("__version__ = '2.9.1'", "the compiled kernels need torch 2.10 or newer; this is torch 2.9.1"),
+        ("raise ImportError", "install torch 2.10 or newer before fastvae, or leave out --no-build-isolation"),
+    ],
+)
+def test_a_torch_that_cannot_build(source: Path, tmp_path: Path, torch: str, message: str) -> None:
+    """`torch` stands for the one that is installed."""
+    (tmp_path / "torch/utils").mkdir(parents=True)
+    (tmp_path / "torch/__init__.py").write_text(torch)
+    (tmp_path / "torch/utils/__init__.py").touch()
+    (tmp_path / "torch/utils/cpp_extension.py").write_text("BuildExtension = CppExtension = None")
+    with pytest.raises(AssertionError, match=message):
+        call("setup.py", "--version", folder=source, PYTHONPATH=str(tmp_path))
