@@ -126,8 +126,9 @@ def mixture_log_prob(rng: random.Random, impl: str, largest: int) -> str | None:
         allowed = allowed._replace(dz=allowed.dz + left_out * case.grad.abs()[:, None])
     got, limits = [log_prob.detach()], [allowed.log_prob]
     for n, w, limit in zip(names, want[1:], allowed[1:], strict=True):
-        got.append(grads.get(n, w).detach())
         limits.append(limit + _rounding(w, dtype) + underflow)
+        own = grads.get(n, w).detach()
+        got.append(torch.where(limits[-1] == math.inf, w, own.to(w)))  # beyond the range of a half: anything
     ratios = worst(Result(*got), want, Result(*limits))
     bad = {n: r for n, r in ratios.items() if not r <= 1}
     if score is not None and not bad:

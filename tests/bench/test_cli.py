@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from fastvae.app.errors import ConfigError
 from matplotlib.image import imread
 
 import fastvae
 from fastvae.app.bench import bench
+from fastvae.app.user_errors import ConfigError
 from fastvae.benchmarks import timing
 from tools.figures.__main__ import main as draw_figures
 from tools.figures.labels import spread_out
