@@ -78,8 +78,9 @@ class MixtureLogProb(torch.autograd.Function):
     """log p(z) [M].
 
     The score is dl/dz.  Where z alone needs a gradient, forward computes the score and backward is one product; a
-    backend with `score_in_forward` does so wherever z needs a gradient.  A backend with `exponents` keeps those of a
-    small problem from forward for the gradients of the parameters.
+    backend with `score_in_forward` does so wherever z needs a gradient.  The score leaves out what backward may leave
+    out, so that where `dense` asks for every term backward computes the gradient in z.  A backend with `exponents`
+    keeps those of a small problem from forward for the gradients of the parameters.
     """
 
     @staticmethod
@@ -95,7 +96,7 @@ class MixtureLogProb(torch.autograd.Function):
     ) -> Tensor:
         need_z, *need_parameters = ctx.needs_input_grad[:4]
         mixture, score, exponents = (z, mu, logvar, log_weights, exclude), None, None
-        if need_z and (BACKENDS[backend].score_in_forward or not any(need_parameters)):
+        if need_z and not dense and (BACKENDS[backend].score_in_forward or not any(need_parameters)):
             log_prob, score = BACKENDS[backend].operators.mixture_log_prob_and_score(*mixture)
         elif any(need_parameters) and not dense and (keeping := _exponents(backend, z.shape[0], mu)):
             log_prob, exponents = keeping.mixture_log_prob(*mixture, need_z)
@@ -143,7 +144,7 @@ def _mixture_gradients(ctx: Any, grad: Tensor) -> Gradients:
     backend = BACKENDS[ctx.backend]
     need = list(ctx.needs_input_grad[:4])
     grads: list[Tensor | None] = [None] * 4
-    if need[0] and score is not None:
+    if need[0] and score is not None and not ctx.dense:
         grads[0], need[0] = grad[:, None] * score, False
     if any(need):
         arriving = grad.contiguous(), log_prob
@@ -275,7 +276,7 @@ class MixtureKL(torch.autograd.Function):
         if need_prior and not dense and (keeping := _exponents(backend, S * mu.shape[0], prior_mu)):
             z, kl, log_prob, exponents = keeping.mixture_kl(*arguments, need_q)
         else:
-            with_score = need_q and (BACKENDS[backend].score_in_forward or not need_prior)
+            with_score = need_q and not dense and (BACKENDS[backend].score_in_forward or not need_prior)
             z, kl, log_prob, score = BACKENDS[backend].operators.mixture_kl(*arguments, with_score)
         ctx.one = num_samples is None
         if ctx.one:

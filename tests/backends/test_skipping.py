@@ -111,3 +111,23 @@ def test_a_faint_component_may_be_a_steep_one(impl: str, dtype: torch.dtype) -> 
         _, score = fastvae.mixture_log_prob_and_score(z, case.mu, case.logvar, case.log_weights, impl=impl)
         for dz in (run(case, impl).dz, run(case, impl, dense_backward=True).dz, score):
             assert bool(((dz - want.dz).abs() <= allowed.dz).all()), f"{distance} sigma: {dz[0]} for {want.dz[0]}"
+
+
+def test_dense_backward_is_dense_beside_the_score(impl: str) -> None:
+    """The score leaves out what does not matter to it; the gradient that `dense_backward` asks for does not.
+
+    The nearer component's t is 0 in one dimension, where all of the gradient is the other component's: a part in 10^12.
+    """
+    z = torch.zeros(1, 4)
+    mu = torch.tensor([[0.0, 0.5, 0.5, 0.5], [5.0, 3.0, 3.0, 3.0]])
+    logvar = torch.zeros(2, 4)
+    exact = z.double().requires_grad_()
+    want = fastvae.mixture_log_prob(exact, mu.double(), logvar.double(), impl="reference")
+    (want,) = torch.autograd.grad(want.sum(), exact)
+    assert 0 < want[0, 0] < 1e-8
+    for operation in (fastvae.mixture_log_prob, lambda *a, **k: fastvae.mixture_log_prob_and_score(*a, **k)[0]):
+        for parameters in (False, True):
+            leaf, own_mu = z.clone().requires_grad_(), mu.clone().requires_grad_(parameters)
+            log_prob = operation(leaf, own_mu, logvar, dense_backward=True, impl=impl)
+            (got,) = torch.autograd.grad(log_prob.sum(), leaf)
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0.0)
