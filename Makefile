@@ -70,4 +70,4 @@ dist: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist site fastvae.egg-info fastvae/_C*.so
+	rm -rf .venv build dist site *.egg-info fastvae/_C*.so
