@@ -7,9 +7,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+
+import fastvae
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -52,6 +55,9 @@ def install(source: Path, folder: Path, **variables: str) -> tuple[str, set[str]
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     call("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "site", wheel, folder=folder)
+    (installed,) = distributions(name="fastvae-kernels", path=[str(folder / "site")])
+    assert installed.version == fastvae.__version__
+    assert {"app", "bench", "dev", "docs", "triton"} == set(installed.metadata.get_all("Provides-Extra") or ())
     return wheel.stem.split("-", 2)[2], {name for name in names if ".dist-info/" not in name}
 
 
