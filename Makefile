@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*)
+SOURCES := pyproject.toml setup.py fastvae/_version.py $(wildcard csrc/*/*)
 
 .PHONY: demo test test-slow test-all lint docs bench bench-alone static-report gpu dist clean
 
@@ -70,4 +70,4 @@ dist: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist site fastvae.egg-info fastvae/_C*.so
+	rm -rf .venv build dist site *.egg-info fastvae/_C*.so
