@@ -208,7 +208,7 @@ def gaussian_rsample(rng: random.Random, impl: str, largest: int) -> str | None:
     u, sigma = torch.finfo(compute).eps / 2, torch.exp(0.5 * logvar.double())
     eps = (want - mu.double()) / sigma
     half = torch.finfo(dtype).eps / 2
-    limit = 1e-6 * sigma + (u * 4 + half) * (sigma * eps.abs() + want.abs())
+    limit = 1e-6 * sigma + (u * 4 + half) * (sigma * eps.abs() + want.abs() + torch.finfo(dtype).smallest_normal)
     if bool((difference(z, want) > limit).any()):
         return f"{dtype} {list(mu.shape)} S={S}: z off by {float(difference(z, want).max()):.3g}"
     size = (eps.square() + logvar.double().abs() + 2).sum(-1)
