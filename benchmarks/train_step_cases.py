@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import fastvae
+from fastvae._networks import BinaryDecoder, Encoder
 
 from .case import Case, Contender, Errors, Prepared, WrongResultError
 from .gaussian_cases import eager_rsample
-from .networks import BinaryDecoder, Encoder
 from .peers import eager
 
 NAMES = ("fastvae", "eager")

@@ -29,15 +29,19 @@ def rule(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         batched = [i for i, dim in enumerate(in_dims) if dim is not None]
-        join = set(batched) <= set(rows) and not any(arguments[i] for i in sums)
-        at_once = _joined if join else _one_by_one
-        return at_once(operator, info.batch_size, in_dims, arguments, rows)
+        if set(batched) <= set(rows) and not any(arguments[i] for i in sums):
+            return _joined(operator, info.batch_size, in_dims, arguments, rows)
+        return _one_by_one(operator, info.batch_size, in_dims, arguments)
 
     return vmap
 
 
 def _joined(
-    operator: Callable[..., Any], B: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...], rows: tuple
+    operator: Callable[..., Any],
+    B: int,
+    in_dims: tuple[int | None, ...],
+    arguments: tuple[Any, ...],
+    rows: tuple[int, ...],
 ) -> tuple[Any, Any]:
     given = list(arguments)
     for i in rows:
@@ -55,7 +59,7 @@ def _joined(
 
 
 def _one_by_one(
-    operator: Callable[..., Any], B: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...], rows: tuple
+    operator: Callable[..., Any], B: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     def of(b: int) -> Any:
         pairs = zip(arguments, in_dims, strict=True)

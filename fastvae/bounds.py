@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastvae import _checks
 from fastvae import functional as F
 from fastvae.contracts import evaluate
 from fastvae.priors import Density
@@ -167,8 +168,7 @@ def _draws(
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    _checks.count("num_samples", num_samples)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
 

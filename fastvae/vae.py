@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastvae import bounds
+from fastvae import _checks, bounds
 from fastvae import functional as F
 from fastvae.contracts import encode, evaluate, require_methods, require_shape
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
@@ -201,8 +201,7 @@ class VAE(nn.Module):
 
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+        _checks.count("num_samples", num_samples)
         prior = self.prior.snapshot()
         return torch.cat([self._importance(part, num_samples, prior) for part in x.split(_ROWS // 10)])
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae import VAE, ExemplarPrior, VampPrior
-
-from ..networks import BinaryDecoder, Encoder
+from fastvae._networks import BinaryDecoder, Encoder
 
 HIDDEN, LATENT, BATCH, EPOCHS, WARMUP = 100, 16, 100, 100, 20
 HELD_OUT, VALIDATION = 597, 297

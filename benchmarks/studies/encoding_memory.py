@@ -9,7 +9,7 @@ from typing import Any
 SIZES = (500, 5_000, 50_000)
 _STEP = """
 import sys, torch, fastvae
-from fastvae.benchmarks.networks import BinaryDecoder, Encoder
+from fastvae._networks import BinaryDecoder, Encoder
 
 K, chunk_size = int(sys.argv[1]), int(sys.argv[2]) or None
 encoder, decoder = Encoder(784, 300, 40), BinaryDecoder(784, 300, 40)

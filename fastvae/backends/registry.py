@@ -12,7 +12,7 @@ from fastvae.backends.backend import Backend
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (native.CPU, native.CUDA, *triton.TRITON, composite.COMPOSITE)
 }
-IMPLS = ("reference", "composite", "cpu", "triton", "cuda")
+IMPLS = ("reference", *dict.fromkeys(backend.impl for backend in BACKENDS.values()))
 PRECISIONS = ("highest", "high", "medium")
 _WITH_LOWER_PRECISIONS = {backend.impl for backend in BACKENDS.values() if backend.precision != "highest"}
 

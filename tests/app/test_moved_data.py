@@ -116,7 +116,7 @@ def test_the_fingerprint_is_of_all_that_is_learnt_from(tmp_path: Path) -> None:
 
     def fingerprint(name: str = "a.npz", **arrays: np.ndarray) -> str:
         np.savez(tmp_path / name, **arrays)  # type: ignore[arg-type]
-        return load(str(tmp_path / name)).fingerprint()
+        return load(str(tmp_path / name)).fingerprint
 
     first = fingerprint(x_train=x, x_test=x[:5])
     assert fingerprint("b.npz", x_train=x, x_test=x[:5]) == first

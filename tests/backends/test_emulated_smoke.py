@@ -9,8 +9,7 @@ import torch
 from budget import allowance, assert_within, hard_case, run
 from support.internals import Operators
 
-import fastvae
-
+from .smoke import assert_sampling_and_kl_are_the_specifications, assert_score_is_right
 from .test_cuda import everything
 from .test_mixture_edges import with_nan
 
@@ -29,26 +28,12 @@ def test_the_density_and_its_gradients(shared: bool) -> None:
 
 @pytest.mark.usefixtures("emulated")
 def test_the_score() -> None:
-    case = hard_case(17, 65, 8)
-    want, allowed = allowance(replace(case, grad=torch.ones(17)), dense_backward=True)
-    log_prob, score = fastvae.mixture_log_prob_and_score(case.z, case.mu, case.logvar, case.log_weights, impl="cuda")
-    assert_within(type(want)(log_prob, score, *want[2:]), want, allowed)
+    assert_score_is_right("cuda")
 
 
 @pytest.mark.usefixtures("emulated")
 def test_sampling_and_kl_are_the_specifications() -> None:
-    for shape in ((7, 33), (3, 8)):
-        mu, logvar = torch.randn(2, *shape, dtype=torch.float64)
-        results = []
-        for impl in ("cuda", "reference"):
-            leaves = [mu.clone().requires_grad_(), logvar.clone().requires_grad_()]
-            torch.manual_seed(3)
-            z, log_q = fastvae.gaussian_rsample(*leaves, 2, path_derivative=True, impl=impl)
-            kl = fastvae.gaussian_kl(*leaves, impl=impl)
-            loss = (z.square().sum(-1) * log_q).sum() + kl.square().sum()
-            results.append((z, log_q, kl, *torch.autograd.grad(loss, leaves)))
-        for got, want in zip(*results, strict=True):
-            assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert_sampling_and_kl_are_the_specifications("cuda")
 
 
 def test_no_thread_depends_on_when_another_runs(emulated: Operators, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastvae
 from fastvae import reference
 
+from .smoke import assert_sampling_and_kl_are_the_specifications, assert_score_is_right
 from .test_mixture_edges import with_nan
 from .test_triton import product_band, run_at
 
@@ -39,10 +40,7 @@ def test_the_density_and_its_gradients(shared: bool) -> None:
 
 @pytest.mark.usefixtures("tiled_and_small")
 def test_the_score() -> None:
-    case = hard_case(17, 65, 8)
-    want, allowed = allowance(replace(case, grad=torch.ones(17)), dense_backward=True)
-    log_prob, score = fastvae.mixture_log_prob_and_score(case.z, case.mu, case.logvar, case.log_weights, impl="triton")
-    assert_within(type(want)(log_prob, score, *want[2:]), want, allowed)
+    assert_score_is_right("triton")
 
 
 @pytest.mark.usefixtures("triton")
@@ -58,18 +56,7 @@ def test_lower_precisions(precision: str) -> None:
 @pytest.mark.usefixtures("triton")
 def test_noise_sampling_and_kl() -> None:
     """The specification's numbers, from blocks of four and one by one; and their gradients."""
-    for shape in ((7, 33), (3, 8)):
-        mu, logvar = torch.randn(2, *shape, dtype=torch.float64)
-        results = []
-        for impl in ("triton", "reference"):
-            leaves = [mu.clone().requires_grad_(), logvar.clone().requires_grad_()]
-            torch.manual_seed(3)
-            z, log_q = fastvae.gaussian_rsample(*leaves, 2, path_derivative=True, impl=impl)
-            kl = fastvae.gaussian_kl(*leaves, impl=impl)
-            loss = (z.square().sum(-1) * log_q).sum() + kl.square().sum()
-            results.append((z, log_q, kl, *torch.autograd.grad(loss, leaves)))
-        for got, want in zip(*results, strict=True):
-            assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert_sampling_and_kl_are_the_specifications("triton")
     noise = reference.philox_normal(torch.tensor([5]), 0, 64)
     mu = torch.zeros(1, 64)
     assert torch.allclose(sampled(mu, 5), noise.float()[None], atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -50,6 +51,7 @@ class Dataset:
         """Pixels in an image: height times width."""
         return self.image_shape[0] * self.image_shape[1]
 
+    @cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of all images, and of how they are to be read: the same for the same data, wherever they lie."""
         digest = hashlib.sha256(repr((self.kind, self.dynamic, self.image_shape)).encode())

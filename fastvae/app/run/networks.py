@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import VAE, ExemplarPrior, MixturePrior, StandardNormalPrior, VampPrior
+from fastvae._networks import BinaryDecoder, Encoder, two_layers
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.data.physical_memory import physical_memory
 from fastvae.app.run.config import TrainConfig
@@ -16,55 +17,12 @@ from fastvae.priors import Prior
 EXEMPLAR_CHUNK = 1000  # exemplars encoded at once: with all at once, activations would outgrow everything else
 
 
-class GatedDense(nn.Module):
-    """A dense layer with a learned gate: h(x) * sigmoid(g(x))."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.value = nn.Linear(inputs, outputs)
-        self.gate = nn.Linear(inputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] -> [..., outputs]."""
-        value: Tensor = self.value(x)
-        return value * torch.sigmoid(self.gate(x))
-
-
-class Encoder(nn.Module):
-    """x [B, pixels] -> mu, logvar [B, latent] of q(z|x), logvar kept in [-6, 2]."""
-
-    def __init__(self, pixels: int, hidden: int, latent: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(GatedDense(pixels, hidden), GatedDense(hidden, hidden))
-        self.mu = nn.Linear(hidden, latent)
-        self.logvar = nn.Sequential(nn.Linear(hidden, latent), nn.Hardtanh(-6.0, 2.0))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, pixels] -> two of [B, latent]."""
-        h = self.body(x)
-        return self.mu(h), self.logvar(h)
-
-
-class BinaryDecoder(nn.Module):
-    """z [..., latent] -> logits [..., pixels] of p(x|z), for the Bernoulli likelihood."""
-
-    def __init__(self, pixels: int, hidden: int, latent: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(GatedDense(latent, hidden), GatedDense(hidden, hidden))
-        self.logits = nn.Linear(hidden, pixels)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """[..., latent] -> [..., pixels]."""
-        logits: Tensor = self.logits(self.body(z))
-        return logits
-
-
 class GrayDecoder(nn.Module):
     """z [..., latent] -> mean and logscale [..., pixels] of the discretised logistic p(x|z)."""
 
     def __init__(self, pixels: int, hidden: int, latent: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(GatedDense(latent, hidden), GatedDense(hidden, hidden))
+        self.body = two_layers(latent, hidden)
         self.mean = nn.Linear(hidden, pixels)
         self.logscale = nn.Sequential(nn.Linear(hidden, pixels), nn.Hardtanh(-4.5, 0.0))
 

@@ -70,10 +70,9 @@ def with_fingerprint(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     Raises:
         ConfigError: the settings have the fingerprint of other data.
     """
-    fingerprint = dataset.fingerprint()
-    if config.data_sha256 not in (None, fingerprint):
+    if config.data_sha256 not in (None, dataset.fingerprint):
         raise other_data(config.data)
-    return replace(config, data_sha256=fingerprint)
+    return replace(config, data_sha256=dataset.fingerprint)
 
 
 def versions() -> dict[str, str]:

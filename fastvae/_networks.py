@@ -1,6 +1,6 @@
 """The networks of the VampPrior paper (Tomczak and Welling 2018): dense, gated, one layer of latents.
 
-The benchmarks have networks of their own: what is measured stays the same when the command line's models change.
+The command line trains them and the benchmarks measure them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class GatedDense(nn.Module):
         return value * torch.sigmoid(self.gate(x))
 
 
-def _two_layers(inputs: int, hidden: int) -> nn.Sequential:
+def two_layers(inputs: int, hidden: int) -> nn.Sequential:
+    """Two gated dense layers: [..., inputs] -> [..., hidden]."""
     return nn.Sequential(GatedDense(inputs, hidden), GatedDense(hidden, hidden))
 
 
@@ -31,7 +32,7 @@ class Encoder(nn.Module):
 
     def __init__(self, pixels: int, hidden: int, latent: int) -> None:
         super().__init__()
-        self.body = _two_layers(pixels, hidden)
+        self.body = two_layers(pixels, hidden)
         self.mu = nn.Linear(hidden, latent)
         self.logvar = nn.Sequential(nn.Linear(hidden, latent), nn.Hardtanh(-6.0, 2.0))
 
@@ -45,7 +46,7 @@ class BinaryDecoder(nn.Module):
 
     def __init__(self, pixels: int, hidden: int, latent: int) -> None:
         super().__init__()
-        self.body = _two_layers(latent, hidden)
+        self.body = two_layers(latent, hidden)
         self.logits = nn.Linear(hidden, pixels)
 
     def forward(self, z: Tensor) -> Tensor:
