@@ -24,7 +24,7 @@ from .errors import BenchmarkError
 from .timing import Settings
 
 FORMAT = 1
-_MEASURING = ("case", "inputs", "memory", "networks", "peer", "probe", "timing")  # with the cases and the peers
+_MEASURING = ("case", "inputs", "memory", "peer", "probe", "timing")  # with the cases and the peers
 _PACKAGES = {"keops": "pykeops", "scikit-learn": "scikit-learn", "numpy": "numpy", "triton": "triton"}
 
 
@@ -152,11 +152,9 @@ def code(device: str) -> dict[str, Any]:
 
     The digest alone distinguishes two uncommitted versions, and is there without a checkout too.
     """
-    here, library = Path(__file__).resolve().parent, Path(fastvae.__file__).parent
+    here = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    files = [*library.glob("*.py"), *library.glob("_C*.so"), *here.glob("*.cpp"), *here.glob("peers/*.py")]
-    files += [*here.glob("*_cases.py"), *(here / f"{name}.py" for name in _MEASURING)]
-    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
+    for file in measured_files():
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     revision = _git(here, "rev-parse", "HEAD")
     # A record that is being written, and tables made from it, do not change what is measured.
@@ -167,6 +165,15 @@ def code(device: str) -> dict[str, Any]:
         "digest": digest.hexdigest()[:16],
         "default": default_backend(device),
     }
+
+
+def measured_files() -> list[Path]:
+    """The library without its command line, the extension, and what measures them."""
+    here, library = Path(__file__).resolve().parent, Path(fastvae.__file__).parent
+    files = [file for room in (".", "backends", "kernels", "priors") for file in (library / room).glob("*.py")]
+    files += [*library.glob("_C*.so"), *here.glob("*.cpp"), *here.glob("peers/*.py"), *here.glob("*_cases.py")]
+    files += [here / f"{name}.py" for name in _MEASURING]
+    return sorted(files, key=lambda file: (file.parent.name, file.name))
 
 
 def default_backend(device: str) -> str:

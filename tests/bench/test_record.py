@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+import fastvae
 from fastvae.benchmarks import cpu_targets
 from fastvae.benchmarks.case import Case, Contender, Prepared
 from fastvae.benchmarks.cpu_targets import MET, MISSED, NOT_MEASURED, REPORTED, judge
 from fastvae.benchmarks.errors import BenchmarkError
-from fastvae.benchmarks.record import open_record, read_record, write_record
+from fastvae.benchmarks.record import measured_files, open_record, read_record, write_record
 from fastvae.benchmarks.runner import run_cases
 
 from .conftest import TINY
@@ -157,3 +158,11 @@ def test_points_of_a_series_are_no_target() -> None:
 def test_the_table_of_targets_is_complete() -> None:
     assert all(target.cases for target in cpu_targets.TARGETS)
     assert len({(target.work, target.against) for target in cpu_targets.TARGETS}) == len(cpu_targets.TARGETS)
+
+
+def test_the_digest_is_of_all_code_that_a_measurement_runs() -> None:
+    """Every module of the library, the command line apart."""
+    library = Path(fastvae.__file__).parent
+    modules = {path for room in (library, library / "kernels") for path in room.rglob("*.py")}
+    modules = {path for path in modules if path.relative_to(library).parts[0] not in ("app", "benchmarks")}
+    assert len(modules) > 30 and modules <= set(measured_files())
