@@ -1,13 +1,7 @@
 // Sums of many terms, for the CPU and CUDA alike.
 #pragma once
 
-// Inlined always: the CPU's sources are compiled once for each instruction set, and the linker would keep one copy for
-// all of them.
-#ifdef __CUDACC__
-#define FASTVAE_INLINE __host__ __device__ __forceinline__
-#else
-#define FASTVAE_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace fastvae {
 

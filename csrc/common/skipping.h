@@ -1,0 +1,50 @@
+// Which pairs of a row and a component the kernels leave out: the rule, for the CPU and CUDA alike.
+// kernels/skipping.py is the same rule for Triton; docs/concepts/skipping.md explains it.
+//
+// Of a pair, a = log(w_k N(z_m; mu_k, sigma_k)) is the exponent, c the largest a that the component has anywhere (at its
+// mean), r = exp(a - l) the responsibility, and t = (z_d - mu_kd) / sigma_kd in any one dimension d.
+// A pair is left out where a is below the limit of its row.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "inline.h"
+
+namespace fastvae {
+
+// Binary digits of a number of type T, the leading one included: 24, or 53.
+template <class T>
+constexpr int kDigits = sizeof(T) == 4 ? 24 : 53;
+
+// Forward compares with the largest terms that it has seen so far and not with l: two binary digits more to spare.
+constexpr int kForwardDigits = 2;
+
+// In logsumexp and in the gradients of the parameters a pair counts r.  K pairs of r below 2^-digits / K are together
+// less than a rounding of a row's total responsibility, which is 1.  The limit is l plus this:
+template <class T>
+FASTVAE_INLINE T log_negligible(int64_t K, int extra_digits = 0) {
+  return T(-log(double(K)) - (kDigits<T> + extra_digits) * 0.693147180559945309417);
+}
+
+// In the gradient in z a pair counts r t / sigma.  Beside the component with the largest sigma of all in that dimension,
+// sigma', it counts for t sigma' / sigma times its responsibility: the limit is lowered by log(sigma' / sigma), the
+// component's log sigma ratio, and by log t.  This is a bound on log t, for components whose largest c and largest log
+// sigma ratio are given:
+//
+// As c - a is a sum of t^2 / 2 over dimensions, t^2 <= 2 (c - a).  r t falls as a falls (where t > 1), so that t at the
+// lowered limit bounds what is left out below it.  There c - a = A + log t, with A = c - limit + log sigma ratio, and
+// t^2 = 2 (A + log t) < 3 A + 1.  The power of two above 3 A + 1 is a cheap bound that is near enough.
+template <class T>
+FASTVAE_INLINE T log_t_bound(T limit, T largest_c, T largest_log_sigma_ratio) {
+  const double t_squared = 3 * (double(largest_c) - double(limit) + double(largest_log_sigma_ratio)) + 1;
+  if (!(t_squared > 1)) return T(0);
+  int64_t bits;
+  memcpy(&bits, &t_squared, sizeof bits);
+  const int64_t exponent = (bits >> 52) - 1022;  // t_squared < 2^exponent
+  return T(0.5 * 0.693147180559945309417 * double(exponent));
+}
+
+}  // namespace fastvae
