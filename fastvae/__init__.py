@@ -2,7 +2,7 @@
 
 from fastvae import bounds, reference
 from fastvae._version import __version__ as __version__
-from fastvae.backends import info
+from fastvae.backends import info, use_backend
 from fastvae.functional import (
     gaussian_kl,
     gaussian_rsample,
@@ -44,4 +44,5 @@ __all__ = [
     "mixture_log_prob",
     "mixture_log_prob_and_score",
     "reference",
+    "use_backend",
 ]

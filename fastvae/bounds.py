@@ -24,7 +24,7 @@ Monte Carlo objectives (ICLR 2019), whose beta is 1.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvae import _checks
 from fastvae import functional as F
+from fastvae.backends import BackendOptions, choice, use_backend
 from fastvae.contracts import evaluate
 from fastvae.priors import Density
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_GRADIENTS = {"elbo": "plain", "iwae": "dreg"}
 BOUNDS = tuple(DEFAULT_GRADIENTS)
@@ -78,6 +82,7 @@ def elbo(
     gradient: str | None = None,
     beta: float = 1.0,
     chunk_size: int | None = None,
+    **backend: Unpack[BackendOptions],
 ) -> Bound:
     """The evidence lower bound by S draws: E[log p(x | z) - beta (log q(z | x) - log p(z))].
 
@@ -91,6 +96,7 @@ def elbo(
         beta: weight of the KL term.
         chunk_size: draw so many samples at a time and compute their activations again in backward, so that memory
             does not grow with S; None keeps those of all S.
+        backend: impl, precision, dense_backward, as of :func:`fastvae.use_backend`, for all operations inside.
 
     Returns:
         A :class:`Bound`; its `objective` [B] is what to maximise.
@@ -102,7 +108,8 @@ def elbo(
     gradient = gradient_for("elbo", gradient)
     if gradient == "dreg":
         raise ValueError("gradient='dreg' is for the IWAE bound; for the ELBO it is gradient='stl'")
-    z, log_x, kl, _ = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
+    with use_backend(**choice.checked("elbo", backend)):
+        z, log_x, kl, _ = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
     return Bound((log_x - beta * kl).mean(0), z, log_x, kl)
 
 
@@ -116,6 +123,7 @@ def iwae(
     gradient: str | None = None,
     beta: float = 1.0,
     chunk_size: int | None = None,
+    **backend: Unpack[BackendOptions],
 ) -> Bound:
     """The importance weighted bound: log 1/S sum_s p(x | z_s) [p(z_s) / q(z_s | x)]^beta.
 
@@ -126,7 +134,8 @@ def iwae(
         The others, Returns, Raises: as :func:`elbo`.
     """
     gradient = gradient_for("iwae", gradient)
-    z, log_x, kl, carrier = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
+    with use_backend(**choice.checked("iwae", backend)):
+        z, log_x, kl, carrier = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
     log_w = log_x - beta * kl  # [S, B]
     objective = log_mean_exp(log_w)  # its gradient in log w_s is v_s
     if gradient == "dreg":
@@ -172,6 +181,7 @@ def _draws(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
 
+    @choice.exactly(choice.current())  # the checkpoint calls it again in backward, whatever is chosen by then
     def some(mu: Tensor, logvar: Tensor, count: int) -> tuple[Tensor, ...]:
         z, log_q = F.gaussian_rsample(mu, logvar, count, path_derivative=gradient != "plain")
         scaled, carrier = z, log_q.new_empty(0)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvae import _checks, backends, reference
+from fastvae import _checks, reference
 from fastvae._noise import draw_seed
 from fastvae.autograd import GaussianKL, GaussianRsample, MixtureKL, MixtureLogProb, MixtureLogProbAndScore
+from fastvae.backends.choice import choose, dense
 from fastvae.dispatch import call
 
 
@@ -22,7 +23,7 @@ def mixture_log_prob(
     log_weights: Tensor | None = None,
     *,
     exclude: Tensor | None = None,
-    dense_backward: bool = False,
+    dense_backward: bool | None = None,
     precision: str | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -66,11 +67,11 @@ def mixture_log_prob(
     """
     _checks.precision(precision)
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
-    backend = backends.choose(impl, z.device, z.dtype, precision)
+    backend = choose(impl, z.device, z.dtype, precision)
     if backend == "reference":
         return reference.mixture_log_prob(z, mu, logvar, log_weights, exclude=exclude)
     rows = _checks.flat(z, mu, logvar, log_weights, exclude)
-    return _checks.shaped(call(MixtureLogProb, *rows, dense_backward, backend), z.shape[:-1])
+    return _checks.shaped(call(MixtureLogProb, *rows, dense(dense_backward), backend), z.shape[:-1])
 
 
 def mixture_log_prob_and_score(
@@ -80,7 +81,7 @@ def mixture_log_prob_and_score(
     log_weights: Tensor | None = None,
     *,
     exclude: Tensor | None = None,
-    dense_backward: bool = False,
+    dense_backward: bool | None = None,
     precision: str | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -98,11 +99,11 @@ def mixture_log_prob_and_score(
     """
     _checks.precision(precision)
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
-    backend = backends.choose(impl, z.device, z.dtype, precision)
+    backend = choose(impl, z.device, z.dtype, precision)
     if backend == "reference":
         return reference.mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude=exclude)
     rows = _checks.flat(z, mu, logvar, log_weights, exclude)
-    log_prob, score = call(MixtureLogProbAndScore, *rows, dense_backward, backend)
+    log_prob, score = call(MixtureLogProbAndScore, *rows, dense(dense_backward), backend)
     return _checks.shaped(log_prob, z.shape[:-1]), _checks.shaped(score, z.shape)
 
 
@@ -146,7 +147,7 @@ def gaussian_rsample(
     dtype = _checks.result_dtype(mu=mu, logvar=logvar)
     mu, logvar = _checks.gaussian(mu, logvar, _checks.compute_dtype(dtype))
     shape = _checks.sampled_shape(num_samples, mu)
-    backend = backends.choose(impl, mu.device)
+    backend = choose(impl, mu.device)
     if backend == "reference":
         z, log_q = reference.gaussian_rsample(
             mu, logvar, num_samples, generator=generator, path_derivative=path_derivative
@@ -180,7 +181,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, impl: str | None = None) -> Tenso
     Source: Kingma and Welling, Auto-encoding variational Bayes (ICLR 2014), appendix B.
     """
     mu, logvar = _checks.gaussian(mu, logvar, _checks.compute_dtype(_checks.result_dtype(mu=mu, logvar=logvar)))
-    backend = backends.choose(impl, mu.device)
+    backend = choose(impl, mu.device)
     if backend == "reference":
         return reference.gaussian_kl(mu, logvar)
     return _checks.shaped(call(GaussianKL, _checks.rows(mu), _checks.rows(logvar), backend), mu.shape[:-1])
@@ -197,7 +198,7 @@ def mixture_kl(
     generator: torch.Generator | None = None,
     path_derivative: bool = False,
     exclude: Tensor | None = None,
-    dense_backward: bool = False,
+    dense_backward: bool | None = None,
     precision: str | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -240,7 +241,7 @@ def mixture_kl(
         if _checks.same_shape(exclude, mu.shape[:-1]):
             exclude = exclude.expand(shape[:-1])
         _checks.excluded(exclude, shape, mu.device, K)
-    backend = backends.choose(impl, mu.device, wide, precision)
+    backend = choose(impl, mu.device, wide, precision)
     if backend == "reference":
         z, kl = reference.mixture_kl(
             mu, logvar, prior_mu, prior_logvar, log_weights, num_samples, generator=generator,
@@ -259,7 +260,7 @@ def mixture_kl(
         seed,
         num_samples,
         path_derivative,
-        dense_backward,
+        dense(dense_backward),
         backend,
     )
     return _checks.cast(_checks.shaped(z, shape), dtype), _checks.shaped(kl, shape[:-1])

@@ -7,8 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastvae import _checks, backends, reference
+from fastvae import _checks, reference
 from fastvae.autograd import GroupedMixtureLogProb
+from fastvae.backends.choice import choose, dense
 from fastvae.dispatch import call
 
 _MAX_IMPLICIT_GROUPS = 2**16  # more groups than this, and than components, must be asked for by num_groups
@@ -22,7 +23,7 @@ def grouped_mixture_log_prob(
     log_weights: Tensor | None = None,
     *,
     num_groups: int | None = None,
-    dense_backward: bool = False,
+    dense_backward: bool | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Log density of each of G mixtures at each point: log p(z | g) = logsumexp_{k in g} [log w_k + log N(z; k)].
@@ -60,11 +61,11 @@ def grouped_mixture_log_prob(
         mu, logvar = mu[order], logvar if len(logvar) != K else logvar[order]
         log_weights = None if log_weights is None else log_weights[order]
     starts = (0, *groups.bincount(minlength=G).cumsum(0).tolist())
-    backend = backends.choose(impl, z.device)
+    backend = choose(impl, z.device)
     if backend == "reference":
         return _by_reference(z, mu, logvar, log_weights, starts)
     rows, mu, logvar, log_weights, _ = _checks.flat(z, mu, logvar, log_weights, None)
-    log_prob = call(GroupedMixtureLogProb, rows, mu, logvar, log_weights, starts, dense_backward, backend)
+    log_prob = call(GroupedMixtureLogProb, rows, mu, logvar, log_weights, starts, dense(dense_backward), backend)
     return log_prob.reshape(G, *z.shape[:-1]).movedim(0, -1)
 
 

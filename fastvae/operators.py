@@ -200,6 +200,7 @@ class ExponentOperators(NamedTuple):
 
 
 library = torch.library.Library("fastvae", "DEF")
+library.define("cuda_unusable(int device) -> str")  # why the CUDA kernels do not run on a device; empty: they do
 library.define("cpu_isa() -> str")  # the instruction set that the CPU kernels take
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,13 @@ from torch.utils._pytree import tree_map_only
 
 from fastvae import _checks, bounds
 from fastvae import functional as F
+from fastvae.backends import BackendOptions, choice, use_backend
 from fastvae.contracts import encode, evaluate, require_methods, require_shape
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
 from fastvae.priors import Prior
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _ROWS = 2_000  # z decoded at once by log_likelihood: activations that a cache holds
 
@@ -56,6 +62,23 @@ class VAEOutput:
 torch.export.register_dataclass(VAEOutput, serialized_type_name="fastvae.VAEOutput")
 
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _with_own_backend(
+    method: Callable[Concatenate[VAE, Parameters], Result],
+) -> Callable[Concatenate[VAE, Parameters], Result]:
+    """The method of a VAE, with the backend that the VAE was given for all operations inside."""
+
+    @wraps(method)
+    def wrapper(self: VAE, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with use_backend(**self.backend_options):
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
 class VAE(nn.Module):
     """A variational autoencoder made of the modules you give it.
 
@@ -66,6 +89,8 @@ class VAE(nn.Module):
             follows when `vae.encoder` is assigned.
         likelihood: "bernoulli" (x in [0, 1]; the decoder returns logits), "gaussian" ((mean, logvar), or a mean),
             "discretized_logistic" ((mean, logscale); x on 256 levels in [0, 1]), or a :class:`fastvae.Likelihood`.
+        backend: impl, precision, dense_backward, as of :func:`fastvae.use_backend`, for all operations inside; a
+            prior's own choice goes before them.
 
     Raises:
         TypeError: prior or likelihood lacks a method; in use: the encoder does not return (mu, logvar), the decoder
@@ -77,9 +102,15 @@ class VAE(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, prior: Prior, likelihood: str | Likelihood = "bernoulli"
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        prior: Prior,
+        likelihood: str | Likelihood = "bernoulli",
+        **backend: Unpack[BackendOptions],
     ) -> None:
         super().__init__()
+        self.backend_options = choice.checked(type(self).__name__, backend)
         require_methods("prior", prior, _PRIOR_METHODS, "a fastvae.Prior, such as StandardNormalPrior(latent_dim)")
         if isinstance(likelihood, str):
             if likelihood not in LIKELIHOODS:
@@ -98,6 +129,7 @@ class VAE(nn.Module):
         if name == "encoder" and hasattr(self, "prior") and hasattr(self.prior, "encoder"):
             self.prior.encoder = value
 
+    @_with_own_backend
     def forward(
         self,
         x: Tensor,
@@ -153,6 +185,7 @@ class VAE(nn.Module):
         value = reconstruction - divergence if bound == "elbo" else bounds.log_mean_exp(drawn.log_weights)
         return VAEOutput(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, log_weights)
 
+    @_with_own_backend
     def elbo(
         self,
         x: Tensor,
@@ -169,6 +202,7 @@ class VAE(nn.Module):
         )
         return output.elbo
 
+    @_with_own_backend
     def iwae(
         self,
         x: Tensor,
@@ -189,6 +223,7 @@ class VAE(nn.Module):
         return self._drawn("iwae", x, mu, logvar, num_samples, gradient, 1.0, chunk_size, index).objective
 
     @torch.no_grad()
+    @_with_own_backend
     def log_likelihood(self, x: Tensor, num_samples: int = 5000) -> Tensor:
         """log p(x) by importance sampling from q(z | x), in memory bounded whatever B and S are.
 
@@ -217,6 +252,7 @@ class VAE(nn.Module):
         return torch.logsumexp(torch.stack(parts), 0) - math.log(num_samples)
 
     @torch.no_grad()
+    @_with_own_backend
     def sample(self, n: int, *, mean: bool = False) -> Tensor:
         """n draws of x ~ p(x | z), z ~ p(z), or with mean=True of E[x | z]: [n, *x_shape]."""
         z = self.prior.sample(n)

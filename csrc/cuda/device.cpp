@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <string>
+
 #include "host.h"
 
 namespace fastvae::cuda {
@@ -30,6 +32,12 @@ OnDeviceOf::OnDeviceOf(const Tensor& tensor)
   const cudaError_t status = cudaSetDevice(tensor.get_device_index());
   STD_TORCH_CHECK(status == cudaSuccess, "fastvae: CUDA: ", cudaGetErrorString(status));
   stream_ = current_stream(tensor.get_device_index());
+}
+
+std::string cuda_unusable(int64_t device) { return why_unusable(int(device)); }
+
+FASTVAE_REGISTER(FASTVAE_CUDA_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("cuda_unusable", TORCH_BOX(&cuda_unusable));
 }
 
 }  // namespace fastvae::cuda

@@ -90,6 +90,9 @@ struct SmallForward {
   T *kl, *log_prob, *score;  // [M], [M], [M, D]
 };
 
+// Why these kernels cannot run on a device, "" where they can.
+const char* why_unusable(int device);
+
 // Each is one launch.
 template <class T>
 void small_forward(const SmallForward<T>&, Stream);

@@ -20,8 +20,7 @@ class Backend:
         missing: device -> why it cannot run there and what would make it run, or None where it can.
         operators: its operators.
         precision: the precision it computes float32 with, in PyTorch's words; float64 is always "highest".
-        default_on: the types of devices on which `impl=None` may take it; the first in the registry that can run is
-            taken.  "*", any.
+        default_on: the types of devices on which `impl=None` may take it; "*", any.
         score_in_forward: its kernels compute the gradient in z apart from those of the parameters, so that forward may
             as well compute it where z needs a gradient.
         exponents: the operators that pass the exponents of a small problem from forward to backward, if it has them.
@@ -37,6 +36,10 @@ class Backend:
     score_in_forward: bool = False
     exponents: ExponentOperators | None = None
     about: str = ""
+
+    def is_default_on(self, device: torch.device) -> bool:
+        """Whether `impl=None` may take it for tensors on a device."""
+        return "*" in self.default_on or device.type in self.default_on
 
     @property
     def name(self) -> str:

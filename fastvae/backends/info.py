@@ -34,7 +34,8 @@ def info() -> Info:
     }
     for device in ("cpu", "cuda", "other devices"):
         named = torch.device("meta" if device == "other devices" else device)
-        lines[f"on {device}"] = f"impl={choose(None, named)!r} by default"
+        there = device != "cuda" or torch.cuda.is_available()
+        lines[f"on {device}"] = f"impl={choose(None, named)!r} by default" if there else "PyTorch finds no device"
     for backend in BACKENDS.values():
         if backend.precision == "highest":
             lines[f"impl={backend.impl!r}"] = _status(backend.impl)

@@ -5,6 +5,7 @@ The dispatcher of PyTorch takes the kernel by the device of the tensors.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -51,7 +52,16 @@ def missing_on_cuda(device: torch.device) -> str | None:
         return f"{extension_missing}; {_BUILD_CUDA}"
     if not _torch_compat.has_kernel("fastvae::mixture_log_prob", "CUDA"):
         return f"the extension was built without CUDA; {_BUILD_CUDA}"
-    return None
+    return _unusable_on(device.index or 0)
+
+
+@cache
+def _unusable_on(index: int) -> str | None:
+    """Why the CUDA kernels that were built cannot run on a device: no device, its driver, its age; or None."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    why = torch.ops.fastvae.cuda_unusable(index)
+    return f"they do not run on cuda:{index} ({why}); {_BUILD_CUDA}" if why else None
 
 
 CPU = Backend(
@@ -68,6 +78,7 @@ CUDA = Backend(
     devices=("cuda",),
     missing=missing_on_cuda,
     operators=operators,
+    default_on=("cuda",),
     score_in_forward=True,
     about="compiled kernels on CUDA cores",
 )

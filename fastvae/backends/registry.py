@@ -14,7 +14,6 @@ BACKENDS: dict[str, Backend] = {
 }
 IMPLS = ("reference", *dict.fromkeys(backend.impl for backend in BACKENDS.values()))
 PRECISIONS = ("highest", "high", "medium")
-_WITH_LOWER_PRECISIONS = {backend.impl for backend in BACKENDS.values() if backend.precision != "highest"}
 
 
 @_torch_compat.constant_in_graphs
@@ -28,34 +27,42 @@ def choose(
     """The name in BACKENDS of the backend that runs, or "reference".
 
     Args:
-        impl: the backend's word; None takes the first in BACKENDS that is a default on the device and can run there.
+        impl: the backend's word.  None takes, of those that are a default on the device and can run there, the first
+            in BACKENDS that has the precision, or the first of all where none has it.
         device: where the tensors are.
         dtype: what is computed with.
-        precision: for float32; None is PyTorch's own setting.  A backend that has no such precision computes with
-            the highest, as all do in float64.
+        precision: for float32.  A backend that has no such precision computes with the highest, as all do in float64.
+            None is PyTorch's own setting.  That setting allows less than the highest and does not ask for it: it
+            changes how a backend computes, and not which one is taken.
 
     Raises:
         ValueError: no backend has that name, or the one named does not take tensors on that device.
         RuntimeError: the backend named cannot run here; the message says what would make it run.
     """
-    if impl is None:
-        impl = _default(device)
-    elif impl == "reference":
+    if impl == "reference":
         return impl
+    if dtype != torch.float32:
+        precision = "highest"
+    if impl is None:
+        impl = _default(device, precision or "highest")
     else:
         _check(impl, device)
-    if precision == "highest" or impl not in _WITH_LOWER_PRECISIONS or dtype != torch.float32:
+    if precision == "highest":
         return impl
     named = f"{impl}-{precision or _precision_of_torch()}"
     return named if named in BACKENDS else impl
 
 
-def _default(device: torch.device) -> str:
-    kind = device.type
+def _default(device: torch.device, precision: str) -> str:
+    first = None
     for backend in BACKENDS.values():
-        if (kind in backend.default_on or "*" in backend.default_on) and backend.missing(device) is None:
+        if not backend.is_default_on(device) or backend.missing(device) is not None:
+            continue
+        if backend.precision == precision:
             return backend.impl
-    raise AssertionError("composite runs on every device")
+        first = first or backend.impl
+    assert first is not None, "composite runs on every device"
+    return first
 
 
 def _check(impl: str, device: torch.device) -> None:

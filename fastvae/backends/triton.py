@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,10 +25,15 @@ def load(module: str) -> ModuleType:
     return importlib.import_module(f"fastvae.kernels.{module}")
 
 
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 @_torch_compat.constant_in_graphs
 def missing(device: torch.device) -> str | None:
     """Why they cannot run on a device, and what would make them; or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed (`pip install triton`)"
     if device.type == "cpu" and not load("launch").INTERPRETED:
         return (
@@ -74,6 +80,7 @@ def _backend(precision: str) -> Backend:
         missing=missing,
         operators=operators,
         precision=precision,
+        default_on=("cuda",),
         score_in_forward=True,
         about="Triton kernels",
     )

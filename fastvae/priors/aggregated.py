@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from fastvae import functional as F
 from fastvae.contracts import encode, evaluate, require_shape
 from fastvae.priors.base import Prior
 from fastvae.priors.mixture import Mixture, expanded_logvar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastvae.backends import BackendOptions
 
 
 class Estimate(NamedTuple):
@@ -36,6 +41,7 @@ class AggregatedPosterior(Mixture):
         mu: [N, D], the posteriors' means.
         logvar: broadcastable to [N, D].  One dimension is [D], for all points alike, also where N = D; one log
             variance for each point is [N, 1].
+        backend: impl, precision, dense_backward, see :class:`fastvae.Prior`.
 
     Sources: Hoffman and Johnson, ELBO surgery (NeurIPS workshop 2016), for the first line; Chen, Li, Grosse and
     Duvenaud, Isolating sources of disentanglement in VAEs (NeurIPS 2018), for the second.
@@ -44,19 +50,21 @@ class AggregatedPosterior(Mixture):
     mu: Tensor
     logvar: Tensor
 
-    def __init__(self, mu: Tensor, logvar: Tensor) -> None:
-        super().__init__()
+    def __init__(self, mu: Tensor, logvar: Tensor, **backend: Unpack[BackendOptions]) -> None:
+        super().__init__(**backend)
         logvar = expanded_logvar(mu, logvar, "N")
         self.register_buffer("mu", mu.detach())
         self.register_buffer("logvar", logvar.detach().contiguous())
 
     @classmethod
     @torch.no_grad()
-    def of(cls, encoder: nn.Module, data: Tensor, *, chunk_size: int = 1000) -> AggregatedPosterior:
+    def of(
+        cls, encoder: nn.Module, data: Tensor, *, chunk_size: int = 1000, **backend: Unpack[BackendOptions]
+    ) -> AggregatedPosterior:
         """That of data [N, *input_shape] under an encoder x -> (mu, logvar), encoded `chunk_size` points at a time."""
         encoded = (encode(encoder, part) for part in data.split(chunk_size))
         mu, logvar = (torch.cat(part) for part in zip(*encoded, strict=True))
-        return cls(mu, logvar)
+        return cls(mu, logvar, **backend)
 
     def component_log_weights(self) -> Tensor:
         return self.mu.new_full((len(self.mu),), -math.log(len(self.mu)))
@@ -90,7 +98,7 @@ class AggregatedPosterior(Mixture):
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, for a standard error, not {num_samples}")
         n = torch.randint(len(self.mu), (num_samples,), device=self.mu.device)
-        return F.gaussian_rsample(*self.component_parameters(n))
+        return F.gaussian_rsample(*self.component_parameters(n), impl=self.backend_options["impl"])
 
 
 def _mean(values: Tensor) -> Estimate:

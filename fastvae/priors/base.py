@@ -7,14 +7,18 @@ is a subclass of :class:`Prior`, or of :class:`fastvae.Mixture`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastvae import functional as F
 from fastvae._noise import LOG_2PI
+from fastvae.backends import BackendOptions, choice
 from fastvae.contracts import evaluate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Density = Callable[[Tensor], Tensor]
 
@@ -26,7 +30,12 @@ class Prior(nn.Module):
     step of training can share work between evaluations or leave points out, `marginal_log_prob` for
     :meth:`fastvae.AggregatedPosterior.dimension_wise_kl`, and `snapshot` where `log_prob` is costly to prepare.
 
+    Args:
+        impl, precision, dense_backward: as of :func:`fastvae.mixture_log_prob`, for all that the prior computes with
+            fastvae's operations.  None leaves the choice to :func:`fastvae.use_backend`, and without it to the device.
+
     Attributes:
+        backend_options: these three, to hand on as `**self.backend_options`.
         has_closed_form_kl: whether `kl` returns KL(q || p) itself, and not an estimate by the samples.
 
     Example::
@@ -45,6 +54,10 @@ class Prior(nn.Module):
     """
 
     has_closed_form_kl: ClassVar[bool] = False
+
+    def __init__(self, **backend: Unpack[BackendOptions]) -> None:
+        super().__init__()
+        self.backend_options = choice.checked(type(self).__name__, backend)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z), differentiable in z and in the prior's parameters.
@@ -95,7 +108,7 @@ class Prior(nn.Module):
             (z, kl): z [S, ..., D] or [..., D]; kl [S, ...] or [...], nats: in closed form where there is one (then
             the same for every sample), else log q(z | x) - log p(z) of each sample.
         """
-        z, log_q = F.gaussian_rsample(mu, logvar, num_samples)
+        z, log_q = F.gaussian_rsample(mu, logvar, num_samples, impl=self.backend_options["impl"])
         return z, log_q - evaluate(f"the density of {type(self).__name__}", self.density(index, mu), z)
 
     def snapshot(self) -> Prior:
@@ -108,13 +121,14 @@ class StandardNormalPrior(Prior):
 
     Args:
         latent_dim: D.
+        backend: impl, precision, dense_backward, see :class:`Prior`.
     """
 
     has_closed_form_kl = True
     origin: Tensor
 
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
+    def __init__(self, latent_dim: int, **backend: Unpack[BackendOptions]) -> None:
+        super().__init__(**backend)
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, not {latent_dim}")
         self.register_buffer("origin", torch.zeros(latent_dim), persistent=False)  # knows dtype and device
@@ -134,8 +148,9 @@ class StandardNormalPrior(Prior):
         self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         self._check_dimensions("mu", mu)
-        z, log_q = F.gaussian_rsample(mu, logvar, num_samples)
-        return z, F.gaussian_kl(mu, logvar).expand(log_q.shape)
+        impl = self.backend_options["impl"]
+        z, log_q = F.gaussian_rsample(mu, logvar, num_samples, impl=impl)
+        return z, F.gaussian_kl(mu, logvar, impl=impl).expand(log_q.shape)
 
     def _check_dimensions(self, name: str, tensor: Tensor) -> None:
         D = len(self.origin)

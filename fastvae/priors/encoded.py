@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from fastvae.contracts import encode, is_readable, require_tensor
 from fastvae.priors.mixture import Mixture
 from fastvae.priors.weights import weight_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastvae.backends import BackendOptions
 
 
 class EncodedMixture(Mixture):
@@ -31,8 +36,15 @@ class EncodedMixture(Mixture):
 
     encoder: nn.Module
 
-    def __init__(self, encoder: nn.Module, chunk_size: int | None, refresh: float, neighbours: int) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        encoder: nn.Module,
+        chunk_size: int | None,
+        refresh: float,
+        neighbours: int,
+        **backend: Unpack[BackendOptions],
+    ) -> None:
+        super().__init__(**backend)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
         if not 0 < refresh <= 1:
@@ -140,6 +152,7 @@ class VampPrior(EncodedMixture):
             memory does not grow with K; None encodes all at once.
         refresh, neighbours: the share of the components that a step of training encodes anew, and how many of those
             nearest to each row, see :class:`EncodedMixture`.
+        backend: impl, precision, dense_backward, see :class:`fastvae.Prior`.
 
     Source: Tomczak and Welling, VAE with a VampPrior (AISTATS 2018).
     """
@@ -157,8 +170,9 @@ class VampPrior(EncodedMixture):
         chunk_size: int | None = None,
         refresh: float = 1.0,
         neighbours: int = 0,
+        **backend: Unpack[BackendOptions],
     ) -> None:
-        super().__init__(encoder, chunk_size, refresh, neighbours)
+        super().__init__(encoder, chunk_size, refresh, neighbours, **backend)
         require_tensor("pseudo_inputs", pseudo_inputs)
         if pseudo_inputs.ndim < 2 or 0 in pseudo_inputs.shape or not pseudo_inputs.is_floating_point():
             raise ValueError(

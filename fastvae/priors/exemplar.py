@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from fastvae import functional as F
 from fastvae.contracts import require_tensor
 from fastvae.priors.base import Density, Prior
 from fastvae.priors.encoded import EncodedMixture
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastvae.backends import BackendOptions
 
 
 class ExemplarPrior(EncodedMixture):
@@ -30,6 +36,7 @@ class ExemplarPrior(EncodedMixture):
         refresh, neighbours: the share of the exemplars that a step of training encodes anew, and how many of those
             nearest to each row, see :class:`EncodedMixture`.  Not together with `subset`.
         chunk_size: encode this many at a time, as in :class:`VampPrior`.
+        backend: impl, precision, dense_backward, see :class:`fastvae.Prior`.
 
     Source: Norouzi, Fleet and Norouzi, Exemplar VAE: linking generative models, nearest neighbor retrieval, and data
     augmentation (NeurIPS 2020).
@@ -47,8 +54,9 @@ class ExemplarPrior(EncodedMixture):
         refresh: float = 1.0,
         neighbours: int = 0,
         chunk_size: int | None = None,
+        **backend: Unpack[BackendOptions],
     ) -> None:
-        super().__init__(encoder, chunk_size, refresh, neighbours)
+        super().__init__(encoder, chunk_size, refresh, neighbours, **backend)
         require_tensor("data", data)
         if data.ndim < 2 or 0 in data.shape[1:] or len(data) < 2 or not data.is_floating_point():
             raise ValueError(
@@ -71,7 +79,7 @@ class ExemplarPrior(EncodedMixture):
         if self.logvar is not None:
             logvar = self.logvar  # one for all, which the kernels need not read K times, and never an old one
         if own is None:
-            return lambda z: F.mixture_log_prob(z, mu, logvar)
+            return lambda z: F.mixture_log_prob(z, mu, logvar, **self.backend_options)
         # The others' weights become 1 / (K - 1), but for the rows whose own point is not among the components.
         K = len(mu)
         more = (own >= 0).to(mu.dtype) * math.log(K / (K - 1))  # [B]
@@ -79,7 +87,8 @@ class ExemplarPrior(EncodedMixture):
         def leave_one_out(z: Tensor) -> Tensor:
             if z.shape[-2:-1] != own.shape:
                 raise ValueError(f"index must be [B] to match z [..., B, D] {list(z.shape)}, not {list(own.shape)}")
-            return F.mixture_log_prob(z, mu, logvar, exclude=own.expand(z.shape[:-1])) + more
+            exclude = own.expand(z.shape[:-1])
+            return F.mixture_log_prob(z, mu, logvar, exclude=exclude, **self.backend_options) + more
 
         return leave_one_out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from fastvae import functional as F
 from fastvae.contracts import is_readable, require_tensor
 from fastvae.priors.base import Density, Prior
 from fastvae.priors.weights import weight_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastvae.backends import BackendOptions
 
 
 class Mixture(Prior):
@@ -54,11 +60,11 @@ class Mixture(Prior):
         return mu[index], logvar.expand(mu.shape)[index]
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return F.mixture_log_prob(z, *self.components())
+        return F.mixture_log_prob(z, *self.components(), **self.backend_options)
 
     def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
         mu, logvar, log_weights = self.step_components(near)
-        return lambda z: F.mixture_log_prob(z, mu, logvar, log_weights)
+        return lambda z: F.mixture_log_prob(z, mu, logvar, log_weights, **self.backend_options)
 
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         mu, logvar, log_weights = self.components()
@@ -66,7 +72,7 @@ class Mixture(Prior):
             raise ValueError(f"z must be [..., {mu.shape[1]}] to match mu {list(mu.shape)}, not {list(z.shape)}")
         logvar = logvar.expand(mu.shape)
         each = [
-            F.mixture_log_prob(z[..., d, None], mu[:, d, None], logvar[:, d, None], log_weights)
+            F.mixture_log_prob(z[..., d, None], mu[:, d, None], logvar[:, d, None], log_weights, **self.backend_options)
             for d in range(z.shape[-1])
         ]
         return torch.stack(each, -1)
@@ -74,19 +80,19 @@ class Mixture(Prior):
     def kl(
         self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return F.mixture_kl(mu, logvar, *self.step_components(mu), num_samples)
+        return F.mixture_kl(mu, logvar, *self.step_components(mu), num_samples, **self.backend_options)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         """n independent draws, [n, D]: a component by its weight, then that component alone, whatever K is."""
         index = _draw_components(self.component_log_weights(), n)
-        z, _ = F.gaussian_rsample(*self.component_parameters(index))
+        z, _ = F.gaussian_rsample(*self.component_parameters(index), impl=self.backend_options["impl"])
         return z
 
     @torch.no_grad()
     def snapshot(self) -> Prior:
         mu, logvar, log_weights = self.components()
-        frozen = MixturePrior(mu, logvar)
+        frozen = MixturePrior(mu, logvar, **self.backend_options)
         frozen.logits.copy_(log_weights)
         return frozen.requires_grad_(False)
 
@@ -101,14 +107,21 @@ class MixturePrior(Mixture):
         learn_weights: make the weights parameters too.
         probs: [K], the weights to start from; what they sum to does not matter.  None means equal weights.  A weight
             of 0 stays 0: it is kept as a logit of -inf, whose gradient is 0.
+        backend: impl, precision, dense_backward, see :class:`fastvae.Prior`.
     """
 
     logits: Tensor
 
     def __init__(
-        self, mu: Tensor, logvar: Tensor | None = None, *, learn_weights: bool = True, probs: Tensor | None = None
+        self,
+        mu: Tensor,
+        logvar: Tensor | None = None,
+        *,
+        learn_weights: bool = True,
+        probs: Tensor | None = None,
+        **backend: Unpack[BackendOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(**backend)
         logvar = expanded_logvar(mu, logvar)
         self.mu = nn.Parameter(mu.detach().clone())
         self.logvar = nn.Parameter(logvar.detach().clone())

@@ -1,0 +1,121 @@
+"""What a caller asks of the backends where a call itself does not say: `use_backend`, and the arguments of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypedDict
+
+import torch
+
+from fastvae.backends import registry
+
+
+class BackendOptions(TypedDict, total=False):
+    """The arguments by which a function or a class lets its caller choose; None, or not given: not said.
+
+    Attributes:
+        impl: "cpu", "cuda", "triton", "composite" or "reference", see :func:`fastvae.mixture_log_prob`.
+        precision: "highest", "high" or "medium".
+        dense_backward: whether backward computes every term.
+    """
+
+    impl: str | None
+    precision: str | None
+    dense_backward: bool | None
+
+
+class Choice(NamedTuple):
+    """What was asked for; None: not said."""
+
+    impl: str | None = None
+    precision: str | None = None
+    dense_backward: bool | None = None
+
+
+# Of the innermost `use_backend`.  For the whole process, as PyTorch's own settings are: torch.compile guards a global
+# and compiles anew where it has changed, which it does not do for what belongs to a thread or a context.
+_current = Choice()
+
+
+def choose(
+    impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32, precision: str | None = "highest"
+) -> str:
+    """:func:`fastvae.backends.registry.choose`, where None is what `use_backend` says, if it does."""
+    if impl is None:
+        impl = _current.impl
+    if precision is None:
+        precision = _current.precision
+    return registry.choose(impl, device, dtype, precision)
+
+
+def dense(dense_backward: bool | None) -> bool:
+    """Whether backward computes every term: None is what `use_backend` says, if it does, else False."""
+    return bool(_current.dense_backward if dense_backward is None else dense_backward)
+
+
+def checked(owner: str, options: BackendOptions) -> BackendOptions:
+    """All three options, None where not given; `owner` is whose they are, for the error message.
+
+    Raises:
+        TypeError: there is no such argument, or dense_backward is no bool.
+        ValueError: there is no such backend or precision.
+    """
+    known = {"impl", "precision", "dense_backward"}
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{owner}() got an unexpected keyword argument {name!r}")
+    impl, precision, dense_backward = options.get("impl"), options.get("precision"), options.get("dense_backward")
+    for argument, value, names in (("impl", impl, registry.IMPLS), ("precision", precision, registry.PRECISIONS)):
+        if value is not None and value not in names:
+            raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))} or None, not {value!r}")
+    if dense_backward is not None and not isinstance(dense_backward, bool):
+        raise TypeError(f"dense_backward must be True, False or None, not {dense_backward!r}")
+    return {"impl": impl, "precision": precision, "dense_backward": dense_backward}
+
+
+def current() -> Choice:
+    """What `use_backend` says here."""
+    return _current
+
+
+@contextmanager
+def exactly(wanted: Choice) -> Iterator[None]:
+    """Have `current()` be this choice inside, whatever is said outside."""
+    global _current
+    outside, _current = _current, wanted
+    try:
+        yield
+    finally:
+        _current = outside
+
+
+@contextmanager
+def use_backend(
+    impl: str | None = None, *, precision: str | None = None, dense_backward: bool | None = None
+) -> Iterator[None]:
+    """Choose the backend of all operations inside, where a call, a prior or a model does not choose itself.
+
+    Args:
+        impl, precision, dense_backward: as of :func:`fastvae.mixture_log_prob`.  None leaves what was said outside.
+
+    Backward runs where forward ran, also after the block has ended.  The choice holds for the whole process: other
+    threads see it while the block lasts.  It also serves as a decorator.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastvae.mixture_log_prob`, at once for a name that there is not.
+
+    Example::
+
+        with fastvae.use_backend("triton", precision="high"):
+            loss = vae(x).loss
+    """
+    checked("use_backend", {"impl": impl, "precision": precision, "dense_backward": dense_backward})
+    outside = _current
+    inside = Choice(
+        outside.impl if impl is None else impl,
+        outside.precision if precision is None else precision,
+        outside.dense_backward if dense_backward is None else dense_backward,
+    )
+    with exactly(inside):
+        yield
