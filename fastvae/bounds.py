@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvae import _checks
 from fastvae import functional as F
-from fastvae.backends import BackendOptions, choice, use_backend
+from fastvae.backends import BackendOptions, choice
 from fastvae.contracts import evaluate
 from fastvae.priors import Density
 
@@ -108,7 +108,7 @@ def elbo(
     gradient = gradient_for("elbo", gradient)
     if gradient == "dreg":
         raise ValueError("gradient='dreg' is for the IWAE bound; for the ELBO it is gradient='stl'")
-    with use_backend(**choice.checked("elbo", backend)):
+    with choice.with_options(choice.checked("elbo", backend)):
         z, log_x, kl, _ = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
     return Bound((log_x - beta * kl).mean(0), z, log_x, kl)
 
@@ -134,7 +134,7 @@ def iwae(
         The others, Returns, Raises: as :func:`elbo`.
     """
     gradient = gradient_for("iwae", gradient)
-    with use_backend(**choice.checked("iwae", backend)):
+    with choice.with_options(choice.checked("iwae", backend)):
         z, log_x, kl, carrier = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
     log_w = log_x - beta * kl  # [S, B]
     objective = log_mean_exp(log_w)  # its gradient in log w_s is v_s
@@ -181,7 +181,6 @@ def _draws(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
 
-    @choice.exactly(choice.current())  # the checkpoint calls it again in backward, whatever is chosen by then
     def some(mu: Tensor, logvar: Tensor, count: int) -> tuple[Tensor, ...]:
         z, log_q = F.gaussian_rsample(mu, logvar, count, path_derivative=gradient != "plain")
         scaled, carrier = z, log_q.new_empty(0)
@@ -195,6 +194,7 @@ def _draws(
         z, log_x, kl, carrier = some(mu, logvar, num_samples)
         return z, log_x, kl, carrier
     parts = []
+    some = choice.exactly(choice.current())(some)  # called again in backward, whatever is chosen by then
     for start in range(0, num_samples, step):  # the checkpoint restores the generator, so the draws are the same
         parts.append(checkpoint(some, mu, logvar, min(step, num_samples - start), use_reentrant=False))
     z, log_x, kl, carrier = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastvae import _checks, bounds
 from fastvae import functional as F
-from fastvae.backends import BackendOptions, choice, use_backend
+from fastvae.backends import BackendOptions, choice
 from fastvae.contracts import encode, evaluate, require_methods, require_shape
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
 from fastvae.priors import Prior
@@ -73,7 +73,7 @@ def _with_own_backend(
 
     @wraps(method)
     def wrapper(self: VAE, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with use_backend(**self.backend_options):
+        with choice.with_options(self.backend_options):
             return method(self, *args, **kwargs)
 
     return wrapper

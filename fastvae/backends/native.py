@@ -47,17 +47,22 @@ def missing_on_cpu(device: torch.device) -> str | None:
 
 @_torch_compat.constant_in_graphs
 def missing_on_cuda(device: torch.device) -> str | None:
-    """Why the CUDA kernels cannot run, and what would make them; or None."""
+    """Why the CUDA kernels cannot run on a device, and what would make them; or None."""
+    return cuda_not_built() or _unusable_on(device.index or 0)
+
+
+def cuda_not_built() -> str | None:
+    """Why there are no CUDA kernels, and what would make them; or None."""
     if extension_missing is not None:
         return f"{extension_missing}; {_BUILD_CUDA}"
     if not _torch_compat.has_kernel("fastvae::mixture_log_prob", "CUDA"):
         return f"the extension was built without CUDA; {_BUILD_CUDA}"
-    return _unusable_on(device.index or 0)
+    return None
 
 
 @cache
 def _unusable_on(index: int) -> str | None:
-    """Why the CUDA kernels that were built cannot run on a device: no device, its driver, its age; or None."""
+    """Why the kernels that were built do not run on a CUDA device: its driver or the device may be too old; or None."""
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     why = torch.ops.fastvae.cuda_unusable(index)

@@ -50,8 +50,14 @@ def test_impl_cuda_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert internals.choose("cuda", torch.device("cuda")) == "cuda"
 
 
-def test_what_has_never_run_on_a_gpu_is_not_its_default() -> None:
-    assert internals.choose(None, torch.device("cuda")) == "composite"
+@pytest.mark.usefixtures("compiled")
+def test_without_a_gpu_they_say_so() -> None:
+    """Built or not, what is missing is named, and so is what to do."""
+    if internals.cuda_not_built() is not None or torch.cuda.is_available():
+        pytest.skip("the CUDA kernels were not built, or there is a GPU")
+    assert torch.ops.fastvae.cuda_unusable(0) != ""  # the runtime's word for it
+    with pytest.raises(RuntimeError, match=r"impl='cuda' cannot run: PyTorch finds no CUDA device.*composite"):
+        fastvae.gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), impl="cuda")
 
 
 @pytest.mark.usefixtures("compiled")
@@ -61,7 +67,7 @@ def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
         pytest.skip("there is no nvcc on the PATH")
     if os.environ.get("FASTVAE_CUDA") == "0":
         pytest.skip("FASTVAE_CUDA=0 built the extension without CUDA")
-    assert internals.missing_cuda() is None
+    assert internals.cuda_not_built() is None
     library = Path(fastvae.__file__).parent / "_C.abi3.so"
     needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu" in needed and "cuda" not in needed

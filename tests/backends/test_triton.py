@@ -279,11 +279,6 @@ def test_importing_fastvae_imports_no_triton() -> None:
     assert python("import sys, fastvae\nfastvae.info()\nprint('triton.language' in sys.modules)").strip() == "False"
 
 
-def test_it_is_never_the_default() -> None:
-    """What was never run on a GPU is not chosen on one."""
-    assert choose(None, torch.device("cuda")) == "composite"
-
-
 def test_shifting_rows_does_not_change_bits_between_runs() -> None:
     """The same call twice, and the same rows among others: splits depend on shapes alone."""
     case = hard_case(33, 200, 9)

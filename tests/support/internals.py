@@ -69,6 +69,11 @@ def take_any_device(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     monkeypatch.setitem(BACKENDS, impl, replace(backend, devices=None, missing=lambda device: None))
 
 
+def cuda_not_built() -> str | None:
+    """Why no CUDA kernels were compiled, or None."""
+    return native.cuda_not_built()
+
+
 # What backends keep and cut.
 
 
