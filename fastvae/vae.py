@@ -177,13 +177,15 @@ class VAE(nn.Module):
             z, divergence = self._kl(mu, logvar, num_samples, index)
             log_likelihood = self._log_likelihood_of(x, z)
             drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
-            log_weights = None if self.prior.has_closed_form_kl else drawn.log_weights
+            in_closed_form = self.prior.has_closed_form_kl
         else:
             drawn = self._drawn(bound, x, mu, logvar, num_samples, gradient, beta, chunk_size, index)
-            log_weights = drawn.log_weights
+            in_closed_form = False
+        log_weights = (drawn.log_likelihood - drawn.kl).detach()  # of drawn; torch 2.10 traces no property
         reconstruction, divergence = drawn.log_likelihood.mean(0), drawn.kl.mean(0)  # [B]
-        value = reconstruction - divergence if bound == "elbo" else bounds.log_mean_exp(drawn.log_weights)
-        return VAEOutput(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, log_weights)
+        value = reconstruction - divergence if bound == "elbo" else bounds.log_mean_exp(log_weights)
+        kept = None if in_closed_form else log_weights
+        return VAEOutput(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, kept)
 
     @_with_own_backend
     def elbo(

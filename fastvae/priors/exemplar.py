@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as F
-from fastvae.contracts import require_tensor
+from fastvae.contracts import is_readable, require_tensor
 from fastvae.priors.base import Density, Prior
 from fastvae.priors.encoded import EncodedMixture
 
@@ -103,7 +103,9 @@ class ExemplarPrior(EncodedMixture):
         self._warn_without(index)
         if index is not None and (require_tensor("index", index).dtype != torch.int64 or index.ndim != 1):
             raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
-        if index is not None and index.numel() and (int(index.min()) < -1 or int(index.max()) >= N):
+        # As of `exclude`: elsewhere than on the CPU a look at the values would wait for the device.
+        readable = index is not None and index.numel() and index.device.type == "cpu" and is_readable(index)
+        if readable and not _within(index, -1, N - 1):
             raise ValueError(f"index must be in -1 ... {N - 1} for N = {N}, -1 for what is not in the data")
         if self.subset is None or not self.training:
             return (*self._refreshed(index, near), index)
@@ -134,3 +136,8 @@ class ExemplarPrior(EncodedMixture):
     def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
         mu, logvar = super()._encode(u)
         return mu, logvar if self.logvar is None else self.logvar.expand(mu.shape)
+
+
+def _within(index: Tensor, low: int, high: int) -> bool:
+    smallest, largest = (int(value) for value in index.aminmax())
+    return low <= smallest and largest <= high

@@ -81,6 +81,23 @@ def test_leave_one_out_is_used_in_training() -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.parametrize("subset", [None, 4])
+def test_a_step_of_training_compiles_whole(subset: int | None) -> None:
+    torch.manual_seed(1)
+    data = torch.rand(N, 6).round()
+    encoder = Encoder()
+    model = VAE(encoder, Decoder(), ExemplarPrior(encoder, data, subset=subset))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    index = torch.tensor([4, -1])
+    losses = []
+    for run in (model, compiled):
+        torch.manual_seed(2)
+        losses.append(run(data[index], index=index).loss)
+    assert torch.allclose(*losses)
+    losses[1].backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
 def test_subset() -> None:
     """In training so many components, drawn anew each time and none twice; in evaluation all of them."""
     prior, _ = made(subset=4)
