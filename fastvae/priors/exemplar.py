@@ -103,9 +103,7 @@ class ExemplarPrior(EncodedMixture):
         self._warn_without(index)
         if index is not None and (require_tensor("index", index).dtype != torch.int64 or index.ndim != 1):
             raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
-        # As of `exclude`: elsewhere than on the CPU a look at the values would wait for the device.
-        readable = index is not None and index.numel() and index.device.type == "cpu" and is_readable(index)
-        if readable and not _within(index, -1, N - 1):
+        if index is not None and not _within(index, -1, N - 1):
             raise ValueError(f"index must be in -1 ... {N - 1} for N = {N}, -1 for what is not in the data")
         if self.subset is None or not self.training:
             return (*self._refreshed(index, near), index)
@@ -139,5 +137,8 @@ class ExemplarPrior(EncodedMixture):
 
 
 def _within(index: Tensor, low: int, high: int) -> bool:
+    """Whether indices are in low ... high; True where that cannot be seen, or only by waiting for a device."""
+    if not index.numel() or index.device.type != "cpu" or not is_readable(index):
+        return True
     smallest, largest = (int(value) for value in index.aminmax())
     return low <= smallest and largest <= high
