@@ -61,6 +61,9 @@ def train_command(
     seed: options.Seed = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    impl: options.Impl = None,
+    precision: options.Precision = None,
+    dense_backward: options.DenseBackward = False,
     data_dir: options.DataDir = None,
     binarize: options.Binarize = None,
     download: options.Download = False,
@@ -83,19 +86,21 @@ def train_command(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other; say one of them.")
     options.check_device(device)
+    options.check_backend(impl, precision)
     settings()
     if not (resume or overwrite):
         folder.refuse_run()
     with interruptible(console, lambda: _how_to_resume(folder)), locked(out):
         import_library()
         from fastvae.app.data.named_sets import load
-        from fastvae.app.run.device import pick_device, use_threads
+        from fastvae.app.run.device import pick_device, use_kernels, use_threads
         from fastvae.app.workflow import train_run
 
         config, device = settings(), pick_device(device)  # once more, now that no other process can change the run
         dataset = load(config.data, config.data_dir, binarize=config.binarize, download=download)
         use_threads(threads, config, dataset)
-        run = train_run(console, config, dataset, out, resume=resume, overwrite=overwrite, device=device)
+        with use_kernels(device, impl, precision, dense_backward):
+            run = train_run(console, config, dataset, out, resume=resume, overwrite=overwrite, device=device)
     best = run.checkpoint["best_epoch"]
     line = run.checkpoint["history"][best - 1]["validation"]
     _say(
@@ -116,6 +121,8 @@ def evaluate_command(
     data_dir: options.MovedDataDir = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    impl: options.Impl = None,
+    precision: options.Precision = None,
 ) -> None:
     """Measure the best model of a run: log-likelihood by importance sampling, ELBO, KL and active units.
 
@@ -125,16 +132,18 @@ def evaluate_command(
     """
     plan = EvaluationPlan(split, samples, limit)
     _check_run(run_dir, data, data_dir, device)
+    options.check_backend(impl, precision)
     with interruptible(console, lambda: "Nothing was written."), locked(run_dir):
         import_library()
-        from fastvae.app.run.device import pick_device, use_threads
+        from fastvae.app.run.device import pick_device, use_kernels, use_threads
         from fastvae.app.run.trained import load_run
         from fastvae.app.show.result_tables import evaluation_table, gap_table, images_in_words
         from fastvae.app.workflow import evaluate_run
 
         run = load_run(run_dir, data_dir, data=data, device=pick_device(device))
         use_threads(threads, run.config, run.dataset)
-        result = evaluate_run(console, run, plan)
+        with use_kernels(run.device, impl, precision):
+            result = evaluate_run(console, run, plan)
     title = f"{run.dataset.name}, {run.config.prior} prior: {images_in_words(result.images, split)}"
     console.print(evaluation_table(result, title))
     console.print(gap_table(result.gap))
@@ -151,9 +160,12 @@ def sample_command(
     data: options.MovedData = None,
     data_dir: options.MovedDataDir = None,
     device: options.Device = "auto",
+    impl: options.Impl = None,
+    precision: options.Precision = None,
 ) -> None:
     """Draw images from the best model of a run: z from the prior, then the decoder's image of it."""
     _check_run(run_dir, data, data_dir, device)
+    options.check_backend(impl, precision)
     path = out or RunFolder(run_dir).picture("samples")
     if not path.parent.is_dir():
         raise ConfigError(f"--out {path}: the folder {path.parent.absolute()} does not exist.")
@@ -161,12 +173,13 @@ def sample_command(
         raise ConfigError(f"--out {path}: should be the name of a PNG file, such as samples.png.")
     with interruptible(console, lambda: "Nothing was written."):
         import_library()
-        from fastvae.app.run.device import pick_device
+        from fastvae.app.run.device import pick_device, use_kernels
         from fastvae.app.run.trained import load_run
         from fastvae.app.show.pictures import draw_samples
 
         run = load_run(run_dir, data_dir, data=data, device=pick_device(device))
-        draw_samples(run, path, count, drawn=draw, seed=seed)
+        with use_kernels(run.device, impl, precision):
+            draw_samples(run, path, count, drawn=draw, seed=seed)
     _name_files([path])
 
 
@@ -192,6 +205,9 @@ def compare_command(
     split: options.SplitName = "test",
     device: options.Device = "auto",
     threads: options.Threads = None,
+    impl: options.Impl = None,
+    precision: options.Precision = None,
+    dense_backward: options.DenseBackward = False,
     data_dir: options.DataDir = None,
     binarize: options.Binarize = None,
     download: options.Download = False,
@@ -208,11 +224,12 @@ def compare_command(
     config = make_config(options.given(context))
     check_name(config.data, config.data_dir, binarize=config.binarize)
     options.check_device(device)
+    options.check_backend(impl, precision)
     without = " without --overwrite" if overwrite else ""
     with interruptible(console, lambda: f"The same command{without} goes on from here."), locked(out):
         import_library()
         from fastvae.app.data.named_sets import load
-        from fastvae.app.run.device import pick_device, use_threads
+        from fastvae.app.run.device import pick_device, use_kernels, use_threads
         from fastvae.app.show.result_tables import comparison_tables, images_in_words
         from fastvae.app.show.width import is_narrow
         from fastvae.app.workflow import compare_priors, keep_comparison
@@ -220,10 +237,11 @@ def compare_command(
         device = pick_device(device)
         dataset = load(config.data, config.data_dir, binarize=config.binarize, download=download)
         use_threads(threads, config, dataset)
-        comparison = compare_priors(
-            console, config, dataset, names, range(seeds), out, plan, device=device, overwrite=overwrite
-        )
-        written = keep_comparison(comparison, config, plan, plan.part(dataset), out)
+        with use_kernels(device, impl, precision, dense_backward):
+            comparison = compare_priors(
+                console, config, dataset, names, range(seeds), out, plan, device=device, overwrite=overwrite
+            )
+            written = keep_comparison(comparison, config, plan, plan.part(dataset), out)
     title = f"{dataset.name}: {images_in_words(len(plan.images(dataset)), split)}, nats per image, seeds: {seeds}"
     for table in comparison_tables(comparison.rows, title, narrow=is_narrow(console)):
         console.print(table)

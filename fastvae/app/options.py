@@ -27,7 +27,10 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-MODEL, TRAINING, DATA = "Model", "Training", "Data"
+MODEL, TRAINING, DATA, KERNELS = "Model", "Training", "Data", "Kernels"
+# The names of fastvae.backends, said again because they are checked before PyTorch is imported.
+IMPLS = "cpu", "cuda", "triton", "composite", "reference"
+PRECISIONS = "highest", "high", "medium"
 MOST_THREADS = 1024
 
 OutFolder = Annotated[
@@ -212,6 +215,30 @@ Threads = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+Impl = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Who computes fastvae's operations: {', '.join(IMPLS)}. "
+        "(default: what suits the device, see `fastvae info`)",
+        rich_help_panel=KERNELS,
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="highest, high or medium: how inexact tensor cores may be, where the kernels have a choice. "
+        "(default PyTorch's setting, highest)",
+        rich_help_panel=KERNELS,
+    ),
+]
+DenseBackward = Annotated[
+    bool,
+    typer.Option(
+        "--dense-backward",
+        help="Compute every term of the gradients, those too that are less than a rounding.",
+        rich_help_panel=KERNELS,
+    ),
+]
 ImportanceSamples = Annotated[
     int,
     typer.Option("--samples", "-s", min=1, max=10_000_000, help="Importance samples for each image's log-likelihood."),
@@ -228,6 +255,13 @@ def check_device(name: str) -> None:
     """Raise ConfigError if no device to train on has that name."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise ConfigError(f"--device is {name!r}; it can be auto, cpu, cuda, or cuda:1 and so on.")
+
+
+def check_backend(impl: str | None, precision: str | None) -> None:
+    """Raise ConfigError if there is no such backend, or no such precision."""
+    for name, value, words in (("--impl", impl, IMPLS), ("--precision", precision, PRECISIONS)):
+        if value is not None and value not in words:
+            raise ConfigError(f"{name} is {value!r}; it can be {', '.join(words)}.")
 
 
 def given(context: typer.Context) -> dict[str, Any]:

@@ -21,19 +21,33 @@ from fastvae.backends import from_parts
 from fastvae.backends.backend import Backend
 from fastvae.operators import SCHEMAS, Operators, define, library
 
-CHUNK = 2**21  # numbers in the largest temporary, [rows, components, D]; 8 MiB in float32 stays in a CPU's cache
+# Numbers in the largest temporary, [rows, components, D].  In float32 the first is 8 MiB, which stay in a CPU's caches;
+# the second, on other devices, makes a kernel that takes much longer than its launch.  Some four such temporaries
+# live at a time, so that on a GPU they are held to that share of its memory.
+CHUNK, DEVICE_CHUNK, MEMORY_SHARE = 2**21, 2**26, 1 / 16
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
-def _row_slices(M: int, D: int) -> Iterator[slice]:
-    return _slices(M, max(1, min(1024, CHUNK // D)))
+def chunk_on(device: torch.device, itemsize: int) -> int:
+    """How many numbers, of so many bytes, the largest temporary has."""
+    if device.type == "cpu":
+        return CHUNK
+    if device.type != "cuda":
+        return DEVICE_CHUNK
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(DEVICE_CHUNK, int(memory * MEMORY_SHARE / 4) // itemsize)
 
 
-def _component_slices(K: int, rows: int, D: int) -> Iterator[slice]:
-    return _slices(K, max(1, CHUNK // max(1, rows * D)))
+def _row_slices(z: Tensor) -> Iterator[slice]:
+    M, D = z.shape
+    return _slices(M, max(1, min(1024, chunk_on(z.device, z.element_size()) // D)))
+
+
+def _component_slices(rows: Tensor, K: int) -> Iterator[slice]:
+    return _slices(K, max(1, chunk_on(rows.device, rows.element_size()) // max(1, rows.numel())))
 
 
 def _component(z, mu, logvar, log_weights, exclude, k: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,14 +70,14 @@ def _component(z, mu, logvar, log_weights, exclude, k: slice) -> tuple[Tensor, T
 
 
 def mixture_log_prob(z, mu, logvar, log_weights, exclude) -> Tensor:
-    (M, D), K = z.shape, mu.shape[0]
-    log_prob = z.new_empty(M)
-    for m in _row_slices(M, D):
+    K = mu.shape[0]
+    log_prob = z.new_empty(len(z))
+    for m in _row_slices(z):
         rows, skip = z[m], None if exclude is None else exclude[m]
         # the running maximum starts at the lowest number, not at -inf: -inf minus -inf would be NaN
         top = z.new_full((rows.shape[0],), torch.finfo(z.dtype).min)
         total = torch.zeros_like(top)
-        for k in _component_slices(K, rows.shape[0], D):
+        for k in _component_slices(rows, K):
             a, _, _ = _component(rows, mu, logvar, log_weights, skip, k)
             new_top = torch.maximum(top, a.amax(1))
             total = total * torch.exp(top - new_top) + torch.exp(a - new_top[:, None]).sum(1)
@@ -96,7 +110,7 @@ def mixture_log_prob_backward(
     need_log_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Always dense: the argument is the signature's."""
-    (M, D), K, shared = z.shape, mu.shape[0], logvar.shape[0] != mu.shape[0]
+    K, shared = mu.shape[0], logvar.shape[0] != mu.shape[0]
 
     def wanted(need: bool, like: Tensor) -> Tensor:
         return torch.zeros_like(like) if need else z.new_empty(0)
@@ -106,9 +120,9 @@ def mixture_log_prob_backward(
     nowhere = log_prob == -math.inf  # no component there: density zero, no gradient
     grad, log_prob = grad.masked_fill(nowhere, 0.0), log_prob.masked_fill(nowhere, 0.0)
 
-    for m in _row_slices(M, D):
+    for m in _row_slices(z):
         rows, skip = z[m], None if exclude is None else exclude[m]
-        for k in _component_slices(K, rows.shape[0], D):
+        for k in _component_slices(rows, K):
             a, t, s = _component(rows, mu, logvar, log_weights, skip, k)
             w = grad[m, None] * torch.exp(a - log_prob[m, None])  # [m, k]
             p = w[..., None] * t  # [m, k, D]
@@ -131,17 +145,18 @@ def _noise(seed: Tensor, s: slice, m: slice, logvar: Tensor) -> Tensor:
     return normal(seed, start, count).to(logvar.dtype).reshape(s.stop - s.start, m.stop - m.start, D)
 
 
-def _sample_slices(S: int, M: int, D: int) -> Iterator[tuple[slice, slice]]:
+def _sample_slices(S: int, mu: Tensor) -> Iterator[tuple[slice, slice]]:
     """Pieces of the flattened [S, M]: several whole samples, or some rows of one."""
-    if M * D > CHUNK:
-        return ((s, m) for s in _slices(S, 1) for m in _slices(M, max(1, CHUNK // D)))
-    return ((s, slice(0, M)) for s in _slices(S, max(1, CHUNK // max(1, M * D))))
+    (M, D), chunk = mu.shape, chunk_on(mu.device, mu.element_size())
+    if chunk < M * D:
+        return ((s, m) for s in _slices(S, 1) for m in _slices(M, max(1, chunk // D)))
+    return ((s, slice(0, M)) for s in _slices(S, max(1, chunk // max(1, M * D))))
 
 
 def gaussian_rsample(mu, logvar, seed, num_samples: int) -> tuple[Tensor, Tensor]:
     M, D = mu.shape
     z, log_q = mu.new_empty(num_samples, M, D), mu.new_empty(num_samples, M)
-    for s, m in _sample_slices(num_samples, M, D):
+    for s, m in _sample_slices(num_samples, mu):
         eps = _noise(seed, s, m, logvar)
         z[s, m] = mu[m] + torch.exp(0.5 * logvar[m]) * eps
         log_q[s, m] = -0.5 * (eps.square() + logvar[m] + LOG_2PI).sum(-1)
@@ -151,7 +166,7 @@ def gaussian_rsample(mu, logvar, seed, num_samples: int) -> tuple[Tensor, Tensor
 def gaussian_rsample_backward(grad_z, grad_log_q, logvar, seed, path_derivative: bool) -> tuple[Tensor, Tensor]:
     """log q = -1/2 sum_d (eps^2 + logvar + log 2 pi), whose gradient by its path is -eps / sigma in z."""
     dmu, dlogvar = torch.zeros_like(logvar), torch.zeros_like(logvar)
-    for s, m in _sample_slices(grad_z.shape[0], *logvar.shape):
+    for s, m in _sample_slices(grad_z.shape[0], logvar):
         sigma = torch.exp(0.5 * logvar[m])
         eps, g_z, g_log_q = _noise(seed, s, m, logvar), grad_z[s, m], grad_log_q[s, m, None]
         if path_derivative:

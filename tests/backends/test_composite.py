@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from budget import Case, allowance, assert_within, diffuse_case, hard_case, run
-from support.internals import COMPOSITE_CHUNK, set_composite_chunk
+from support.internals import COMPOSITE_CHUNK, composite_chunk_on, set_composite_chunk
 
 import fastvae
 
@@ -57,3 +58,14 @@ def test_gaussian(monkeypatch: pytest.MonkeyPatch, size: int, path_derivative: b
     for got, want in zip(grads, want_grads, strict=True):
         # 11 terms, each a product of a few numbers of at most 100
         assert torch.allclose(got, want, rtol=0, atol=11 * 2**-24 * float(want.abs().max()) * 4)
+
+
+@pytest.mark.parametrize(
+    ("memory", "float32", "float64"), [(2**29, 2**21, 2**20), (2**34, 2**26, 2**25), (2**37, 2**26, 2**26)]
+)
+def test_on_a_gpu(memory: int, float32: int, float64: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks so large that kernels take longer than their launches; four of them are at most 1/16 of the memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    assert composite_chunk_on(torch.device("cuda"), 4) == float32
+    assert composite_chunk_on(torch.device("cuda"), 8) == float64
+    assert composite_chunk_on(torch.device("meta"), 4) == 2**26

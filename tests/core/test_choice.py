@@ -6,13 +6,12 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support import internals
-from support.internals import BACKENDS, Operators, choose
+from support.internals import choose
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -75,25 +74,7 @@ def test_the_setting_of_torch_allows_but_does_not_ask(monkeypatch: pytest.Monkey
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the backends that run, in turn; "cuda" is one in name alone, and takes tensors on the CPU."""
-    names: list[str] = []
-
-    def noting(name: str, operators: Operators) -> Operators:
-        def noted(operator: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any) -> Any:
-                names.append(name)
-                return operator(*arguments)
-
-            return call
-
-        return Operators(*map(noted, operators))
-
-    plain = BACKENDS["composite"].operators
-    for name, backend in list(BACKENDS.items()):
-        fake = replace(
-            backend, operators=noting(name, plain), exponents=None, devices=None, missing=lambda device: None
-        )
-        monkeypatch.setitem(BACKENDS, name, fake)
-    return names
+    return internals.note_backends(monkeypatch)
 
 
 def by_function(**options: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +71,25 @@ def take_any_device(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     monkeypatch.setitem(BACKENDS, impl, replace(backend, devices=None, missing=lambda device: None))
 
 
+def note_backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every backend run on any device, as composite does, and note its name in this list whenever it runs."""
+    names: list[str] = []
+
+    def noting(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            names.append(name)
+            return operator(*arguments)
+
+        return call
+
+    plain = BACKENDS["composite"].operators
+    for name, backend in list(BACKENDS.items()):
+        noted = Operators(*(noting(name, operator) for operator in plain))
+        fake = replace(backend, operators=noted, exponents=None, devices=None, missing=lambda device: None)
+        monkeypatch.setitem(BACKENDS, name, fake)
+    return names
+
+
 def cuda_not_built() -> str | None:
     """Why no CUDA kernels were compiled, or None."""
     return native.cuda_not_built()
@@ -88,6 +109,10 @@ def keeps_exponents(M: int, mu: torch.Tensor) -> bool:
 
 
 COMPOSITE_CHUNK = composite.CHUNK  # numbers that the composite backend holds at a time
+
+
+def composite_chunk_on(device: torch.device, itemsize: int) -> int:
+    return composite.chunk_on(device, itemsize)
 
 
 def set_composite_chunk(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:

@@ -1,12 +1,16 @@
-"""Where a run is computed: the device, the threads, the memory."""
+"""Where a run is computed: the device, the threads, the kernels."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
+import fastvae
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.run.config import TrainConfig
 from fastvae.app.user_errors import ConfigError
+from fastvae.backends import choose
 
 SMALL = 2_000_000  # multiply-adds of a layer and batch, below which threads cost more than they save
 
@@ -37,3 +41,18 @@ def pick_device(name: str) -> str:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"--device {name}: is not here ({reason}); take cpu, or auto.") from error
     return name
+
+
+def use_kernels(
+    device: str, impl: str | None, precision: str | None, dense_backward: bool = False
+) -> AbstractContextManager[None]:
+    """`fastvae.use_backend` for the work of a command.
+
+    Raises:
+        ConfigError: that backend does not run on the device.
+    """
+    try:
+        choose(impl, torch.device(device))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--impl {impl}: {str(error).rstrip('.')}.") from error
+    return fastvae.use_backend(impl, precision=precision, dense_backward=dense_backward or None)

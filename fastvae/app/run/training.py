@@ -34,6 +34,7 @@ from fastvae.app.run.networks import build
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import versions, with_fingerprint
 from fastvae.app.user_errors import RunError
+from fastvae.backends import choose
 
 OnBatch = Callable[[int, int], None]
 OnEpoch = Callable[[Epoch], None]
@@ -145,6 +146,7 @@ def results(config: TrainConfig, dataset: Dataset, state: Checkpoint, device: st
         "seconds_per_epoch": median(seconds),
         "seconds": sum(seconds),
         "device": device,
+        "impl": choose(None, torch.device(device), precision=None),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "history": state["history"],
