@@ -22,6 +22,7 @@ from fastvae.priors import (
     VampPrior,
     log_weights_of,
 )
+from fastvae.training import TrainingStep
 from fastvae.vae import VAE
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MixturePrior",
     "Prior",
     "StandardNormalPrior",
+    "TrainingStep",
     "VampPrior",
     "bounds",
     "gaussian_kl",

@@ -122,7 +122,10 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], folder: RunFolde
     Raises:
         RunError: they are those of another model.
     """
+    own = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{folder.checkpoint}: its optimizer is of another model.{_ANEW}") from error
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)  # which depend on the device: the run may have been on another one

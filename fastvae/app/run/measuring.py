@@ -23,7 +23,7 @@ def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo") -> M
     was_training = vae.training
     vae.eval()
     frozen = with_fixed_prior(vae)
-    total = Total()
+    total = Total(x.device)
     for batch in x.split(max(1, VALIDATION_BATCH // num_samples)):
         total.add(frozen(batch, num_samples=num_samples, bound=bound))
     vae.train(was_training)
@@ -31,18 +31,23 @@ def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo") -> M
 
 
 class Total:
-    """Sums of what passes gave, over their images."""
+    """Sums of what passes gave, over their images: on the device, so that no pass waits for another's numbers."""
 
-    def __init__(self) -> None:
-        self.count, self.bound, self.reconstruction, self.kl = 0, 0.0, 0.0, 0.0
+    def __init__(self, device: torch.device) -> None:
+        self.count = 0
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, output: VAEOutput) -> None:
-        bound, reconstruction, kl = (v.detach() for v in (output.bound, output.reconstruction, output.kl))
-        self.count += len(bound)
-        self.bound += float(bound.sum(dtype=torch.float64))
-        self.reconstruction += float(reconstruction.sum(dtype=torch.float64))
-        self.kl += float(kl.sum(dtype=torch.float64))
+        self.count += len(output.bound)
+        per_image = torch.stack((output.bound, output.reconstruction, output.kl)).detach()
+        self._sums[:3] += per_image.sum(1, dtype=torch.float64)
+        self._sums[3] += output.loss.detach()
+
+    @property
+    def loss(self) -> float:
+        """The sum of the passes' losses: no finite number if one of them was none."""
+        return float(self._sums[3])
 
     def mean(self) -> Measures:
-        bound, reconstruction, kl = (v / self.count for v in (self.bound, self.reconstruction, self.kl))
+        bound, reconstruction, kl, _ = (self._sums / self.count).tolist()
         return Measures(bound=bound, elbo=reconstruction - kl, reconstruction=reconstruction, kl=kl)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from fastvae import VAE
+from fastvae import VAE, TrainingStep
 from fastvae._files import write_json
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.run.checkpoint import (
@@ -89,7 +89,7 @@ def train(
         folder.refuse_run()
     config = with_fingerprint(config, dataset)
     vae = build(config, dataset).to(device)
-    optimizer = Adam(vae.parameters(), lr=config.learning_rate, fused=True)
+    optimizer = Adam(vae.parameters(), lr=config.learning_rate, fused=True, capturable=device.startswith("cuda"))
     state = _first(vae, optimizer)
     if resume and folder.holds_run():
         state = read_checkpoint(folder, device)
@@ -99,13 +99,21 @@ def train(
         write_json(folder.config, asdict(config))  # the data may have moved
     first = state["epoch"] + 1
     images, validation = dataset.train.x.to(device), dataset.validation.x.to(device)
+    step = TrainingStep(
+        vae,
+        optimizer,
+        prepare=lambda rows: torch.bernoulli(images[rows]) if dataset.dynamic else images[rows],
+        num_samples=config.num_samples,
+        bound=config.bound,
+        gradient=config.gradient,
+    )
 
     while not finished(config, state):
         epoch = state["epoch"] + 1
         started = time.perf_counter()
         beta = min(1.0, epoch / config.warmup) if config.warmup else 1.0
         reseed(config.seed, Stream.TRAIN, epoch)
-        measured = _one_epoch(vae, optimizer, images, dataset.dynamic, config, beta, epoch, watchers.batch)
+        measured = _one_epoch(step, images, config.batch_size, beta, epoch, watchers.batch)
         seconds = time.perf_counter() - started
         # The same noise for every epoch: the bounds of two epochs then differ by their models alone.
         reseed(config.seed, Stream.VALIDATE)
@@ -184,38 +192,17 @@ def _next(state: Checkpoint, line: Epoch, vae: VAE, optimizer: Adam) -> Checkpoi
 
 
 def _one_epoch(
-    vae: VAE,
-    optimizer: Adam,
-    images: Tensor,
-    dynamic: bool,
-    config: TrainConfig,
-    beta: float,
-    epoch: int,
-    on_batch: OnBatch,
+    step: TrainingStep, images: Tensor, batch_size: int, beta: float, epoch: int, on_batch: OnBatch
 ) -> Measures:
-    vae.train()
-    total = Total()
+    step.vae.train()
+    total = Total(images.device)
     order = torch.randperm(len(images), device=images.device)
-    for number, rows in enumerate(order.split(config.batch_size)):
-        x = images[rows]
-        if dynamic:
-            x = torch.bernoulli(x)
-        output = vae(
-            x,
-            beta=beta,
-            num_samples=config.num_samples,
-            bound=config.bound,
-            gradient=config.gradient,
-            index=rows,
-        )
-        loss = float(output.loss.detach())
-        if not math.isfinite(loss):
-            raise _not_finite("training loss", loss, epoch)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
+    for number, rows in enumerate(order.split(batch_size)):
+        output = step(rows, beta=beta, index=rows)
         total.add(output)
         on_batch(epoch, number)
+    if not math.isfinite(total.loss):
+        raise _not_finite("training loss", total.loss, epoch)
     return total.mean()
 
 
