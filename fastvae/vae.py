@@ -22,7 +22,8 @@ from fastvae.priors import Prior
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_ROWS = 2_000  # z decoded at once by log_likelihood: activations that a cache holds
+# z decoded at once by log_likelihood: so many that a CPU's cache holds the activations, or that a GPU is kept busy.
+_ROWS, _DEVICE_ROWS = 2_000, 50_000
 
 
 @dataclass
@@ -60,6 +61,10 @@ class VAEOutput:
 
 
 torch.export.register_dataclass(VAEOutput, serialized_type_name="fastvae.VAEOutput")
+
+
+def _rows_on(device: torch.device) -> int:
+    return _ROWS if device.type == "cpu" else _DEVICE_ROWS
 
 
 Parameters = ParamSpec("Parameters")
@@ -240,11 +245,11 @@ class VAE(nn.Module):
         """
         _checks.count("num_samples", num_samples)
         prior = self.prior.snapshot()
-        return torch.cat([self._importance(part, num_samples, prior) for part in x.split(_ROWS // 10)])
+        return torch.cat([self._importance(part, num_samples, prior) for part in x.split(_rows_on(x.device) // 10)])
 
     def _importance(self, x: Tensor, num_samples: int, prior: Prior) -> Tensor:
         mu, logvar = self._posterior(x)
-        step = max(1, _ROWS // max(1, len(x)))
+        step = max(1, _rows_on(x.device) // max(1, len(x)))
         parts = []
         for start in range(0, num_samples, step):
             z, log_q = F.gaussian_rsample(mu, logvar, min(step, num_samples - start))

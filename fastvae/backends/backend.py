@@ -21,6 +21,7 @@ class Backend:
         operators: its operators.
         precision: the precision it computes float32 with, in PyTorch's words; float64 is always "highest".
         default_on: the types of devices on which `impl=None` may take it; "*", any.
+        measured_in: the records in benchmarks/results/ that this rests on.
         score_in_forward: its kernels compute the gradient in z apart from those of the parameters, so that forward may
             as well compute it where z needs a gradient.
         exponents: the operators that pass the exponents of a small problem from forward to backward, if it has them.
@@ -33,6 +34,7 @@ class Backend:
     operators: Operators
     precision: str = "highest"
     default_on: tuple[str, ...] = ()
+    measured_in: tuple[str, ...] = ()
     score_in_forward: bool = False
     exponents: ExponentOperators | None = None
     about: str = ""

@@ -35,12 +35,17 @@ def info() -> Info:
     for device in ("cpu", "cuda", "other devices"):
         named = torch.device("meta" if device == "other devices" else device)
         there = device != "cuda" or torch.cuda.is_available()
-        lines[f"on {device}"] = f"impl={choose(None, named)!r} by default" if there else "PyTorch finds no device"
+        lines[f"on {device}"] = _default(choose(None, named)) if there else "PyTorch finds no device"
     for backend in BACKENDS.values():
         if backend.precision == "highest":
             lines[f"impl={backend.impl!r}"] = _status(backend.impl)
     lines["FASTVAE_CPU_ISA"] = os.environ.get("FASTVAE_CPU_ISA", "not set")
     return Info(lines)
+
+
+def _default(impl: str) -> str:
+    records = BACKENDS[impl].measured_in
+    return f"impl={impl!r} by default" + (f", by the records {', '.join(records)}" if records else "")
 
 
 def _status(impl: str) -> str:

@@ -75,6 +75,7 @@ CPU = Backend(
     missing=missing_on_cpu,
     operators=operators,
     default_on=("cpu",),
+    measured_in=("cpu.json", "avx2/cpu.json"),
     exponents=ExponentOperators(*define("", EXPONENT_SCHEMAS)),
     about="compiled kernels",
 )
@@ -84,6 +85,7 @@ CUDA = Backend(
     missing=missing_on_cuda,
     operators=operators,
     default_on=("cuda",),
+    measured_in=("gpu-h100", "gpu-h200"),
     score_in_forward=True,
     about="compiled kernels on CUDA cores",
 )

@@ -81,6 +81,7 @@ def _backend(precision: str) -> Backend:
         operators=operators,
         precision=precision,
         default_on=("cuda",),
+        measured_in=("gpu-h100", "gpu-h200"),
         score_in_forward=True,
         about="Triton kernels",
     )

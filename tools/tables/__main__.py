@@ -7,7 +7,14 @@ from pathlib import Path
 
 from fastvae.benchmarks.errors import BenchmarkError
 
-from . import cpu_tables, gpu_tables, machine_code_tables, model_tables, status_table  # noqa: F401  register tables
+from . import (  # noqa: F401  register tables
+    choice_table,
+    cpu_tables,
+    gpu_tables,
+    machine_code_tables,
+    model_tables,
+    status_table,
+)
 from .pages import nowhere, update
 
 ROOT = Path(__file__).resolve().parents[2]
