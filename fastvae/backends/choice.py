@@ -41,7 +41,22 @@ _current = Choice()
 def choose(
     impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32, precision: str | None = "highest"
 ) -> str:
-    """:func:`fastvae.backends.registry.choose`, where None is what `use_backend` says, if it does."""
+    """The name in BACKENDS of the backend that runs, or "reference".
+
+    Args:
+        impl: the backend's word.  None is what :func:`fastvae.use_backend` says, if it does.  Else it takes, of those
+            that are a default on the device and can run there, the first in BACKENDS that has the precision, or the
+            first of all where none has it.
+        device: where the tensors are.
+        dtype: what is computed with.
+        precision: for float32.  A backend that has no such precision computes with the highest, as all do in float64.
+            None is what `use_backend` says, else PyTorch's own setting.  That setting allows less than the highest and
+            does not ask for it: it changes how a backend computes, and not which one is taken.
+
+    Raises:
+        ValueError: no backend has that name, or the one named does not take tensors on that device.
+        RuntimeError: the backend named cannot run here; the message says what would make it run.
+    """
     if impl is None:
         impl = _current.impl
     if precision is None:

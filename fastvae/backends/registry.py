@@ -24,21 +24,7 @@ def _precision_of_torch() -> str:
 def choose(
     impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32, precision: str | None = "highest"
 ) -> str:
-    """The name in BACKENDS of the backend that runs, or "reference".
-
-    Args:
-        impl: the backend's word.  None takes, of those that are a default on the device and can run there, the first
-            in BACKENDS that has the precision, or the first of all where none has it.
-        device: where the tensors are.
-        dtype: what is computed with.
-        precision: for float32.  A backend that has no such precision computes with the highest, as all do in float64.
-            None is PyTorch's own setting.  That setting allows less than the highest and does not ask for it: it
-            changes how a backend computes, and not which one is taken.
-
-    Raises:
-        ValueError: no backend has that name, or the one named does not take tensors on that device.
-        RuntimeError: the backend named cannot run here; the message says what would make it run.
-    """
+    """As :func:`fastvae.backends.choose`, which also asks `use_backend`."""
     if impl == "reference":
         return impl
     if dtype != torch.float32:
