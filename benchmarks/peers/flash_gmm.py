@@ -1,4 +1,4 @@
-"""Flash-GMM's E-step for diagonal covariances on H100 (github.com/IBM/Flash-GMM, `flash_gmm_diag_h100.py` on the path).
+"""Flash-GMM's E-step for diagonal covariances on H100 (IBM/Flash-GMM, `flash_gmm_diag_h100.py` on the path).
 
 It computes the expansion in bfloat16, and with log p the sums that an EM step needs, which are those of the parameters'
 gradients: more than a forward, and no gradient.
