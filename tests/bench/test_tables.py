@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastvae.backends import BACKENDS
 from fastvae.benchmarks import formatting
 from fastvae.benchmarks import record as record_module
 from fastvae.benchmarks.record import open_record
@@ -251,3 +252,12 @@ def test_words() -> None:
     assert [formatting.duration(v) for v in (2.0, 0.0045, 3.1e-5)] == ["2 s", "4.5 ms", "31 us"]
     assert [formatting.size(v) for v in (None, 5000, 25_600_000, 3_000_000_000)] == ["-", "< 1 MB", "26 MB", "3.0 GB"]
     assert formatting.percent(0.756) == "76 %"
+
+
+def test_a_default_rests_on_records_that_are_there() -> None:
+    """A compiled backend is a default by measurements, and the table of the choice names them."""
+    for backend in BACKENDS.values():
+        assert bool(backend.measured_in) == (backend.impl != "composite"), backend.name
+        for record in backend.measured_in:
+            assert (ROOT / "benchmarks" / "results" / record).exists()
+            assert f"`{record}`" in render("choice", Results(ROOT / "benchmarks" / "results"))

@@ -18,10 +18,8 @@ def choice(results: Results) -> str:
     rows = []
     for name, kind in DEVICES.items():
         able = [backend for backend in BACKENDS.values() if backend.is_default_on(torch.device(kind))]
-        records = dict.fromkeys(record for backend in able for record in backend.measured_in)
-        for record in records:
-            if not (results.folder / record).exists():
-                raise KeyError(record)
+        measured = dict.fromkeys(record for backend in able for record in backend.measured_in)
+        records = [record for record in measured if (results.folder / record).exists()]
         cells = []
         for precision in PRECISIONS:
             first = [backend.impl for backend in able if backend.precision == precision]
