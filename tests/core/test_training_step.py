@@ -1,24 +1,22 @@
 """TrainingStep: the numbers of a loop by hand, captured or not.
 
-A capture is tested without a GPU by one in name alone, which calls the step's own function again at every replay; where
-there is a GPU, the real one runs as well.
+Without a GPU a capture is one in name alone (`support/capture.py`); where there is a GPU, the real one runs as well.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from models import Decoder, Encoder
+from support.capture import capture_in_name
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 
-from fastvae import VAE, ExemplarPrior, MixturePrior, TrainingStep, VampPrior, training
-from fastvae.vae import VAEOutput
+from fastvae import VAE, ExemplarPrior, MixturePrior, TrainingStep, VampPrior
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DATA = torch.rand(20, 6)
@@ -51,41 +49,10 @@ def adam(vae: VAE) -> Adam:
     return Adam(vae.parameters(), lr=1e-2, capturable=next(vae.parameters()).is_cuda)
 
 
-def tensors_of(step: TrainingStep) -> list[Tensor]:
-    """All that a step changes in place."""
-    moments = (value for state in step.optimizer.state.values() for value in state.values() if value is not None)
-    return [*step.vae.state_dict().values(), *moments]
-
-
 @pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Let every step be captured, if only in name; the shapes that were, in turn."""
-    shapes: list[Any] = []
-    real = training._captured
-
-    def in_name(step: TrainingStep, *arguments: Any) -> tuple[Callable[[], None], VAEOutput]:
-        before = [tensor.clone() for tensor in tensors_of(step)]
-        with torch.random.fork_rng([]):
-            output = step._run(*arguments)
-        with torch.no_grad():
-            for tensor, value in zip(tensors_of(step), before, strict=True):
-                tensor.copy_(value)
-
-        def replay() -> None:
-            for name, value in vars(step._run(*arguments)).items():
-                if value is not None:
-                    getattr(output, name).copy_(value)
-
-        return replay, output
-
-    def noted(step: TrainingStep, x: Tensor, *others: Any) -> tuple[Callable[[], None], VAEOutput]:
-        shapes.append(list(x.shape))
-        return real(step, x, *others) if x.is_cuda else in_name(step, x, *others)
-
-    monkeypatch.setattr(training, "_captured", noted)
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(TrainingStep, "_why_not", lambda self: None)
-    return shapes
+    return capture_in_name(monkeypatch)
 
 
 def by_hand(vae: VAE, optimizer: Any, batches: list[Tensor], betas: list[float], **options: Any) -> list[float]:
@@ -123,7 +90,7 @@ def test_uncaptured_it_is_the_loop(name: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_captured_it_is_the_loop(name: str, device: str, captures: list[Any]) -> None:
+def test_captured_it_is_the_loop(name: str, device: str, captures: list[list[int]]) -> None:
     """Each shape runs once, then is captured: a graph for each."""
     compare(device, **OPTIONS[name])
     assert captures == [[8, 6], [4, 6]]
@@ -137,7 +104,7 @@ def test_what_comes_before_a_capture_leaves_no_trace(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_learning_rates_may_change(device: str, captures: list[Any]) -> None:
+def test_learning_rates_may_change(device: str, captures: list[list[int]]) -> None:
     """By a scheduler and by hand: a graph would go on with the number that it was captured with."""
     weights = []
     for capture in (False, None):
@@ -159,7 +126,7 @@ def test_learning_rates_may_change(device: str, captures: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_prepare_and_index(device: str, captures: list[Any]) -> None:
+def test_prepare_and_index(device: str, captures: list[list[int]]) -> None:
     """Rows of a data set on the device, binarised anew in every step, with an exemplar prior that leaves them out."""
     data = DATA.to(device)
     results = []
@@ -175,7 +142,7 @@ def test_prepare_and_index(device: str, captures: list[Any]) -> None:
     assert captures == [[5]]
 
 
-def test_the_output_has_no_graph_and_is_written_anew(captures: list[Any]) -> None:
+def test_the_output_has_no_graph_and_is_written_anew(captures: list[list[int]]) -> None:
     step = TrainingStep(model(), adam(model()))
     first, *_, one, two = (step(DATA[:8]) for _ in range(4))
     assert all(value is None or not value.requires_grad for value in vars(first).values())
