@@ -7,17 +7,11 @@
 #include <cstdint>
 
 #include "../common/compensated.h"
-
-#ifdef __CUDACC__
-#define FASTVAE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FASTVAE_HOST_DEVICE inline
-#endif
+#include "../common/inline.h"
 
 namespace fastvae::cuda {
 
 constexpr double kLog2E = 1.44269504088896340736;
-constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2Pi = 1.83787706640934548356;
 constexpr double kPi = 3.14159265358979323846;
 
@@ -27,19 +21,17 @@ template <>
 struct Limits<float> {
   static constexpr float kLowest = -3.402823466e38f;
   static constexpr float kExpLimit = 87.0f;  // |x| beyond which exp(x) leaves the normal numbers
-  static constexpr int kDigits = 24;
   static constexpr int kTrigTerms = 4;
 };
 template <>
 struct Limits<double> {
   static constexpr double kLowest = -1.7976931348623157e308;
   static constexpr double kExpLimit = 708.0;
-  static constexpr int kDigits = 53;
   static constexpr int kTrigTerms = 8;
 };
 
 // Philox4x32-10 of the counter (block, 0) under the key `seed` (Salmon et al., SC 2011).
-FASTVAE_HOST_DEVICE void philox(uint64_t seed, uint64_t block, uint32_t (&x)[4]) {
+FASTVAE_INLINE void philox(uint64_t seed, uint64_t block, uint32_t (&x)[4]) {
   x[0] = uint32_t(block);
   x[1] = uint32_t(block >> 32);
   x[2] = x[3] = 0;
@@ -59,7 +51,7 @@ FASTVAE_HOST_DEVICE void philox(uint64_t seed, uint64_t block, uint32_t (&x)[4])
 // 2 pi w' 2^-32.  log u is taken from whichever end of (0, 1) is nearer; the angle's quadrant comes from its bits, so
 // that its reduction is exact.
 template <class T>
-FASTVAE_HOST_DEVICE void box_muller(uint32_t w, uint32_t angle, T& first, T& second) {
+FASTVAE_INLINE void box_muller(uint32_t w, uint32_t angle, T& first, T& second) {
   constexpr T two_to_minus_32 = T(1.0 / 4294967296.0);
   const T log_u = w < 0x80000000u ? T(log((T(w) + T(0.5)) * two_to_minus_32))
                                   : T(log1p((T(~w) + T(0.5)) * -two_to_minus_32));
@@ -80,7 +72,7 @@ FASTVAE_HOST_DEVICE void box_muller(uint32_t w, uint32_t angle, T& first, T& sec
 
 // Normal numbers 4 block ... 4 block + 3 of the stream of `seed`: philox_normal in fastvae/reference.py.
 template <class T>
-FASTVAE_HOST_DEVICE void philox_normals(uint64_t seed, uint64_t block, T (&out)[4]) {
+FASTVAE_INLINE void philox_normals(uint64_t seed, uint64_t block, T (&out)[4]) {
   uint32_t word[4];
   philox(seed, block, word);
   box_muller(word[0], word[1], out[0], out[1]);
@@ -89,7 +81,7 @@ FASTVAE_HOST_DEVICE void philox_normals(uint64_t seed, uint64_t block, T (&out)[
 
 // Numbers start ... start + 3, from one block or two.  Indices are constants, so that all stays in registers.
 template <class T>
-FASTVAE_HOST_DEVICE void normals_from(uint64_t seed, int64_t start, T (&out)[4]) {
+FASTVAE_INLINE void normals_from(uint64_t seed, int64_t start, T (&out)[4]) {
   T n[4];
   philox_normals(seed, uint64_t(start) / 4, n);
   const int shift = int(start & 3);
@@ -104,7 +96,7 @@ FASTVAE_HOST_DEVICE void normals_from(uint64_t seed, int64_t start, T (&out)[4])
 
 // exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  Below the normal numbers 0; an
 // error of 2^-22 and |x| 2^-24 of it.  On a device, in float, a product and the unit that computes 2^x.
-FASTVAE_HOST_DEVICE float exp_term(float x) {
+FASTVAE_INLINE float exp_term(float x) {
   x *= float(kLog2E);
 #ifdef __CUDA_ARCH__
   float y;
@@ -114,17 +106,17 @@ FASTVAE_HOST_DEVICE float exp_term(float x) {
   return x < -126.0f ? 0.0f : std::exp2(x);
 #endif
 }
-FASTVAE_HOST_DEVICE double exp_term(double x) { return exp(x); }
+FASTVAE_INLINE double exp_term(double x) { return exp(x); }
 
 // logvar, but for variances so small that 1 / sigma^2 is no number.
 template <class T>
-FASTVAE_HOST_DEVICE T bounded(T logvar) {
+FASTVAE_INLINE T bounded(T logvar) {
   return logvar < -Limits<T>::kExpLimit ? -Limits<T>::kExpLimit : logvar;
 }
 
 // x y rounded, also where the compiler would rather make a multiply-add of it and the sum that it goes into: what one
 // kernel does then has the bits of what two do in turn.
-FASTVAE_HOST_DEVICE float rounded_product(float x, float y) {
+FASTVAE_INLINE float rounded_product(float x, float y) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(x, y);
 #else
@@ -132,7 +124,7 @@ FASTVAE_HOST_DEVICE float rounded_product(float x, float y) {
   return product;
 #endif
 }
-FASTVAE_HOST_DEVICE double rounded_product(double x, double y) {
+FASTVAE_INLINE double rounded_product(double x, double y) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(x, y);
 #else
@@ -148,7 +140,7 @@ struct LogSum {
   T top = Limits<T>::kLowest, total = 0;
 
   // As if all of `other` had been added, too.
-  FASTVAE_HOST_DEVICE void merge(const LogSum& other) {
+  FASTVAE_INLINE void merge(const LogSum& other) {
     const T higher = T(fmax(top, other.top));
     total = total * exp_term(top - higher) + other.total * exp_term(other.top - higher);
     top = higher;
@@ -156,7 +148,7 @@ struct LogSum {
 
   // Its logarithm, -inf where nothing was added.  Where one term is all there is, it is that term, to the last bit: a
   // responsibility exp(a - l) would else be off by the last bit of a large l.
-  FASTVAE_HOST_DEVICE T log() const { return T(double(top) + ::log(double(total))); }
+  FASTVAE_INLINE T log() const { return T(double(top) + ::log(double(total))); }
 };
 
 }  // namespace fastvae::cuda

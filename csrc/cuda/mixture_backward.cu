@@ -8,6 +8,7 @@
 // warp takes those rows (components) of the other side for which any of its own 16 has a weight, and no others.
 //
 // What is too small to matter is set to zero before: see docs/developers/cuda-kernels.md.
+#include "../common/skipping.h"
 #include "tile.cuh"
 
 namespace fastvae::cuda {
@@ -34,25 +35,20 @@ struct Task {
   Packed<T> packed;
   const T *log_prob, *grad;
   bool negated, dense;
-  T negligible;      // log of what is too small a responsibility
+  T log_negligible;  // log of what is too small a responsibility
   int splits;        // of the other side
   T* dz;             // [splits, M, D]
   T *dmu, *dlogvar;  // [splits, K, D]
   T* dweights;       // [splits, K]
 };
 
-// What a_mk may be and its weight still be left out.  A sum of l does not see K terms that are
-// `negligible`.  The gradient in z is a sum of r t s: there a term counts t s / s' times as much, s' the least s of any
-// component in that dimension.  The panel's steepness is the largest log(s / s'); t = sqrt(2 (c - a)) at most, and r t
-// falls with a, so that t at the limit is taken for all below: with A the room from there to c but for log t,
-// t^2 = 2 (A + log t) < 3 A + 1.
+// The limit of a row's exponents: a pair below it is left out.
 template <Side kSide, class T>
-__device__ T limit_of(const Task<T>& task, T log_prob, T largest_c, T steep) {
+__device__ T limit_of(const Task<T>& task, T log_prob, T max_c, T max_log_sigma_ratio) {
   if (task.dense) return T(-INFINITY);
-  const T limit = log_prob + task.negligible;
+  const T limit = log_prob + task.log_negligible;
   if (kSide == Side::components) return limit;
-  const T t_squared = T(3) * (largest_c - limit + steep) + T(1);
-  return limit - (t_squared > T(1) ? T(0.5) * T(log(t_squared)) : T(0)) - steep;
+  return limit - log_t_bound(limit, max_c, max_log_sigma_ratio) - max_log_sigma_ratio;
 }
 
 // q becomes w.  l is +inf for a row that is padding or has density zero: all its weights are 0.

@@ -32,13 +32,6 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // bit of a result, does not depend on the device.
 constexpr int64_t kMultiprocessors = 132;
 
-// The log of a responsibility so small, 2^-24 / K (2^-53 / K in double precision), that K of them are less than a
-// rounding together.
-template <class T>
-T log_negligible(int64_t K) {
-  return T(-std::log(double(K)) - Limits<T>::kDigits * kLn2);
-}
-
 // Problems that take one launch and no tiles.  With so few rows the tiled kernels' blocks, one for 128 rows or
 // components, would leave most multiprocessors without work, and a launch costs more than the work does.  The limits
 // are those of the blocks' shared memory, and K D such that a block is through all parameters about as soon as the

@@ -43,7 +43,7 @@ __device__ void store(T* p, int64_t count, const T (&value)[4]) {
 }
 
 // The lanes that share a row.
-FASTVAE_HOST_DEVICE int group_width(int64_t D) { return D <= 32 ? 8 : D <= 64 ? 16 : 32; }
+FASTVAE_INLINE int group_width(int64_t D) { return D <= 32 ? 8 : D <= 64 ? 16 : 32; }
 
 // Of the lanes of each group of `width`.
 template <class T>

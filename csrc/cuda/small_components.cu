@@ -4,6 +4,7 @@
 //
 // with w_mk = g_m exp(a_mk - l_m), u = z_md - mu_kd and v = 1 / sigma_kd^2.  A block owns one component or a few and
 // goes through all rows twice: first a thread has a row, then a dimension, with the weights w in shared memory.
+#include "../common/skipping.h"
 #include "small.cuh"
 
 namespace fastvae::cuda {
@@ -14,8 +15,8 @@ struct Task {
   Mixture<T> mix;
   Gradients<T> wanted;
   double uniform;
-  T negligible;  // log of what is too small a responsibility
-  T* dlogvar;    // [K, D], also where logvar is shared
+  T log_negligible;  // log of what is too small a responsibility
+  T* dlogvar;        // [K, D], also where logvar is shared
 };
 
 template <class T, int kOwn>
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
     const T log_prob = wanted.log_prob[m];
     const bool there = log_prob != T(-INFINITY);
     const T grad = there ? gradient_at(wanted.grad, wanted.negated, m) : T(0);
-    const T limit = wanted.dense ? T(-INFINITY) : log_prob + task.negligible;
+    const T limit = wanted.dense ? T(-INFINITY) : log_prob + task.log_negligible;
     const int64_t left_out = mix.exclude ? mix.exclude[m] : -1;
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
