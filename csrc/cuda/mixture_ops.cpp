@@ -14,15 +14,8 @@ void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const Option
 template <class T>
 Mixture<T> mixture_of(const Tensor& z, const Tensor& mu, const Tensor& logvar, const OptionalTensor& log_weights,
                       const OptionalTensor& exclude) {
-  return {input<T>(z),
-          input<T>(mu),
-          input<T>(logvar),
-          input<T>(log_weights),
-          input<int64_t>(exclude),
-          z.size(0),
-          mu.size(0),
-          mu.size(1),
-          logvar.size(0) != mu.size(0)};
+  return {input<T>(z), input<T>(mu), input<T>(logvar), input<T>(log_weights),       input<int64_t>(exclude),
+          z.size(0),   mu.size(0),   mu.size(1),       logvar.size(0) != mu.size(0)};
 }
 
 // The allocator gives it back to this stream alone, after what was launched here.
@@ -91,10 +84,11 @@ struct Wanted {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(
-    const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu, const Tensor& logvar,
-    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_z, bool need_mu,
-    bool need_logvar, bool need_log_weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad, const Tensor& log_prob,
+                                                             const Tensor& z, const Tensor& mu, const Tensor& logvar,
+                                                             const OptionalTensor& log_weights,
+                                                             const OptionalTensor& exclude, bool dense, bool need_z,
+                                                             bool need_mu, bool need_logvar, bool need_log_weights) {
   check(z, mu, logvar, log_weights, exclude);
   check_floats({&z, &grad, &log_prob});
   check_devices(z, {&grad, &log_prob});
@@ -166,8 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
     if (own_score.needed) make_score(mix, log_prob, own_score.data<T>(), device);
     if (need_q)
       gaussian_rsample_backward<T>(
-          {input<T>(grad_z), input<T>(grad_kl), input<T>(own_score.needed ? own_score.tensor : score),
-           input<T>(logvar), seed_of(seed), path_derivative, S, M, D, output<T>(dmu.tensor), output<T>(dlogvar.tensor)},
+          {input<T>(grad_z), input<T>(grad_kl), input<T>(own_score.needed ? own_score.tensor : score), input<T>(logvar),
+           seed_of(seed), path_derivative, S, M, D, output<T>(dmu.tensor), output<T>(dlogvar.tensor)},
           device.stream());
     backward<T>(mix,
                 {input<T>(log_prob), input<T>(grad_kl), true, dense, nullptr, dprior_mu.data<T>(),

@@ -178,29 +178,29 @@ MUTATIONS = [
     cuda(
         "a barrier is left out of the tiles",
         "tile.cuh",
-        "    __syncthreads();  // the stage is there for all, and nobody reads the other one any more\n",
+        "    __syncthreads();  // every thread's copies have arrived, and no thread reads the other stage any more\n",
         "",
         "a race in shared memory",
     ),
     cuda(
         "a barrier is left out of the small rows",
         "small_rows.cu",
-        "  if (!task.dz) return;\n  __syncthreads();\n",
-        "  if (!task.dz) return;\n",
+        "  if (!task.dz_out) return;\n  __syncthreads();\n",
+        "  if (!task.dz_out) return;\n",
         "a race in shared memory",
     ),
     cuda(
         "a merge forgets to shrink",
         "device_math.h",
-        "other.total * exp_term(other.top - higher)",
+        "other.total * exp_term(other.max - higher)",
         "other.total",
         "the sums of two threads have different scales",
     ),
     cuda(
         "exclude is off by one",
         "small_components.cu",
-        "first + own == left_out",
-        "first + own == left_out + 1",
+        "first + own == excluded",
+        "first + own == excluded + 1",
         "backward leaves another component out",
     ),
     cuda(
@@ -212,7 +212,7 @@ MUTATIONS = [
     ),
     cuda(
         "dlogvar's sum has the wrong sign",
-        "mixture_backward.cu",
+        "mixture_backward.cuh",
         "T(fma(v[i], sums.wuu[o][i], -sums.w_sum[o]))",
         "T(fma(v[i], sums.wuu[o][i], sums.w_sum[o]))",
         "(t^2 - 1) / 2 becomes (t^2 + 1) / 2",
@@ -226,7 +226,7 @@ MUTATIONS = [
     ),
     cuda(
         "the log sigma ratio is ignored in the score",
-        "mixture_backward.cu",
+        "mixture_backward.cuh",
         "max_log_sigma_ratio) - max_log_sigma_ratio;",
         "max_log_sigma_ratio);",
         "a faint narrow component is lost from the score",
@@ -243,7 +243,7 @@ MUTATIONS = [
     cuda(
         "the path derivative without its square",
         "gaussian.cu",
-        "less *= eps[j] * eps[j];",
+        "subtracted *= eps[j] * eps[j];",
         "",
         "sticking the landing does not stick",
         ("tests/backends/test_emulated_smoke.py", *SAMPLING),
