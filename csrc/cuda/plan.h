@@ -116,9 +116,9 @@ struct Packed {
   }
 };
 
-// Fills it.  log_prob [M] in backward, else null.  max_logvar [D] is the largest logvar of any component; null where no
-// log sigma ratios are needed, which are then 0.
+// Fills `packed`.  log_prob [M] in backward, else null.  max_logvar [D] is the largest logvar of any component; null
+// where no log sigma ratios are needed, which are then 0.
 template <class T>
-void pack(const Mixture<T>&, const T* log_prob, const T* max_logvar, const Packed<T>&, Stream);
+void pack(const Mixture<T>&, const T* log_prob, const T* max_logvar, const Packed<T>& packed, Stream);
 
 }  // namespace fastvae::cuda

@@ -73,8 +73,8 @@ class ItemStream {
     cursor.stage = (cursor.stage + 1) % kItemStages;
   }
 
-  // Begins to copy the next stage.  After the last one it still counts an empty stage, because run() waits for stages by
-  // their number.
+  // Begins to copy the next stage.  After the last one it still counts an empty stage, because run() waits for stages
+  // by their number.
   __device__ __forceinline__ void copy() {
     ItemStage<T, kArrays>& stage = stages_[next_.stage];
 #pragma unroll

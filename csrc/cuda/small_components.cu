@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) {
           const T w = shared.weights[m][own];
-          if (w == T(0)) continue;  // z may be infinite there
+          if (w == T(0)) continue;  // of a row of density zero, z may be infinite
           const T u = z - shared.mu[own][slices.d], product = w * u;
           w_sum[own] += w;
           wu[own] += product;

@@ -166,7 +166,7 @@ __device__ __forceinline__ void end_block(Squares<T>& q, Earlier& earlier, bool 
 }
 
 // Calls finish(row_tile, panel, q) for each of `count` tiles, the first at `now`, each next one by the given steps
-// further. While one of the two stages is worked on, the next few dimensions are copied to the other one.
+// further.  While one of the two stages is worked on, the next few dimensions are copied to the other one.
 template <class T, int kDepth, class Earlier, class Finish>
 __device__ __forceinline__ void for_each_tile(Stage<T, kDepth> (&stages)[2], Earlier earlier, const Packed<T>& packed,
                                               Cursor now, int row_step, int panel_step, int count,
