@@ -10,11 +10,11 @@ struct BackwardPlan {
   Scratch<T> scratch;
   Packed<T> packed;
   bool parameters;        // some gradient of the parameters is wanted
-  bool log_sigma_ratios;  // the rows' limits need them: elsewhere all are 0
+  bool log_sigma_ratios;  // the limits need them; where logvar is shared all are 0
   int chunks_z, splits_z, chunks_parameters, splits_parameters;
   int64_t summed;                    // rows of the matrix whose columns add up to a shared logvar's gradient
   T *dz, *dmu, *dlogvar, *dweights;  // of all splits; null where there is one, which writes the gradient itself
-  T *max_logvar, *columns;           // [D]; of sum_columns and max_columns
+  T *max_logvar, *columns;           // [D]; scratch memory of sum_columns and max_columns
 
   BackwardPlan(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory)
       : scratch(memory), packed(mix, scratch, true) {
@@ -80,7 +80,7 @@ template <class T>
 struct SmallPlan {
   Scratch<T> scratch;
   T* dlogvar;  // [K, D]; where logvar is shared, the gradients whose sum is wanted
-  T* columns;  // of sum_columns
+  T* columns;  // scratch memory of sum_columns
 
   SmallPlan(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory) : scratch(memory) {
     const bool shared = mix.shared && wanted.dlogvar;

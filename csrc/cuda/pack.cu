@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(Tile<T>::kSide)
   for (int i = int(threadIdx.x); i < side * packed.width; i += side) {
     const int64_t other = first + i / packed.width;
     const int d = i % packed.width;
-    const bool real = d < mix.D && is_present(mix, other);
-    packed.mu[first * packed.width + i] = real ? mix.mu[other * mix.D + d] : T(0);
-    packed.v[first * packed.width + i] = real ? T(exp(-bounded(logvar(other, d)))) : T(0);
+    const bool has_number = d < mix.D && is_present(mix, other);
+    packed.mu[first * packed.width + i] = has_number ? mix.mu[other * mix.D + d] : T(0);
+    packed.v[first * packed.width + i] = has_number ? T(exp(-bounded(logvar(other, d)))) : T(0);
   }
 }
 

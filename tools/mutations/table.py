@@ -235,7 +235,7 @@ MUTATIONS = [
     cuda(
         "a NaN of an absent component",
         "pack.cu",
-        "real ? mix.mu[other * mix.D + d] : T(0)",
+        "has_number ? mix.mu[other * mix.D + d] : T(0)",
         "other < mix.K && d < mix.D ? mix.mu[other * mix.D + d] : T(0)",
         "0 times NaN",
         ("tests/backends/test_mixture_edges.py",),
