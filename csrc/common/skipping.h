@@ -37,8 +37,8 @@ FASTVAE_INLINE T log_negligible(int64_t K, int extra_digits = 0) {
 //
 // As c - a is a sum of t^2 / 2 over dimensions, t^2 <= 2 (c - a).  r t falls as a falls (where t > 1), so that t at the
 // lowered limit bounds what is left out below it.  There c - a = A + log t, with A = c - limit + log sigma ratio, and
-// t^2 = 2 (A + log t) < 3 A + 1.  The power of two above 3 A + 1 is a cheap bound that is near enough.  It is computed in
-// T: GPUs make it once for each row of a tile, and many of them are slow in double precision.
+// t^2 = 2 (A + log t) < 3 A + 1.  The power of two above 3 A + 1 is a cheap bound that is near enough.
+// All is computed in T: a GPU needs the bound once for each row of a tile, and many are slow in double precision.
 template <class T>
 FASTVAE_INLINE T log_t_bound(T limit, T largest_c, T largest_log_sigma_ratio) {
   const T t_squared = T(3) * (largest_c - limit + largest_log_sigma_ratio) + T(1);
