@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "inline.h"
 
@@ -37,14 +38,16 @@ FASTVAE_INLINE T log_negligible(int64_t K, int extra_digits = 0) {
 // As c - a is a sum of t^2 / 2 over dimensions, t^2 <= 2 (c - a).  r t falls as a falls (where t > 1), so that t at the
 // lowered limit bounds what is left out below it.  There c - a = A + log t, with A = c - limit + log sigma ratio, and
 // t^2 = 2 (A + log t) < 3 A + 1.  The power of two above 3 A + 1 is a cheap bound that is near enough.
+// All is computed in T: a GPU needs the bound once for each row of a tile, and many are slow in double precision.
 template <class T>
 FASTVAE_INLINE T log_t_bound(T limit, T largest_c, T largest_log_sigma_ratio) {
-  const double t_squared = 3 * (double(largest_c) - double(limit) + double(largest_log_sigma_ratio)) + 1;
-  if (!(t_squared > 1)) return T(0);
-  int64_t bits;
+  const T t_squared = T(3) * (largest_c - limit + largest_log_sigma_ratio) + T(1);
+  if (!(t_squared > T(1))) return T(0);
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  Bits bits;
   memcpy(&bits, &t_squared, sizeof bits);
-  const int64_t exponent = (bits >> 52) - 1022;  // t_squared < 2^exponent
-  return T(0.5 * 0.693147180559945309417 * double(exponent));
+  const int exponent = int(bits >> (kDigits<T> - 1)) - (sizeof(T) == 4 ? 126 : 1022);  // t_squared < 2^exponent
+  return T(0.5 * 0.693147180559945309417) * T(exponent);
 }
 
 }  // namespace fastvae

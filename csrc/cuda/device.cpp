@@ -10,8 +10,9 @@
 namespace fastvae::cuda {
 namespace {
 
-// PyTorch's current stream.  The function is part of libtorch_cuda, which a CPU build of PyTorch has not got: bound at
-// load time it would keep the CPU kernels from loading there.  Where a tensor is on a GPU the library is loaded.
+// PyTorch's current stream.  The function that knows it is part of libtorch_cuda, which a CPU build of PyTorch lacks.
+// If it were bound when the extension is loaded, the CPU kernels could not be loaded there either.  So it is looked up
+// here: where a tensor is on a GPU, libtorch_cuda is loaded.
 Stream current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
@@ -28,7 +29,7 @@ Stream current_stream(int32_t device) {
 
 OnDeviceOf::OnDeviceOf(const Tensor& tensor)
     : guard_(std::make_shared<torch::stable::accelerator::DeviceGuard>(tensor.get_device_index())) {
-  // The runtime that is linked into this extension keeps a current device of its own.
+  // The CUDA runtime that is linked into this extension has a current device of its own.
   const cudaError_t status = cudaSetDevice(tensor.get_device_index());
   STD_TORCH_CHECK(status == cudaSuccess, "fastvae: CUDA: ", cudaGetErrorString(status));
   stream_ = current_stream(tensor.get_device_index());

@@ -1,23 +1,18 @@
-// The mathematics of the CUDA kernels, for device and host alike: random numbers, and the sum behind logsumexp.
+// The mathematics of the CUDA kernels, for device and host alike: random numbers, exponentials, and the sum of
+// logsumexp.
 //
-// The tests run what stands here on the host, against fastvae/reference.py.
+// The tests run these functions on the host, against fastvae/reference.py.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "../common/compensated.h"
-
-#ifdef __CUDACC__
-#define FASTVAE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FASTVAE_HOST_DEVICE inline
-#endif
+#include "../common/inline.h"
 
 namespace fastvae::cuda {
 
 constexpr double kLog2E = 1.44269504088896340736;
-constexpr double kLn2 = 0.693147180559945309417;
 constexpr double kLog2Pi = 1.83787706640934548356;
 constexpr double kPi = 3.14159265358979323846;
 
@@ -27,19 +22,17 @@ template <>
 struct Limits<float> {
   static constexpr float kLowest = -3.402823466e38f;
   static constexpr float kExpLimit = 87.0f;  // |x| beyond which exp(x) leaves the normal numbers
-  static constexpr int kDigits = 24;
   static constexpr int kTrigTerms = 4;
 };
 template <>
 struct Limits<double> {
   static constexpr double kLowest = -1.7976931348623157e308;
   static constexpr double kExpLimit = 708.0;
-  static constexpr int kDigits = 53;
   static constexpr int kTrigTerms = 8;
 };
 
 // Philox4x32-10 of the counter (block, 0) under the key `seed` (Salmon et al., SC 2011).
-FASTVAE_HOST_DEVICE void philox(uint64_t seed, uint64_t block, uint32_t (&x)[4]) {
+FASTVAE_INLINE void philox(uint64_t seed, uint64_t block, uint32_t (&x)[4]) {
   x[0] = uint32_t(block);
   x[1] = uint32_t(block >> 32);
   x[2] = x[3] = 0;
@@ -55,14 +48,14 @@ FASTVAE_HOST_DEVICE void philox(uint64_t seed, uint64_t block, uint32_t (&x)[4])
   }
 }
 
-// Box-Muller: two standard normal numbers, sqrt(-2 log u) times cosine and sine, u = (w + 1/2) 2^-32, of the angle
-// 2 pi w' 2^-32.  log u is taken from whichever end of (0, 1) is nearer; the angle's quadrant comes from its bits, so
-// that its reduction is exact.
+// Box-Muller: two standard normal numbers, sqrt(-2 log u) times the cosine and the sine of the angle 2 pi w' 2^-32,
+// where u = (w + 1/2) 2^-32.  log u is computed from the nearer end of (0, 1).  The angle's quadrant comes from the
+// bits of w', so that the reduction of the angle is exact.
 template <class T>
-FASTVAE_HOST_DEVICE void box_muller(uint32_t w, uint32_t angle, T& first, T& second) {
+FASTVAE_INLINE void box_muller(uint32_t w, uint32_t angle, T& first, T& second) {
   constexpr T two_to_minus_32 = T(1.0 / 4294967296.0);
-  const T log_u = w < 0x80000000u ? T(log((T(w) + T(0.5)) * two_to_minus_32))
-                                  : T(log1p((T(~w) + T(0.5)) * -two_to_minus_32));
+  const T log_u =
+      w < 0x80000000u ? T(log((T(w) + T(0.5)) * two_to_minus_32)) : T(log1p((T(~w) + T(0.5)) * -two_to_minus_32));
   const T radius = T(sqrt(T(-2) * log_u));
   const uint32_t quadrant = (angle + (1u << 29)) >> 30;
   const T x = T(int32_t(angle << 2) >> 2) * T(2 * kPi) * two_to_minus_32;  // |x| <= pi / 4
@@ -78,18 +71,19 @@ FASTVAE_HOST_DEVICE void box_muller(uint32_t w, uint32_t angle, T& first, T& sec
   second = radius * (quadrant & 2 ? -s : s);
 }
 
-// Normal numbers 4 block ... 4 block + 3 of the stream of `seed`: philox_normal in fastvae/reference.py.
+// The normal numbers 4 block to 4 block + 3 of the stream of `seed`: philox_normal in fastvae/reference.py.
 template <class T>
-FASTVAE_HOST_DEVICE void philox_normals(uint64_t seed, uint64_t block, T (&out)[4]) {
+FASTVAE_INLINE void philox_normals(uint64_t seed, uint64_t block, T (&out)[4]) {
   uint32_t word[4];
   philox(seed, block, word);
   box_muller(word[0], word[1], out[0], out[1]);
   box_muller(word[2], word[3], out[2], out[3]);
 }
 
-// Numbers start ... start + 3, from one block or two.  Indices are constants, so that all stays in registers.
+// The normal numbers `start` to start + 3, from one block or two.  All indices are constants, so that the numbers stay
+// in registers.
 template <class T>
-FASTVAE_HOST_DEVICE void normals_from(uint64_t seed, int64_t start, T (&out)[4]) {
+FASTVAE_INLINE void normals_from(uint64_t seed, int64_t start, T (&out)[4]) {
   T n[4];
   philox_normals(seed, uint64_t(start) / 4, n);
   const int shift = int(start & 3);
@@ -102,9 +96,10 @@ FASTVAE_HOST_DEVICE void normals_from(uint64_t seed, int64_t start, T (&out)[4])
   for (int j = 0; j < 4; ++j) out[j] = n[j];
 }
 
-// exp(x) for x <= 0 or a little above it: a term of a sum whose largest is about 1.  Below the normal numbers 0; an
-// error of 2^-22 and |x| 2^-24 of it.  On a device, in float, a product and the unit that computes 2^x.
-FASTVAE_HOST_DEVICE float exp_term(float x) {
+// exp(x) for x <= 0 or a little above: a term of a sum whose largest term is about 1.  The relative error is at most
+// 2^-22 + |x| 2^-24; a result below the normal numbers is 0.  On a device, in float, it is a product and the unit that
+// computes 2^x.
+FASTVAE_INLINE float exp_term(float x) {
   x *= float(kLog2E);
 #ifdef __CUDA_ARCH__
   float y;
@@ -114,17 +109,17 @@ FASTVAE_HOST_DEVICE float exp_term(float x) {
   return x < -126.0f ? 0.0f : std::exp2(x);
 #endif
 }
-FASTVAE_HOST_DEVICE double exp_term(double x) { return exp(x); }
+FASTVAE_INLINE double exp_term(double x) { return exp(x); }
 
-// logvar, but for variances so small that 1 / sigma^2 is no number.
+// logvar, but at least -kExpLimit, so that 1 / sigma^2 is finite.
 template <class T>
-FASTVAE_HOST_DEVICE T bounded(T logvar) {
+FASTVAE_INLINE T bounded(T logvar) {
   return logvar < -Limits<T>::kExpLimit ? -Limits<T>::kExpLimit : logvar;
 }
 
-// x y rounded, also where the compiler would rather make a multiply-add of it and the sum that it goes into: what one
-// kernel does then has the bits of what two do in turn.
-FASTVAE_HOST_DEVICE float rounded_product(float x, float y) {
+// x y, rounded.  Without this the compiler may make a multiply-add of the product and a sum that it goes into.  One
+// kernel that does both would then have other bits than two kernels in turn.
+FASTVAE_INLINE float rounded_product(float x, float y) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(x, y);
 #else
@@ -132,7 +127,7 @@ FASTVAE_HOST_DEVICE float rounded_product(float x, float y) {
   return product;
 #endif
 }
-FASTVAE_HOST_DEVICE double rounded_product(double x, double y) {
+FASTVAE_INLINE double rounded_product(double x, double y) {
 #ifdef __CUDA_ARCH__
   return __dmul_rn(x, y);
 #else
@@ -141,22 +136,22 @@ FASTVAE_HOST_DEVICE double rounded_product(double x, double y) {
 #endif
 }
 
-// sum exp(x) over what was added, as total * exp(top); top is the largest x so far.  It starts at the lowest number and
-// not at -inf, because -inf minus -inf is NaN.
+// The sum of exp(x) over all x that were added, as total * exp(max), with max the largest x so far.  It starts at the
+// lowest number and not at -inf, because -inf minus -inf is NaN.
 template <class T>
 struct LogSum {
-  T top = Limits<T>::kLowest, total = 0;
+  T max = Limits<T>::kLowest, total = 0;
 
-  // As if all of `other` had been added, too.
-  FASTVAE_HOST_DEVICE void merge(const LogSum& other) {
-    const T higher = T(fmax(top, other.top));
-    total = total * exp_term(top - higher) + other.total * exp_term(other.top - higher);
-    top = higher;
+  // Adds all that was added to `other`.
+  FASTVAE_INLINE void merge(const LogSum& other) {
+    const T higher = T(fmax(max, other.max));
+    total = total * exp_term(max - higher) + other.total * exp_term(other.max - higher);
+    max = higher;
   }
 
-  // Its logarithm, -inf where nothing was added.  Where one term is all there is, it is that term, to the last bit: a
-  // responsibility exp(a - l) would else be off by the last bit of a large l.
-  FASTVAE_HOST_DEVICE T log() const { return T(double(top) + ::log(double(total))); }
+  // The logarithm of the sum; -inf where nothing was added.  If a single x was added it is x to the last bit: else a
+  // responsibility exp(a - l) would be off by the last bit of a large l.
+  FASTVAE_INLINE T log() const { return T(double(max) + ::log(double(total))); }
 };
 
 }  // namespace fastvae::cuda

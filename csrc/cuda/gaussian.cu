@@ -7,10 +7,11 @@
 //
 //   dmu = sum_s (g_z - g_log_q eps / sigma)      dlogvar = 1/2 sum_s (g_z sigma eps - g_log_q eps^2)
 //
-// and g_z is what arrives at z, of which log p may be a part: -g_log_q score, where kl = log q - log p.
+// Here g_z is the upstream gradient of z.  Where kl = log q - log p, log p has a part in it: -g_log_q score.
 //
-// A row belongs to a group of 8, 16 or 32 lanes, a lane works on four neighbouring numbers at a time: one block of
-// Philox where D is a multiple of four.  These kernels move bytes, so full quads go as vectors where they are aligned.
+// A row belongs to a group of 8, 16 or 32 lanes.  A lane works on four neighbouring numbers at a time, which is one
+// block of Philox where D is a multiple of four.  Moving bytes bounds these kernels, so whole and aligned fours move as
+// vectors.
 #include "launch.cuh"
 #include "row.cuh"
 
@@ -19,11 +20,11 @@ namespace {
 
 constexpr int kThreads = 256;
 
-struct Place {
+struct ThreadPosition {
   int64_t row;
   int lane, width;
 
-  __device__ explicit Place(int group) : width(group) {
+  __device__ explicit ThreadPosition(int group) : width(group) {
     row = int64_t(blockIdx.x) * (kThreads / group) + int(threadIdx.x) / group;
     lane = int(threadIdx.x) % group;
   }
@@ -31,19 +32,20 @@ struct Place {
 
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 2) rsample(Sample<T> task, int group) {
-  const Place at(group);
-  const bool inside = at.row < task.S * task.M;
-  const T log_q = draw_row<kVectors>(task, inside, at.row, at.lane, at.width, [](int, const T (&)[4]) {});
-  if (inside && at.lane == 0) task.log_q[at.row] = log_q;
+  const ThreadPosition position(group);
+  const bool inside = position.row < task.S * task.M;
+  const T log_q =
+      draw_row<kVectors>(task, inside, position.row, position.lane, position.width, [](int, const T(&)[4]) {});
+  if (inside && position.lane == 0) task.log_q[position.row] = log_q;
 }
 
 template <class T, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 2) rsample_backward(SampleBackward<T> task, int group) {
-  const Place at(group);
-  if (at.row >= task.M) return;
+  const ThreadPosition position(group);
+  if (position.row >= task.M) return;
   const uint64_t seed = uint64_t(*task.seed);
-  for (int64_t d = 4 * at.lane; d < task.D; d += 4 * at.width) {
-    const int64_t i = at.row * task.D + d, n = task.D - d;
+  for (int64_t d = 4 * position.lane; d < task.D; d += 4 * position.width) {
+    const int64_t i = position.row * task.D + d, n = task.D - d;
     T sigma[4], dmu[4] = {}, dlogvar[4] = {};
     load<kVectors>(task.logvar + i, n, sigma);
     for (int j = 0; j < 4; ++j) sigma[j] = T(exp(T(0.5) * sigma[j]));
@@ -52,20 +54,20 @@ __global__ void __launch_bounds__(kThreads, 2) rsample_backward(SampleBackward<T
       T eps[4], g_z[4] = {};
       normals_from(seed, of_sample, eps);
       if (task.grad_z) load<kVectors>(task.grad_z + of_sample, n, g_z);
-      const T g_log_q = task.grad_log_q[s * task.M + at.row];
+      const T g_log_q = task.grad_log_q[s * task.M + position.row];
       if (task.score) {
         T score[4];
         load<kVectors>(task.score + of_sample, n, score);
         for (int j = 0; j < 4; ++j) g_z[j] += rounded_product(-g_log_q, score[j]);
       }
       for (int j = 0; j < 4; ++j) {
-        T d = g_z[j], less = g_log_q;
+        T d = g_z[j], subtracted = g_log_q;
         if (task.path_derivative) {
           d -= g_log_q * eps[j] / sigma[j];
-          less *= eps[j] * eps[j];
+          subtracted *= eps[j] * eps[j];
         }
         dmu[j] += d;
-        dlogvar[j] += T(0.5) * T(fma(g_z[j] * sigma[j], eps[j], -less));
+        dlogvar[j] += T(0.5) * T(fma(g_z[j] * sigma[j], eps[j], -subtracted));
       }
     }
     store<kVectors>(task.dmu + i, n, dmu);
@@ -74,14 +76,14 @@ __global__ void __launch_bounds__(kThreads, 2) rsample_backward(SampleBackward<T
 }
 
 template <class T, bool kVectors>
-__global__ void __launch_bounds__(kThreads, 2) kl(Divergence<T> task, int group) {
-  const Place at(group);
-  const bool inside = at.row < task.M;
+__global__ void __launch_bounds__(kThreads, 2) kl(GaussianKl<T> task, int group) {
+  const ThreadPosition position(group);
+  const bool inside = position.row < task.M;
   T total = 0;
   if (inside) {
-    const T grad = task.kl ? T(0) : task.grad[at.row];
-    for (int64_t d = 4 * at.lane; d < task.D; d += 4 * at.width) {
-      const int64_t i = at.row * task.D + d, n = task.D - d;
+    const T grad = task.kl ? T(0) : task.grad[position.row];
+    for (int64_t d = 4 * position.lane; d < task.D; d += 4 * position.width) {
+      const int64_t i = position.row * task.D + d, n = task.D - d;
       T mu[4], logvar[4], e[4];
       load<kVectors>(task.mu + i, n, mu);
       load<kVectors>(task.logvar + i, n, logvar);
@@ -98,11 +100,11 @@ __global__ void __launch_bounds__(kThreads, 2) kl(Divergence<T> task, int group)
     }
   }
   if (!task.kl) return;
-  total = group_sum(total, at.width);
-  if (inside && at.lane == 0) task.kl[at.row] = T(0.5) * total;
+  total = group_sum(total, position.width);
+  if (inside && position.lane == 0) task.kl[position.row] = T(0.5) * total;
 }
 
-// Launches kernel<T, true> where rows are whole quads and every pointer is aligned, else kernel<T, false>.
+// Launches `vector` where rows are whole fours and every pointer is aligned, else `scalar`.
 template <class Task, class Kernel>
 void launch_rows(const Task& task, int64_t rows, bool vectors, Kernel vector, Kernel scalar, Stream stream) {
   const int group = group_width(task.D);
@@ -125,9 +127,9 @@ void gaussian_rsample_backward(const SampleBackward<T>& task, Stream stream) {
 }
 
 template <class T>
-void gaussian_kl(const Divergence<T>& task, Stream stream) {
-  const bool vectors = task.D % 4 == 0 && aligned(task.mu) && aligned(task.logvar) && aligned(task.dmu) &&
-                       aligned(task.dlogvar);
+void gaussian_kl(const GaussianKl<T>& task, Stream stream) {
+  const bool vectors =
+      task.D % 4 == 0 && aligned(task.mu) && aligned(task.logvar) && aligned(task.dmu) && aligned(task.dlogvar);
   launch_rows(task, task.M, vectors, kl<T, true>, kl<T, false>, stream);
 }
 
@@ -135,7 +137,7 @@ template void gaussian_rsample<float>(const Sample<float>&, Stream);
 template void gaussian_rsample<double>(const Sample<double>&, Stream);
 template void gaussian_rsample_backward<float>(const SampleBackward<float>&, Stream);
 template void gaussian_rsample_backward<double>(const SampleBackward<double>&, Stream);
-template void gaussian_kl<float>(const Divergence<float>&, Stream);
-template void gaussian_kl<double>(const Divergence<double>&, Stream);
+template void gaussian_kl<float>(const GaussianKl<float>&, Stream);
+template void gaussian_kl<double>(const GaussianKl<double>&, Stream);
 
 }  // namespace fastvae::cuda

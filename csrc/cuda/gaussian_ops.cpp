@@ -61,9 +61,8 @@ std::tuple<Tensor, Tensor> kl_backward(const Tensor& grad, const Tensor& mu, con
   Tensor dmu = torch::stable::empty_like(mu), dlogvar = torch::stable::empty_like(mu);
   by_dtype(mu, [&](auto zero) {
     using T = decltype(zero);
-    gaussian_kl<T>(
-        {input<T>(mu), input<T>(logvar), M, D, nullptr, input<T>(grad), output<T>(dmu), output<T>(dlogvar)},
-        device.stream());
+    gaussian_kl<T>({input<T>(mu), input<T>(logvar), M, D, nullptr, input<T>(grad), output<T>(dmu), output<T>(dlogvar)},
+                   device.stream());
   });
   return {dmu, dlogvar};
 }

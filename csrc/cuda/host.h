@@ -1,4 +1,4 @@
-// What the host side of the CUDA operators shares.
+// What the host code of the CUDA operators shares: the device guard, checks, and the choice by dtype.
 #pragma once
 
 #include <memory>
@@ -6,7 +6,8 @@
 #include "../common/tensors.h"
 #include "kernels.h"
 
-// Where the operators are registered; a build for the tests, which runs the kernels on the CPU, names another place.
+// Where the operators are registered.  The tests' build, which runs the kernels on the CPU, names another library and
+// key.
 #ifndef FASTVAE_CUDA_LIBRARY
 #define FASTVAE_CUDA_LIBRARY fastvae
 #define FASTVAE_CUDA_KEY CUDA
@@ -14,7 +15,8 @@
 
 namespace fastvae::cuda {
 
-// Makes a tensor's device the current one for as long as it lives, and knows PyTorch's current stream there.
+// While an object of this class lives, the tensor's device is the current one; stream() is PyTorch's current stream
+// there.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& tensor);
@@ -26,19 +28,20 @@ class OnDeviceOf {
   Stream stream_;
 };
 
-// The functional layer checked this; on a GPU a pointer of another device would be an illegal access.
+// The functional layer has checked the devices.  This guards against a call past it: to a kernel a pointer of another
+// device is an illegal access.
 inline void check_devices(const Tensor& first, std::initializer_list<const Tensor*> others) {
   for (const Tensor* t : others)
     STD_TORCH_CHECK(t->device() == first.device(), "fastvae: want all tensors on one device");
 }
 
-// The kernel reads it on the device, so that a captured graph draws anew at every replay.
+// The kernels read the seed on the device, so that a captured graph draws new numbers at every replay.
 inline const int64_t* seed_of(const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "fastvae: want one int64 seed");
   return input<int64_t>(seed);
 }
 
-// f(float()) or f(double()), after the dtype of a checked tensor.
+// Calls f(float()) or f(double()), by the dtype of a checked tensor.
 template <class F>
 void by_dtype(const Tensor& t, const F& f) {
   if (t.scalar_type() == ScalarType::Float)

@@ -1,4 +1,4 @@
-// The kernels, as the host code sees them: plain sizes, device pointers, a stream.
+// What the kernels offer to the operators' host code: functions of plain sizes, device pointers and a stream.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ template <class T>
 struct SampleBackward {
   const T* grad_z;      // [S, M, D], or null: zero
   const T* grad_log_q;  // [S, M]
-  const T* score;       // [S, M, D], of log p, where z's gradient has a part -grad_log_q score besides; or null
+  const T* score;       // [S, M, D], of log p: z's gradient then has the part -grad_log_q score; or null
   const T* logvar;      // [M, D]
   const int64_t* seed;
   bool path_derivative;
@@ -30,12 +30,12 @@ struct SampleBackward {
   T *dmu, *dlogvar;  // [M, D]
 };
 
-// KL to N(0, I), and its gradients.
+// KL to N(0, I), or its gradients.
 template <class T>
-struct Divergence {
+struct GaussianKl {
   const T *mu, *logvar;  // [M, D]
   int64_t M, D;
-  T* kl;             // [M], or null: gradients are wanted
+  T* kl;             // [M], or null: the gradients are wanted
   const T* grad;     // [M]
   T *dmu, *dlogvar;  // [M, D]
 };
@@ -51,13 +51,13 @@ struct Mixture {
   bool shared;
 };
 
-// For mixture_backward: a null gradient is not wanted.
+// For mixture_backward.  A gradient that is null is not wanted.
 template <class T>
 struct Gradients {
   const T* log_prob;  // [M]
   const T* grad;      // [M], or null: all ones
   bool negated;       // it is -grad
-  bool dense;         // leave nothing out
+  bool dense;         // nothing is left out
   T *dz, *dmu;        // [M, D], [K, D]
   T* dlogvar;         // [K, D], or [D] if shared
   T* dweights;        // [K]
@@ -68,9 +68,10 @@ void gaussian_rsample(const Sample<T>&, Stream);
 template <class T>
 void gaussian_rsample_backward(const SampleBackward<T>&, Stream);
 template <class T>
-void gaussian_kl(const Divergence<T>&, Stream);
+void gaussian_kl(const GaussianKl<T>&, Stream);
 
-// Device memory that the two below need, in numbers of type T; it is theirs until the stream has passed them.
+// How many numbers of scratch memory on the device mixture_forward and mixture_backward need, until the stream is past
+// them.
 template <class T>
 int64_t forward_scratch(const Mixture<T>&);
 template <class T>
@@ -81,8 +82,8 @@ void mixture_forward(const Mixture<T>&, T* scratch, T* log_prob, Stream);
 template <class T>
 void mixture_backward(const Mixture<T>&, const Gradients<T>&, T* scratch, Stream);
 
-// A small problem (is_small in plan.h).  Where `sample` is not null z is drawn first, to sample->z, which is mix.z, and
-// kl = log q - log p; score is null where it is not wanted.
+// Of a small problem (is_small in plan.h).  Where `sample` is not null, z is drawn first, into sample->z, which is
+// mix.z, and kl = log q - log p.  The score is null where it is not wanted.
 template <class T>
 struct SmallForward {
   Mixture<T> mix;

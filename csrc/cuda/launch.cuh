@@ -1,4 +1,4 @@
-// One launch, checked.
+// Launches a kernel, and checks that the launch succeeded.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,19 +13,19 @@ namespace fastvae::cuda {
 
 inline void check(cudaError_t status) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // else the next call would report this one's failure
+  cudaGetLastError();  // clears the error, which the next call would else report as its own
   throw std::runtime_error(std::string("fastvae: CUDA: ") + cudaGetErrorString(status));
 }
 
 inline constexpr int64_t blocks_for(int64_t n, int64_t each) { return (n + each - 1) / each; }
 
-// kernel<<<{x, y}, threads, shared_bytes, stream>>>(arguments...); nothing where there is nothing to do.
+// kernel<<<{x, y}, threads, shared_bytes, stream>>>(arguments...); does nothing where there are no blocks.
 template <class... Parameters, class... Arguments>
 void launch(Stream stream, int64_t x, int64_t y, int threads, size_t shared_bytes, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
   if (x == 0 || y == 0) return;
   if (x > 0x7FFFFFFF || y > 0xFFFF) throw std::runtime_error("fastvae: CUDA: too large for one launch");
-  if (shared_bytes > 48 * 1024)  // beyond what a kernel may take without asking
+  if (shared_bytes > 48 * 1024)  // more than a kernel may take without asking
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                int(shared_bytes)));
   cudaLaunchConfig_t config{};

@@ -1,45 +1,48 @@
-// log p(z) = logsumexp_k a_mk, online: a thread keeps the largest a and the sum for each of its rows, over all tiles,
-// and threads meet once at the end.  They are needed once a tile, so they lie in shared memory and leave the registers
-// to the squares.  Splits of the components are merged by a second kernel, in order.
+// log p(z) = logsumexp_k a_mk for large problems: kernels, plan and launch.
+//
+// logsumexp is online: for each of its rows a thread keeps the largest a and the sum over all tiles, and the threads of
+// a row merge theirs once, at the end.  A thread needs these numbers once a tile, so they lie in shared memory and
+// leave the registers to the squares.  Where the components are split, a second kernel merges the splits, in order.
 #include "tile.cuh"
 
 namespace fastvae::cuda {
 namespace {
 
-constexpr int kDepth = 16;  // dimensions of a stage: 66 KiB of shared memory for a block, so that two run at a time
+// Dimensions of a stage: with 16 of them a block takes 66 KiB of shared memory, so that two blocks run at a time.
+constexpr int kForwardDepth = 16;
 
 template <class T>
 struct Shared {
-  Stage<T, kDepth> stages[2];
-  T top[Tile<T>::kOwn][kThreads], total[Tile<T>::kOwn][kThreads];
-  LogSum<T> halves[2][Tile<T>::kSide];  // of each row, once at the end
+  Stage<T, kForwardDepth> stages[2];
+  T max[Tile<T>::kOwn][kThreads], total[Tile<T>::kOwn][kThreads];
+  LogSum<T> halves[2][Tile<T>::kSide];  // of each row, at the end
 };
 static_assert(sizeof(Shared<float>) <= 99 * 1024 && sizeof(Shared<double>) <= 99 * 1024);
 
-// partial [splits, M], or null where there is one split: log_prob is then written at once.
+// partial [splits, M]; null where there is one split, which writes log_prob itself.
 template <class Earlier, class T>
 __device__ __forceinline__ void row_tile_forward(const Mixture<T>& mix, const Packed<T>& packed, int splits,
                                                  LogSum<T>* partial, T* log_prob) {
   using Shape = Tile<T>;
   const int row_tile = int(blockIdx.x), split = int(blockIdx.y);
-  const int begin = cut(packed.panels, splits, split), end = cut(packed.panels, splits, split + 1);
+  const int begin = part_begin(packed.panels, splits, split), end = part_begin(packed.panels, splits, split + 1);
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(shared_memory);
   for (int r = 0; r < Shape::kOwn; ++r) {
-    shared.top[r][threadIdx.x] = Limits<T>::kLowest;
+    shared.max[r][threadIdx.x] = Limits<T>::kLowest;
     shared.total[r][threadIdx.x] = T(0);
   }
   const auto add = [&](int, int panel, Squares<T>& a) {
     exponents(packed, mix, row_tile, panel, a);
 #pragma unroll
     for (int r = 0; r < Shape::kOwn; ++r) {
-      const T before = shared.top[r][threadIdx.x];
-      T top = before;
+      const T before = shared.max[r][threadIdx.x];
+      T max = before;
 #pragma unroll
-      for (int c = 0; c < Shape::kOwn; ++c) top = T(fmax(top, a[r][c]));
-      T total = shared.total[r][threadIdx.x] * exp_term(before - top);
+      for (int c = 0; c < Shape::kOwn; ++c) max = T(fmax(max, a[r][c]));
+      T total = shared.total[r][threadIdx.x] * exp_term(before - max);
 #pragma unroll
-      for (int c = 0; c < Shape::kOwn; ++c) total += exp_term(a[r][c] - top);
-      shared.top[r][threadIdx.x] = top;
+      for (int c = 0; c < Shape::kOwn; ++c) total += exp_term(a[r][c] - max);
+      shared.max[r][threadIdx.x] = max;
       shared.total[r][threadIdx.x] = total;
     }
   };
@@ -48,9 +51,9 @@ __device__ __forceinline__ void row_tile_forward(const Mixture<T>& mix, const Pa
   // The 16 threads of a row are 8 lanes in each of two neighbouring warps.
 #pragma unroll 1
   for (int r = 0; r < Shape::kOwn; ++r) {
-    const LogSum<T> sum = merge_across(LogSum<T>{shared.top[r][threadIdx.x], shared.total[r][threadIdx.x]}, 8);
-    const Place at;
-    if (at.column % 8 == 0) shared.halves[at.column / 8][owned<T>(at.row, r)] = sum;
+    const LogSum<T> sum = merge_across(LogSum<T>{shared.max[r][threadIdx.x], shared.total[r][threadIdx.x]}, 8);
+    const ThreadPosition position;
+    if (position.column % 8 == 0) shared.halves[position.column / 8][tile_index<T>(position.row, r)] = sum;
   }
   __syncthreads();
   const int64_t m = int64_t(row_tile) * Shape::kSide + threadIdx.x;
@@ -69,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   row_tile_forward<NoEarlierBlocks>(mix, packed, splits, partial, log_prob);
 }
 
-// Where D is above kBlock: a thread has twice as many sums, and a multiprocessor one block at a time.
+// For D > kBlock: a thread has twice as many sums, and a multiprocessor runs one block at a time.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_wide(Mixture<T> mix, Packed<T> packed, int splits, LogSum<T>* partial, T* log_prob) {
@@ -78,8 +81,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // A warp for each row.
 template <class T>
-__global__ void __launch_bounds__(kThreads) merge_splits(const LogSum<T>* partial, int64_t M, int64_t splits,
-                                                         T* log_prob) {
+__global__ void __launch_bounds__(kThreads)
+    merge_splits(const LogSum<T>* partial, int64_t M, int64_t splits, T* log_prob) {
   const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   LogSum<T> sum;
   if (m < M)
@@ -90,17 +93,17 @@ __global__ void __launch_bounds__(kThreads) merge_splits(const LogSum<T>* partia
 
 template <class T>
 struct ForwardPlan {
-  Carve<T> carve;
+  Scratch<T> scratch;
   Packed<T> packed;
   bool wide;
   int64_t splits;
   LogSum<T>* partial;
 
-  ForwardPlan(const Mixture<T>& mix, T* memory) : carve(memory), packed(mix, carve, false) {
+  ForwardPlan(const Mixture<T>& mix, T* memory) : scratch(memory), packed(mix, scratch, false) {
     wide = packed.depth > kBlock;
     splits = plan_splits(packed.panels, packed.row_tiles, (wide ? 1 : 2) * kMultiprocessors);
     static_assert(sizeof(LogSum<T>) == 2 * sizeof(T));
-    partial = reinterpret_cast<LogSum<T>*>(carve.take(splits > 1 ? 2 * splits * mix.M : 0));
+    partial = reinterpret_cast<LogSum<T>*>(scratch.take(splits > 1 ? 2 * splits * mix.M : 0));
     if (splits == 1) partial = nullptr;
   }
 };
@@ -109,7 +112,7 @@ struct ForwardPlan {
 
 template <class T>
 int64_t forward_scratch(const Mixture<T>& mix) {
-  return ForwardPlan<T>(mix, nullptr).carve.size();
+  return ForwardPlan<T>(mix, nullptr).scratch.size();
 }
 
 template <class T>

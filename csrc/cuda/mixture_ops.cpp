@@ -14,18 +14,12 @@ void check(const Tensor& z, const Tensor& mu, const Tensor& logvar, const Option
 template <class T>
 Mixture<T> mixture_of(const Tensor& z, const Tensor& mu, const Tensor& logvar, const OptionalTensor& log_weights,
                       const OptionalTensor& exclude) {
-  return {input<T>(z),
-          input<T>(mu),
-          input<T>(logvar),
-          input<T>(log_weights),
-          input<int64_t>(exclude),
-          z.size(0),
-          mu.size(0),
-          mu.size(1),
-          logvar.size(0) != mu.size(0)};
+  return {input<T>(z), input<T>(mu), input<T>(logvar), input<T>(log_weights),       input<int64_t>(exclude),
+          z.size(0),   mu.size(0),   mu.size(1),       logvar.size(0) != mu.size(0)};
 }
 
-// The allocator gives it back to this stream alone, after what was launched here.
+// Calls f with scratch memory.  It is freed when f returns; the allocator then reuses it on this stream alone, behind
+// all that f launched.
 template <class T, class F>
 void with_scratch(const Tensor& like, int64_t numbers, const F& f) {
   const Tensor scratch = empty(like, {numbers});
@@ -38,13 +32,13 @@ void backward(const Mixture<T>& mix, const Gradients<T>& wanted, const Tensor& l
                   [&](T* scratch) { mixture_backward(mix, wanted, scratch, device.stream()); });
 }
 
-// The score is the gradient in z for a gradient of one.
+// The score is the gradient in z for an upstream gradient of one.
 template <class T>
 void make_score(const Mixture<T>& mix, const Tensor& log_prob, T* score, const OnDeviceOf& device) {
   backward(mix, {input<T>(log_prob), nullptr, false, false, score, nullptr, nullptr, nullptr}, log_prob, device);
 }
 
-// log p, and the score where it is not null.
+// Computes log p, and the score unless it is null.
 template <class T>
 void forward(const Mixture<T>& mix, const Tensor& log_prob, T* score, const OnDeviceOf& device) {
   if (is_small(mix.M, mix.K, mix.D))
@@ -91,10 +85,11 @@ struct Wanted {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(
-    const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu, const Tensor& logvar,
-    const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_z, bool need_mu,
-    bool need_logvar, bool need_log_weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad, const Tensor& log_prob,
+                                                             const Tensor& z, const Tensor& mu, const Tensor& logvar,
+                                                             const OptionalTensor& log_weights,
+                                                             const OptionalTensor& exclude, bool dense, bool need_z,
+                                                             bool need_mu, bool need_logvar, bool need_log_weights) {
   check(z, mu, logvar, log_weights, exclude);
   check_floats({&z, &grad, &log_prob});
   check_devices(z, {&grad, &log_prob});
@@ -131,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl(const Tensor& mu, const Te
   by_dtype(mu, [&](auto zero) {
     using T = decltype(zero);
     const Mixture<T> mix = mixture_of<T>(rows, prior_mu, prior_logvar, log_weights, exclude);
-    T* log_q = output<T>(kl);  // until log p is known
+    T* log_q = output<T>(kl);  // until log p is subtracted
     const Sample<T> sample{input<T>(mu), input<T>(logvar), seed_of(seed), num_samples, M, D, output<T>(z), log_q};
     if (is_small(mix.M, mix.K, mix.D))
       return small_forward<T>({mix, &sample, output<T>(kl), output<T>(log_prob), score.data<T>()}, device.stream());
@@ -159,15 +154,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
   const OnDeviceOf device(z);
   const Wanted dmu(z, need_q, {M, D}), dlogvar(z, need_q, {M, D}), dprior_mu(z, need_mu, {K, D}),
       dprior_logvar(z, need_logvar, {prior_logvar.size(0), D}), dlog_weights(z, need_log_weights, {K});
-  const Wanted own_score(z, need_q && score.numel() == 0, {S * M, D});  // forward made none
+  const Wanted own_score(z, need_q && score.numel() == 0, {S * M, D});  // where forward made none
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
     const Mixture<T> mix = mixture_of<T>(rows, prior_mu, prior_logvar, log_weights, exclude);
     if (own_score.needed) make_score(mix, log_prob, own_score.data<T>(), device);
     if (need_q)
       gaussian_rsample_backward<T>(
-          {input<T>(grad_z), input<T>(grad_kl), input<T>(own_score.needed ? own_score.tensor : score),
-           input<T>(logvar), seed_of(seed), path_derivative, S, M, D, output<T>(dmu.tensor), output<T>(dlogvar.tensor)},
+          {input<T>(grad_z), input<T>(grad_kl), input<T>(own_score.needed ? own_score.tensor : score), input<T>(logvar),
+           seed_of(seed), path_derivative, S, M, D, output<T>(dmu.tensor), output<T>(dlogvar.tensor)},
           device.stream());
     backward<T>(mix,
                 {input<T>(log_prob), input<T>(grad_kl), true, dense, nullptr, dprior_mu.data<T>(),

@@ -1,4 +1,5 @@
-// How a problem is cut into tiles, and where in scratch memory what is packed lies.  Host arithmetic alone.
+// How a problem is cut into tiles and splits, which problems are small, and how scratch memory is laid out.  This is
+// arithmetic of the host alone.
 #pragma once
 
 #include <algorithm>
@@ -15,34 +16,27 @@ constexpr int kThreads = 256;  // of a block: 16 x 16, each with kOwn rows x kOw
 
 template <class T>
 struct Tile {
-  static constexpr int kVector = 16 / int(sizeof(T));  // numbers in the widest load
+  static constexpr int kVector = 16 / int(sizeof(T));  // numbers in the max_logvar load
   static constexpr int kOwn = 2 * kVector;             // 8, or 4 in double precision
   static constexpr int kSide = 16 * kOwn;              // rows of a tile, and components: 128, or 64
 };
 
-constexpr int kChunk = 64;  // dimensions whose gradients a block holds in registers
+constexpr int kChunk = 64;  // dimensions whose gradients a block holds in registers at a time
 
-// Dimensions whose t^2 are added up one by one; the sums of such blocks are then added up.  So the error of a sum of
-// equal terms grows with kBlock + D / kBlock and not with D.
+// The t^2 of a block of kBlock dimensions are added up one by one, and then the sums of the blocks.  So the error of a
+// sum of equal terms grows with kBlock + D / kBlock and not with D.
 constexpr int kBlock = 64;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Blocks that a device runs at a time are taken to be those of an H200, so that how sums are cut, and with it the last
-// bit of a result, does not depend on the device.
+// The number of multiprocessors is taken to be that of an H200, whatever the device.  So the splits of a sum, and with
+// them the last bits of a result, do not depend on the device.
 constexpr int64_t kMultiprocessors = 132;
 
-// The log of a responsibility so small, 2^-24 / K (2^-53 / K in double precision), that K of them are less than a
-// rounding together.
-template <class T>
-T log_negligible(int64_t K) {
-  return T(-std::log(double(K)) - Limits<T>::kDigits * kLn2);
-}
-
-// Problems that take one launch and no tiles.  With so few rows the tiled kernels' blocks, one for 128 rows or
-// components, would leave most multiprocessors without work, and a launch costs more than the work does.  The limits
-// are those of the blocks' shared memory, and K D such that a block is through all parameters about as soon as the
-// launches that it saves would be.  FASTVAE_TILES=1 takes tiles at any size: for the tests.
+// A small problem takes one launch and no tiles.  With so few rows or components, tiles of 128 would leave most
+// multiprocessors without work, and a launch costs more than the work does.  The limits of M, K and D come from a
+// block's shared memory.  The limit of K D is where going through all parameters takes a block about as long as the
+// launches that it saves.  FASTVAE_TILES=1 takes tiles at any size: for the tests.
 constexpr int kSmallRows = 4 * int(kMultiprocessors), kSmallComponents = 1024, kSmallDimensions = 512;
 constexpr int64_t kSmallParameters = 1 << 16;
 
@@ -52,31 +46,32 @@ inline bool is_small(int64_t M, int64_t K, int64_t D) {
          !(tiles && tiles[0] == '1');
 }
 
-// How many rows, or components, a block of theirs owns: one where each can have a multiprocessor.
+// How many of the n rows, or components, a block of a small problem owns: one where each can have a multiprocessor.
 template <class T>
-int small_share(int64_t n) {
+int small_own(int64_t n) {
   return n <= kMultiprocessors ? 1 : Tile<T>::kVector;
 }
 
-// In how many parts `tiles` are cut where `others` blocks, times the parts, run `at_a_time`: the fewest steps, then the
-// fewest parts.  The parts of all blocks are kept until they are merged, hence the limit.
-inline int plan_splits(int64_t tiles, int64_t others, int64_t at_a_time) {
+// In how many splits `tiles` are cut, where `blocks` blocks go through each split and `at_a_time` blocks run at a time:
+// such that the steps are fewest, and of several such numbers the smallest.  There is a limit because the results of
+// all splits are kept until they are merged.
+inline int plan_splits(int64_t tiles, int64_t blocks, int64_t at_a_time) {
   int best = 1;
-  int64_t least = INT64_MAX;
-  const int64_t most = std::min(tiles, std::max<int64_t>(1, 4 * at_a_time / std::max<int64_t>(1, others)));
-  for (int splits = 1; splits <= most; ++splits) {
-    const int64_t steps = (others * splits + at_a_time - 1) / at_a_time * ((tiles + splits - 1) / splits);
-    if (steps < least) least = steps, best = splits;
+  int64_t min_steps = INT64_MAX;
+  const int64_t max_splits = std::min(tiles, std::max<int64_t>(1, 4 * at_a_time / std::max<int64_t>(1, blocks)));
+  for (int splits = 1; splits <= max_splits; ++splits) {
+    const int64_t steps = (blocks * splits + at_a_time - 1) / at_a_time * ((tiles + splits - 1) / splits);
+    if (steps < min_steps) min_steps = steps, best = splits;
   }
   return best;
 }
 
-// Pieces of one scratch allocation, each on a boundary of 16 bytes, null where they are empty; with null memory it only
-// counts.
+// Lays out one allocation of scratch memory in pieces, each on a boundary of 16 bytes; an empty piece is null.  Without
+// memory it only counts, and all pieces are null.
 template <class T>
-class Carve {
+class Scratch {
  public:
-  explicit Carve(T* memory) : memory_(memory) {}
+  explicit Scratch(T* memory) : memory_(memory) {}
   T* take(int64_t n) {
     T* piece = memory_ && n > 0 ? memory_ + size_ : nullptr;
     size_ += round_up(n, Tile<T>::kVector);
@@ -89,39 +84,41 @@ class Carve {
   int64_t size_ = 0;
 };
 
-// Rows and components in the order in which the kernels read them, padded to whole tiles.  A row or component that is
-// padding, or absent by a weight of -inf, is such that it reaches nothing.
+// Rows and components in the order in which the kernels read them, padded to whole tiles.  A component of weight -inf
+// is absent.  Absent components, and the rows and components of the padding, have such numbers that they change no
+// result.
 template <class T>
 struct Packed {
   int row_tiles, panels;  // a panel is the components of one tile
-  int depth, width;       // D, rounded up to 2 and to 8
-  T* rows;                    // [row_tiles, depth, kSide]: z
-  T* pairs;                   // [panels, depth, 2, kSide]: s and -mu s, or s and mu where `difference` is set
-  T* c;                       // [panels, kSide]: log of the component's greatest density, weight included; -inf where absent
-  T* difference;              // [panels]: not 0 where t has to be computed as (z - mu) s
-  // for backward
-  T* extremes;    // [panels, 2]: the largest c, and the largest steepness
+  int depth, width;       // D, rounded up to a multiple of 2 and of 8
+  T* rows;                // [row_tiles, depth, kSide]: z
+  T* components;          // [panels, depth, 2, kSide]: s and -mu s; in the difference form s and mu
+  T* c;                   // [panels, kSide]: the exponent at the component's mean; -inf where absent
+  T* difference_form;     // [panels]: not 0 where t is computed as (z - mu) s, else it is z s - mu s
+  // For backward, else null.
+  T* panel_max;   // [panels, 2]: the largest c, and the largest log sigma ratio, of a panel's components
   T *z, *mu, *v;  // [row_tiles kSide, width], [panels kSide, width] twice; v = 1 / sigma^2
 
-  Packed(const Mixture<T>& mix, Carve<T>& carve, bool backward) {
+  Packed(const Mixture<T>& mix, Scratch<T>& scratch, bool backward) {
     constexpr int64_t side = Tile<T>::kSide;
     row_tiles = int((mix.M + side - 1) / side);
     panels = int((mix.K + side - 1) / side);
     depth = int(round_up(mix.D, 2));
     width = int(round_up(mix.D, 8));
-    rows = carve.take(side * row_tiles * depth);
-    pairs = carve.take(side * panels * depth * 2);
-    c = carve.take(side * panels);
-    difference = carve.take(panels);
-    extremes = carve.take(backward ? panels * 2 : 0);
-    z = carve.take(backward ? side * row_tiles * width : 0);
-    mu = carve.take(backward ? side * panels * width : 0);
-    v = carve.take(backward ? side * panels * width : 0);
+    rows = scratch.take(side * row_tiles * depth);
+    components = scratch.take(side * panels * depth * 2);
+    c = scratch.take(side * panels);
+    difference_form = scratch.take(panels);
+    panel_max = scratch.take(backward ? panels * 2 : 0);
+    z = scratch.take(backward ? side * row_tiles * width : 0);
+    mu = scratch.take(backward ? side * panels * width : 0);
+    v = scratch.take(backward ? side * panels * width : 0);
   }
 };
 
-// Fills it.  log_prob [M] in backward, else null; widest [D], the largest logvar of any component, or null.
+// Fills `packed`.  log_prob [M] in backward, else null.  max_logvar [D] is the largest logvar of any component; null
+// where no log sigma ratios are needed, which are then 0.
 template <class T>
-void pack(const Mixture<T>&, const T* log_prob, const T* widest, const Packed<T>&, Stream);
+void pack(const Mixture<T>&, const T* log_prob, const T* max_logvar, const Packed<T>& packed, Stream);
 
 }  // namespace fastvae::cuda

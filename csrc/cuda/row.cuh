@@ -1,4 +1,4 @@
-// A row of D numbers that a few lanes of a warp share: how they load, store and add it up, and how they draw it.
+// A row of D numbers that a group of lanes shares: how they load it, store it, add it up and draw it.
 #pragma once
 
 #include "device_math.h"
@@ -13,7 +13,7 @@ struct alignas(16) Vector {
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Up to four numbers from p on; `count` of them are there.  The others are 0.
+// Four numbers from p on, of which `count` exist; the others are 0.
 template <bool kVectors, class T>
 __device__ void load(const T* p, int64_t count, T (&out)[4]) {
   if constexpr (kVectors) {
@@ -42,25 +42,26 @@ __device__ void store(T* p, int64_t count, const T (&value)[4]) {
   }
 }
 
-// The lanes that share a row.
-FASTVAE_HOST_DEVICE int group_width(int64_t D) { return D <= 32 ? 8 : D <= 64 ? 16 : 32; }
+// How many lanes share a row.
+FASTVAE_INLINE int group_width(int64_t D) { return D <= 32 ? 8 : D <= 64 ? 16 : 32; }
 
-// Of the lanes of each group of `width`.
+// The sum of x over the lanes of each group of `width`.
 template <class T>
 __device__ T group_sum(T x, int width) {
   for (int step = width / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
   return x;
 }
 
+// The sums of each group of `lanes` lanes, merged.
 template <class T>
 __device__ LogSum<T> merge_across(LogSum<T> sum, int lanes) {
   for (int step = 1; step < lanes; step *= 2)
-    sum.merge({__shfl_xor_sync(0xFFFFFFFFu, sum.top, step), __shfl_xor_sync(0xFFFFFFFFu, sum.total, step)});
+    sum.merge({__shfl_xor_sync(0xFFFFFFFFu, sum.max, step), __shfl_xor_sync(0xFFFFFFFFu, sum.total, step)});
   return sum;
 }
 
-// Draws a row: z = mu + sigma eps goes to task.z, and each four numbers of it to keep(d, z).  What comes back is log q
-// of the whole row, in every lane of its group; with inside = false nothing is drawn.
+// Draws a row, z = mu + sigma eps, into task.z, and calls keep(d, z) for each four numbers of it.  Returns log q of the
+// row, in every lane of its group.  A group without a row (inside = false) takes part and draws nothing.
 template <bool kVectors, class T, class Keep>
 __device__ __forceinline__ T draw_row(const Sample<T>& task, bool inside, int64_t row, int lane, int width,
                                       const Keep& keep) {

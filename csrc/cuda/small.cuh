@@ -1,16 +1,16 @@
-// What the kernels for small problems share: how a block goes through all items of the other side, which are components
-// or rows.  A thread takes an item whole, so that its sums need no exchange; the numbers come from memory by shared
-// memory, because neighbouring threads want neighbouring items, which lie D numbers apart.
+// What the kernels for small problems share: how a block goes through all items of the other side.  An item is a
+// component or a row.  One thread takes a whole item, so that its sums need no exchange with other threads.  The
+// numbers pass through shared memory, because neighbouring threads want neighbouring items, which lie D numbers apart.
 #pragma once
 
 #include "tile.cuh"
 
 namespace fastvae::cuda {
 
-constexpr int kItemStages = 4;   // three are on their way while one is worked on, as much as memory's latency hides
-constexpr int kItemVectors = 2;  // of an item in a stage: 32 bytes, the least that memory moves
+constexpr int kItemStages = 4;   // three are on their way while one is worked on: enough to hide memory's latency
+constexpr int kItemVectors = 2;  // of an item in a stage: 32 bytes, the smallest piece that memory moves
 
-// n items, each D numbers of every array.
+// n items; an item is D numbers of each array.
 template <class T, int kArrays>
 struct Items {
   const T* from[kArrays];
@@ -18,29 +18,30 @@ struct Items {
   int n, D;
 };
 
-// Lines are four vectors longer than a block is wide: so the copies of neighbouring items' pieces take all banks.
+// Lines are four vectors longer than a block has threads, so that copies to neighbouring items' pieces take all banks.
 template <class T, int kArrays>
 struct ItemStage {
   Vector<T> lines[kArrays][kItemVectors][kThreads + 4];
 };
 
-// kVectors: items begin on a boundary of 16 bytes and are whole vectors.
+// Copies items to shared memory, some stages ahead of their use.  With kVectors, items begin on a boundary of 16 bytes
+// and are whole vectors.
 template <bool kVectors, class T, int kArrays>
 class ItemStream {
  public:
-  // The first copies are on their way when it returns.
+  // The first copies have begun when the constructor returns.
   __device__ __forceinline__ ItemStream(ItemStage<T, kArrays>* stages, const Items<T, kArrays>& items)
-      : stages_(stages), items_(items), ahead_{0, 0, 0} {
+      : stages_(stages), items_(items), next_{0, 0, 0} {
     for (int i = 0; i < kItemStages - 1; ++i) copy();
   }
 
-  // For each item of this thread: add(d, numbers from d on in each array), in ascending order, then finish(item).  Past
-  // D numbers are 0.
+  // For each item of this thread: calls add(d, the numbers from d on in each array), in ascending order of d, and then
+  // finish(item).  Numbers past D are 0.
   template <class Add, class Finish>
   __device__ __forceinline__ void run(const Add& add, const Finish& finish) {
-    for (Place now{0, 0, 0}; now.begin < items_.n; advance(now)) {
+    for (Cursor now{0, 0, 0}; now.begin < items_.n; advance(now)) {
       __pipeline_wait_prior(kItemStages - 2);
-      __syncthreads();  // the stage is there for all, and nobody reads the one before any more
+      __syncthreads();  // every thread's copies have arrived, and no thread reads the last stage any more
       copy();
       const int item = now.begin + int(threadIdx.x);
       if (item >= items_.n) continue;
@@ -61,24 +62,25 @@ class ItemStream {
  private:
   static constexpr int kVector = Tile<T>::kVector;
 
-  // A block's items from `begin` on, their numbers from d on, and the stage that these are in.
-  struct Place {
+  // A block's items from `begin` on, their numbers from d on, and the stage that holds them.
+  struct Cursor {
     int begin, d, stage;
   };
 
-  __device__ __forceinline__ void advance(Place& place) const {
-    place.d += kItemVectors * kVector;
-    if (place.d >= items_.D) place.d = 0, place.begin += kThreads;
-    place.stage = (place.stage + 1) % kItemStages;
+  __device__ __forceinline__ void advance(Cursor& cursor) const {
+    cursor.d += kItemVectors * kVector;
+    if (cursor.d >= items_.D) cursor.d = 0, cursor.begin += kThreads;
+    cursor.stage = (cursor.stage + 1) % kItemStages;
   }
 
-  // Begins to copy the next stage; an empty one where all are done, since stages are waited for by their number.
+  // Begins to copy the next stage.  After the last one it still counts an empty stage, because run() waits for stages
+  // by their number.
   __device__ __forceinline__ void copy() {
-    ItemStage<T, kArrays>& stage = stages_[ahead_.stage];
+    ItemStage<T, kArrays>& stage = stages_[next_.stage];
 #pragma unroll
     for (int i = 0; i < kItemVectors; ++i) {
       const int piece = i * kThreads + int(threadIdx.x), line = piece / kItemVectors, v = piece % kItemVectors;
-      const int item = ahead_.begin + line, d = ahead_.d + v * kVector;
+      const int item = next_.begin + line, d = next_.d + v * kVector;
       if (item >= items_.n || d >= items_.D) continue;
 #pragma unroll
       for (int a = 0; a < kArrays; ++a) {
@@ -98,20 +100,20 @@ class ItemStream {
       }
     }
     __pipeline_commit();
-    advance(ahead_);
+    advance(next_);
   }
 
   ItemStage<T, kArrays>* stages_;
   Items<T, kArrays> items_;
-  Place ahead_;  // what is copied next
+  Cursor next_;  // is copied next
 };
 
-// sum_d t^2 of an item: of the blocks of kBlock dimensions before d's, and of d's block so far.
+// sum_d t^2 of an item: of the earlier blocks of kBlock dimensions, and of the current block.
 template <class T>
 struct SumOfSquares {
   T earlier = 0, block = 0;
 
-  // Before dimension d, a multiple of kVector, is added.
+  // Is called before dimension d, a multiple of kVector, is added.
   __device__ __forceinline__ void begin(int d) {
     if (d % kBlock) return;
     earlier += block;
@@ -121,8 +123,8 @@ struct SumOfSquares {
   __device__ __forceinline__ T total() const { return earlier + block; }
 };
 
-// The log variances of a component are added up four (two) at a time, in one order everywhere, so that backward's
-// exponents are forward's to the last bit.
+// The sum of four (two) log variances of a component.  Forward and backward add them up in this one order, so that
+// their exponents agree to the last bit.
 template <class T>
 __device__ __forceinline__ T sum_of(const Vector<T>& x) {
   if constexpr (Tile<T>::kVector == 4)
@@ -131,24 +133,25 @@ __device__ __forceinline__ T sum_of(const Vector<T>& x) {
     return x.x[0] + x.x[1];
 }
 
-// c_k, -inf for a component that is absent.  `uniform` is -log K.
+// c_k, the exponent at the component's mean; -inf where it is absent.  uniform_log_weight is -log K.
 template <class T>
-__device__ __forceinline__ T largest_exponent(const Mixture<T>& mix, double uniform, int64_t k,
-                                              const CompensatedSum<T>& logvar_sum) {
-  const T log_weight = mix.log_weights ? mix.log_weights[k] : T(uniform);
+__device__ __forceinline__ T max_exponent(const Mixture<T>& mix, double uniform_log_weight, int64_t k,
+                                          const CompensatedSum<T>& logvar_sum) {
+  const T log_weight = mix.log_weights ? mix.log_weights[k] : T(uniform_log_weight);
   if (log_weight == T(-INFINITY)) return log_weight;
   const double log_determinant = total_of(logvar_sum.sum, logvar_sum.lost);
-  return T((mix.log_weights ? double(log_weight) : uniform) - 0.5 * (log_determinant + double(mix.D) * kLog2Pi));
+  return T((mix.log_weights ? double(log_weight) : uniform_log_weight) -
+           0.5 * (log_determinant + double(mix.D) * kLog2Pi));
 }
 
-// A block's sums over items, for dimensions d: 256 threads are as many dimensions as there are, and as many slices of
-// the items as there is room for.
+// How the threads of a block share sums over items for each dimension: `width` threads, one for each dimension from
+// `begin` on, make a slice.  There are as many slices as there are threads for, and each takes a part of the items.
 struct Slices {
-  int width, count, mine, d;
+  int width, count, index, d;
   __device__ Slices(int begin, int D) {
     width = D - begin < kThreads ? D - begin : kThreads;
     count = kThreads / width;
-    mine = int(threadIdx.x) / width;
+    index = int(threadIdx.x) / width;
     d = begin + int(threadIdx.x) % width;
   }
 };

@@ -1,9 +1,11 @@
-// Small problems, the components' side, in one launch:
+// Small problems, the gradients of the components, in one launch:
 //
 //   dmu_kd = v_kd sum_m w u      dlogvar_kd = 1/2 (v_kd sum_m w u^2 - sum_m w)      dlog w_k = sum_m w
 //
-// with w_mk = g_m exp(a_mk - l_m), u = z_md - mu_kd and v = 1 / sigma_kd^2.  A block owns one component or a few and
-// goes through all rows twice: first a thread has a row, then a dimension, with the weights w in shared memory.
+// with w_mk = g_m exp(a_mk - l_m), u = z_md - mu_kd and v = 1 / sigma_kd^2.  A block owns one component or a few, and
+// goes through all rows twice.  At first a thread has a row, whose weights w it puts into shared memory; then it has a
+// dimension.
+#include "../common/skipping.h"
 #include "small.cuh"
 
 namespace fastvae::cuda {
@@ -13,29 +15,25 @@ template <class T>
 struct Task {
   Mixture<T> mix;
   Gradients<T> wanted;
-  double uniform;
-  T negligible;  // log of what is too small a responsibility
-  T* dlogvar;    // [K, D], also where logvar is shared
+  double uniform_log_weight;
+  T log_negligible;  // of the skipping rule
+  T* dlogvar;        // [K, D], also where logvar is shared
 };
 
 template <class T, int kOwn>
 struct Shared {
   ItemStage<T, 1> stages[kItemStages];
   alignas(16) T mu[kOwn][kSmallDimensions];
-  alignas(16) T s[kOwn][kSmallDimensions];  // logvar, at first
+  alignas(16) T s[kOwn][kSmallDimensions];  // at first logvar
   alignas(16) T weights[kSmallRows][kOwn];
   T c[kOwn];
-  T wu[kThreads][kOwn], wuu[kThreads][kOwn], w[kThreads][kOwn];  // sums of a slice of the rows
+  T wu[kThreads][kOwn], wuu[kThreads][kOwn], w[kThreads][kOwn];  // the sums of each slice of the rows
 };
 static_assert(sizeof(Shared<float, Tile<float>::kVector>) <= 99 * 1024);
 static_assert(sizeof(Shared<double, Tile<double>::kVector>) <= 99 * 1024);
 
-template <class T>
-__device__ __forceinline__ bool present(const Mixture<T>& mix, int64_t k) {
-  return k < mix.K && !(mix.log_weights && mix.log_weights[k] == T(-INFINITY));
-}
-
-// The components from `first` on, into shared memory; zeros up to whole vectors, and for one that is absent.
+// Fetches the components from `first` on into shared memory, padded with zeros to whole vectors; an absent one is
+// zeros.
 template <class T, int kOwn>
 __device__ __forceinline__ void fetch_components(const Task<T>& task, int64_t first, Shared<T, kOwn>& shared) {
   const Mixture<T>& mix = task.mix;
@@ -43,9 +41,9 @@ __device__ __forceinline__ void fetch_components(const Task<T>& task, int64_t fi
   const int D = int(mix.D), padded = (D + kVector - 1) / kVector * kVector;
   for (int i = int(threadIdx.x); i < kOwn * padded; i += kThreads) {
     const int own = i / padded, d = i % padded;
-    const bool there = d < D && present(mix, first + own);
-    shared.mu[own][d] = there ? mix.mu[(first + own) * D + d] : T(0);
-    shared.s[own][d] = there ? mix.logvar[(mix.shared ? 0 : first + own) * D + d] : T(0);
+    const bool present = d < D && is_present(mix, first + own);
+    shared.mu[own][d] = present ? mix.mu[(first + own) * D + d] : T(0);
+    shared.s[own][d] = present ? mix.logvar[(mix.shared ? 0 : first + own) * D + d] : T(0);
   }
   __syncthreads();
   if (int(threadIdx.x) < kOwn) {
@@ -53,8 +51,8 @@ __device__ __forceinline__ void fetch_components(const Task<T>& task, int64_t fi
     CompensatedSum<T> logvar_sum;
     for (int d = 0; d < padded; d += kVector)
       logvar_sum.add(sum_of(*reinterpret_cast<const Vector<T>*>(&shared.s[own][d])));
-    shared.c[own] = present(mix, first + own) ? largest_exponent(mix, task.uniform, first + own, logvar_sum)
-                                              : T(-INFINITY);
+    shared.c[own] = is_present(mix, first + own) ? max_exponent(mix, task.uniform_log_weight, first + own, logvar_sum)
+                                                 : T(-INFINITY);
   }
   __syncthreads();
   for (int i = int(threadIdx.x); i < kOwn * padded; i += kThreads) {
@@ -74,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
   fetch_components(task, first, shared);
 
   SumOfSquares<T> q[kOwn];
-  const auto add = [&](int d, const Vector<T>(&of)[1]) {
+  const auto add = [&](int d, const Vector<T>(&z)[1]) {
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       q[own].begin(d);
@@ -82,22 +80,22 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
       const Vector<T> s = *reinterpret_cast<const Vector<T>*>(&shared.s[own][d]);
 #pragma unroll
       for (int i = 0; i < Tile<T>::kVector; ++i) {
-        const T t = (of[0].x[i] - mu.x[i]) * s.x[i];
+        const T t = (z[0].x[i] - mu.x[i]) * s.x[i];
         q[own].add(t);
       }
     }
   };
   const auto finish = [&](int m) {
     const T log_prob = wanted.log_prob[m];
-    const bool there = log_prob != T(-INFINITY);
-    const T grad = there ? gradient_at(wanted.grad, wanted.negated, m) : T(0);
-    const T limit = wanted.dense ? T(-INFINITY) : log_prob + task.negligible;
-    const int64_t left_out = mix.exclude ? mix.exclude[m] : -1;
+    const bool has_density = log_prob != T(-INFINITY);
+    const T grad = has_density ? upstream_gradient(wanted.grad, wanted.negated, m) : T(0);
+    const T limit = wanted.dense ? T(-INFINITY) : log_prob + task.log_negligible;
+    const int64_t excluded = mix.exclude ? mix.exclude[m] : -1;
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       const T c = shared.c[own], a = T(fma(q[own].total(), T(-0.5), c));
-      const bool none = !there || c == T(-INFINITY) || first + own == left_out || a < limit;
-      shared.weights[m][own] = none ? T(0) : grad * exp_term(a - log_prob);
+      const bool left_out = !has_density || c == T(-INFINITY) || first + own == excluded || a < limit;
+      shared.weights[m][own] = left_out ? T(0) : grad * exp_term(a - log_prob);
       q[own] = {};
     }
   };
@@ -107,14 +105,14 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
   for (int begin = 0; begin < D; begin += kThreads) {
     const Slices slices(begin, D);
     T wu[kOwn] = {}, wuu[kOwn] = {}, w_sum[kOwn] = {};
-    if (slices.mine < slices.count) {
+    if (slices.index < slices.count) {
 #pragma unroll 4
-      for (int m = slices.mine; m < M; m += slices.count) {
+      for (int m = slices.index; m < M; m += slices.count) {
         const T z = mix.z[m * D + slices.d];
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) {
           const T w = shared.weights[m][own];
-          if (w == T(0)) continue;  // z may then be infinite
+          if (w == T(0)) continue;  // of a row of density zero, z may be infinite
           const T u = z - shared.mu[own][slices.d], product = w * u;
           w_sum[own] += w;
           wu[own] += product;
@@ -129,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
       shared.w[threadIdx.x][own] = w_sum[own];
     }
     __syncthreads();
-    if (slices.mine == 0) {
+    if (slices.index == 0) {
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
         const int64_t k = first + own;
@@ -141,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
         }
         if (k >= mix.K) continue;
         const int64_t to = k * D + slices.d;
-        const T v = present(mix, k) ? T(exp(-bounded(mix.logvar[mix.shared ? slices.d : to]))) : T(0);
+        const T v = is_present(mix, k) ? T(exp(-bounded(mix.logvar[mix.shared ? slices.d : to]))) : T(0);
         if (wanted.dmu) wanted.dmu[to] = v * all_wu;
         if (task.dlogvar) task.dlogvar[to] = T(0.5) * T(fma(v, all_wuu, -all_w));
         if (wanted.dweights && slices.d == 0) wanted.dweights[k] = all_w;
@@ -156,7 +154,7 @@ void launch_components(const Task<T>& task, Stream stream) {
   const Mixture<T>& mix = task.mix;
   const bool vectors = mix.D % Tile<T>::kVector == 0 && aligned(mix.z);
   constexpr int several = Tile<T>::kVector;
-  if (small_share<T>(mix.K) == 1)
+  if (small_own<T>(mix.K) == 1)
     launch(stream, mix.K, 1, kThreads, sizeof(Shared<T, 1>),
            vectors ? small_components<T, true, 1> : small_components<T, false, 1>, task);
   else

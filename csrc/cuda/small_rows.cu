@@ -1,10 +1,11 @@
-// Small problems, the rows' side, in one launch:
+// Small problems, log p of the rows and its gradient in z, in one launch:
 //
 //   l_m = logsumexp_k a_mk      dz_md = -sum_k w_mk u v      with u = z_md - mu_kd, v = 1 / sigma_kd^2
 //
-// and z itself where it is to be drawn.  A block owns one row or a few and goes through all components, twice where the
-// gradient is wanted: first a thread has a component, with the exponentials of its variances made on the way; then a
-// thread has a dimension, with the weights w in shared memory.  Nothing is packed and nothing is left to merge.
+// The launch also draws z, where z is to be drawn.  A block owns one row or a few, and goes through all components:
+// once for log p, and once more for the gradient.  At first a thread has a component, whose exponentials it makes and
+// whose weights w it puts into shared memory; then it has a dimension.  Nothing is packed, and no second launch has to
+// merge results.
 #include "small.cuh"
 
 namespace fastvae::cuda {
@@ -14,10 +15,10 @@ template <class T>
 struct Task {
   Mixture<T> mix;
   Sample<T> sample;  // its z is null where z is given
-  double uniform;
-  const T *known, *grad;  // log p(z) and what arrives at it, where the gradient is what is wanted; else null
+  double uniform_log_weight;
+  const T *log_prob, *grad;  // log p(z) and its upstream gradient, in backward; in forward null
   bool negated;
-  T *kl, *log_prob, *dz;  // null where they are not wanted
+  T *kl_out, *log_prob_out, *dz_out;  // null where they are not wanted
 };
 
 template <class T, int kOwn>
@@ -27,32 +28,32 @@ struct Shared {
   alignas(16) T weights[kSmallComponents][kOwn];  // a, then w
   LogSum<T> sums[kThreads / 32][kOwn];
   T log_q[kOwn], log_prob[kOwn];
-  T parts[kThreads][kOwn];
+  T parts[kThreads][kOwn];  // of dz: the sums of each slice of the components
 };
 static_assert(sizeof(Shared<float, Tile<float>::kVector>) <= 99 * 1024);
 static_assert(sizeof(Shared<double, Tile<double>::kVector>) <= 99 * 1024);
 
-// The rows from `first` on, into shared memory: drawn or given, and with zeros up to whole vectors.
+// Draws or fetches the rows from `first` on into shared memory, padded with zeros to whole vectors.
 template <class T, int kOwn>
 __device__ __forceinline__ void fetch_rows(const Task<T>& task, int64_t first, Shared<T, kOwn>& shared) {
   const int D = int(task.mix.D), padded = (D + Tile<T>::kVector - 1) / Tile<T>::kVector * Tile<T>::kVector;
   const bool drawn = task.sample.z;
   for (int i = int(threadIdx.x); i < kOwn * padded; i += kThreads) {
     const int r = i / padded, d = i % padded;
-    const bool there = first + r < task.mix.M && d < D;
-    if (!there || !drawn) shared.z[r][d] = there ? task.mix.z[(first + r) * D + d] : T(0);
+    const bool has_number = first + r < task.mix.M && d < D;
+    if (!has_number || !drawn) shared.z[r][d] = has_number ? task.mix.z[(first + r) * D + d] : T(0);
   }
   if (!drawn) return;
   const int group = group_width(D), r = int(threadIdx.x) / group, lane = int(threadIdx.x) % group;
   const bool inside = r < kOwn && first + r < task.mix.M;
-  const T log_q = draw_row<false>(task.sample, inside, first + r, lane, group, [&](int d, const T (&z)[4]) {
+  const T log_q = draw_row<false>(task.sample, inside, first + r, lane, group, [&](int d, const T(&z)[4]) {
     for (int j = 0; j < 4; ++j)
       if (d + j < D) shared.z[r][d + j] = z[j];
   });
   if (inside && lane == 0) shared.log_q[r] = log_q;
 }
 
-// Each thread's sums become the block's, in one order; log p and kl are written.
+// Merges the sums of all threads, always in one order, and writes log p and kl.
 template <class T, int kOwn>
 __device__ __forceinline__ void finish_log_prob(const Task<T>& task, int64_t first, const LogSum<T> (&sums)[kOwn],
                                                 Shared<T, kOwn>& shared) {
@@ -68,19 +69,19 @@ __device__ __forceinline__ void finish_log_prob(const Task<T>& task, int64_t fir
   for (int warp = 1; warp < kThreads / 32; ++warp) sum.merge(shared.sums[warp][r]);
   const T log_prob = sum.log();
   shared.log_prob[r] = log_prob;
-  task.log_prob[first + r] = log_prob;
-  if (task.kl) task.kl[first + r] = shared.log_q[r] - log_prob;
+  task.log_prob_out[first + r] = log_prob;
+  if (task.kl_out) task.kl_out[first + r] = shared.log_q[r] - log_prob;
 }
 
-// a becomes w.  A row that is not there, or whose density is zero, has none.
+// The exponents a become the weights w; all are 0 for a row past the end, or of density zero.
 template <class T, int kOwn>
 __device__ __forceinline__ void weigh(const Task<T>& task, int64_t first, Shared<T, kOwn>& shared) {
   T log_prob[kOwn], grad[kOwn];
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
     const int64_t m = first + r;
-    log_prob[r] = m >= task.mix.M ? T(-INFINITY) : task.known ? task.known[m] : shared.log_prob[r];
-    grad[r] = log_prob[r] == T(-INFINITY) ? T(0) : gradient_at(task.grad, task.negated, m);
+    log_prob[r] = m >= task.mix.M ? T(-INFINITY) : task.log_prob ? task.log_prob[m] : shared.log_prob[r];
+    grad[r] = log_prob[r] == T(-INFINITY) ? T(0) : upstream_gradient(task.grad, task.negated, m);
   }
   for (int k = int(threadIdx.x); k < int(task.mix.K); k += kThreads) {
 #pragma unroll
@@ -97,14 +98,14 @@ __device__ __forceinline__ void add_gradients(const Task<T>& task, int64_t first
   for (int begin = 0; begin < D; begin += kThreads) {
     const Slices slices(begin, D);
     T sum[kOwn] = {};
-    if (slices.mine < slices.count) {
+    if (slices.index < slices.count) {
 #pragma unroll 4
-      for (int k = slices.mine; k < K; k += slices.count) {
+      for (int k = slices.index; k < K; k += slices.count) {
         const int at = k * D + slices.d;
         const T mu = task.mix.mu[at], v = T(exp(-bounded(task.mix.logvar[task.mix.shared ? slices.d : at])));
 #pragma unroll
         for (int r = 0; r < kOwn; ++r) {
-          const T w = shared.weights[k][r];  // 0 where mu may be anything
+          const T w = shared.weights[k][r];  // 0 for a component whose mu may be NaN
           if (w != T(0)) sum[r] = T(fma(w, (shared.z[r][slices.d] - mu) * v, sum[r]));
         }
       }
@@ -112,12 +113,12 @@ __device__ __forceinline__ void add_gradients(const Task<T>& task, int64_t first
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) shared.parts[threadIdx.x][r] = sum[r];
     __syncthreads();
-    if (slices.mine == 0) {
+    if (slices.index == 0) {
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) {
         T total = 0;
         for (int i = int(threadIdx.x); i < slices.count * slices.width; i += slices.width) total += shared.parts[i][r];
-        if (first + r < task.mix.M) task.dz[(first + r) * D + slices.d] = -total;
+        if (first + r < task.mix.M) task.dz_out[(first + r) * D + slices.d] = -total;
       }
     }
     __syncthreads();
@@ -133,17 +134,17 @@ __global__ void __launch_bounds__(kThreads, 2) small_rows(Task<T> task) {
       shared.stages, {{mix.mu, mix.logvar}, {mix.D, mix.shared ? 0 : mix.D}, int(mix.K), int(mix.D)});
   fetch_rows(task, first, shared);
 
-  int left_out[kOwn];
+  int excluded[kOwn];
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
     const int64_t component = mix.exclude && first + r < mix.M ? mix.exclude[first + r] : -1;
-    left_out[r] = component < mix.K ? int(component) : -1;
+    excluded[r] = component < mix.K ? int(component) : -1;
   }
   LogSum<T> sums[kOwn];
   SumOfSquares<T> q[kOwn];
   CompensatedSum<T> logvar_sum;
-  const auto add = [&](int d, const Vector<T>(&of)[2]) {
-    const Vector<T>&mu = of[0], &logvar = of[1];
+  const auto add = [&](int d, const Vector<T>(&numbers)[2]) {
+    const Vector<T>&mu = numbers[0], &logvar = numbers[1];
     Vector<T> s;
 #pragma unroll
     for (int i = 0; i < Tile<T>::kVector; ++i) s.x[i] = T(exp(T(-0.5) * bounded(logvar.x[i])));
@@ -160,11 +161,11 @@ __global__ void __launch_bounds__(kThreads, 2) small_rows(Task<T> task) {
     logvar_sum.add(sum_of(logvar));
   };
   const auto finish = [&](int k) {
-    const T c = largest_exponent(mix, task.uniform, k, logvar_sum);
+    const T c = max_exponent(mix, task.uniform_log_weight, k, logvar_sum);
 #pragma unroll
     for (int r = 0; r < kOwn; ++r) {
-      // what is absent may have brought NaN into q
-      const T a = c == T(-INFINITY) || k == left_out[r] ? T(-INFINITY) : T(fma(q[r].total(), T(-0.5), c));
+      // an absent or excluded component may have brought NaN into q
+      const T a = c == T(-INFINITY) || k == excluded[r] ? T(-INFINITY) : T(fma(q[r].total(), T(-0.5), c));
       sums[r].merge({a, T(1)});
       shared.weights[k][r] = a;
       q[r] = {};
@@ -173,8 +174,8 @@ __global__ void __launch_bounds__(kThreads, 2) small_rows(Task<T> task) {
   };
   components.run(add, finish);
 
-  if (!task.known) finish_log_prob(task, first, sums, shared);
-  if (!task.dz) return;
+  if (!task.log_prob) finish_log_prob(task, first, sums, shared);
+  if (!task.dz_out) return;
   __syncthreads();
   weigh(task, first, shared);
   __syncthreads();
@@ -186,7 +187,7 @@ void launch_rows(const Task<T>& task, Stream stream) {
   const Mixture<T>& mix = task.mix;
   const bool vectors = mix.D % Tile<T>::kVector == 0 && aligned(mix.mu) && aligned(mix.logvar);
   constexpr int several = Tile<T>::kVector;
-  if (small_share<T>(mix.M) == 1)
+  if (small_own<T>(mix.M) == 1)
     launch(stream, mix.M, 1, kThreads, sizeof(Shared<T, 1>), vectors ? small_rows<T, true, 1> : small_rows<T, false, 1>,
            task);
   else
@@ -206,9 +207,9 @@ void small_forward(const SmallForward<T>& given, Stream stream) {
 
 template <class T>
 void small_backward_rows(const Mixture<T>& mix, const Gradients<T>& wanted, Stream stream) {
-  launch_rows<T>({mix, {}, -std::log(double(mix.K)), wanted.log_prob, wanted.grad, wanted.negated, nullptr, nullptr,
-                  wanted.dz},
-                 stream);
+  launch_rows<T>(
+      {mix, {}, -std::log(double(mix.K)), wanted.log_prob, wanted.grad, wanted.negated, nullptr, nullptr, wanted.dz},
+      stream);
 }
 
 template void small_forward<float>(const SmallForward<float>&, Stream);

@@ -24,7 +24,7 @@ SMALL = (100, 500, 40)
 GAUSSIAN = (16_384, 256)
 
 # Of a block, in bytes: the size of each kernel's struct Shared, which the machine code does not tell.
-# tests/test_cuda.py compares it with what is launched.
+# tests/machine_code/test_cuda_kernels.py compares it with what is launched.
 SHARED: Mapping[str, int] = {
     **{f"{forward}<{dtype}>": 67_584 for forward in ("forward", "forward_wide") for dtype in ("float", "double")},
     **{f"backward<{side}, float>": 92_160 for side in ("rows", "components")},
