@@ -9,7 +9,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "vector_math.h"
+#include "random_normal.h"
 
 namespace FASTVAE_ISA {
 

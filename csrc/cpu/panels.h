@@ -6,7 +6,7 @@
 
 #include "../common/compensated.h"
 #include "kernels.h"
-#include "vector_math.h"
+#include "exp.h"
 
 namespace FASTVAE_ISA {
 
@@ -17,6 +17,10 @@ using fastvae::Mixture;
 
 template <class T>
 constexpr int kPanel = 2 * kWidth<T>;  // components
+
+// Rows of a tile; and of a strip of it, whose sums stay in registers: 8 x 2 vectors of 32, 4 x 2 of 16.
+constexpr int kRows = 8;
+constexpr int kStrip = kRegisters == 32 ? 8 : 4;
 
 constexpr int kBatch = 8;  // panels that a tile of rows works on together
 

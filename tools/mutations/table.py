@@ -153,7 +153,7 @@ MUTATIONS = [
     ),
     cpu(
         "Philox with another constant",
-        "vector_math.h",
+        "random_normal.h",
         "0xCD9E8D57",
         "0xCD9E8D59",
         "another stream: backends disagree",
