@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Tile<T>::kSide) pack_components(Mixture<T> mix
     if (widest) narrow = T(fmax(narrow, widest[d] - lv));
   }
   const double log_w = !there ? 0.0 : mix.log_weights ? double(mix.log_weights[k]) : uniform;
-  const double log_determinant = total_of(logvar_sum.sum, logvar_sum.lost);
+  const double log_determinant = total_of(logvar_sum.sum, logvar_sum.compensation);
   const T c = there ? T(log_w - 0.5 * (log_determinant + double(mix.D) * kLog2Pi)) : T(-INFINITY);
   packed.c[k] = c;
   const bool far = !(squared <= T(mix.D) * T(mix.D));  // also where it is NaN
