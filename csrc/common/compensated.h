@@ -5,11 +5,11 @@
 
 namespace fastvae {
 
-// sum + compensation is the sum of what was added, as exact as with twice the digits.  V is a number, or a vector of them.
+// sum + compensation is the sum of what was added, as exact as with twice the digits.  V is a number or a vector.
 //
 // D equal terms, added up plainly, are not off by sqrt(D) roundings but by D / 4: as long as the sum stays between two
-// powers of 2, every addition rounds by the same amount in the same direction.  Here the rounding error of each addition
-// is found (Knuth's two-sum) and added up beside the sum.
+// powers of 2, every addition rounds by the same amount in the same direction.  Here the rounding error of each
+// addition is found (Knuth's two-sum) and added up beside the sum.
 template <class V>
 struct CompensatedSum {
   V sum = {}, compensation = {};

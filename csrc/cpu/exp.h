@@ -10,8 +10,8 @@ namespace FASTVAE_ISA {
 constexpr double kLog2E = 1.44269504088896340736;
 constexpr double kLn2 = 0.693147180559945309417;
 
-// v[i] = f(i) for both vectors, with their instructions next to each other: a core's scheduler is small beside the chain
-// of operations of an exponential, and finds too little to do in one chain after the other.
+// v[i] = f(i) for both vectors, with the instructions for one next to those for the other.  An exponential is a long
+// chain of operations.  With one chain after the other, a core's scheduler would see too few operations that can start.
 template <class V, class F>
 FASTVAE_INLINE void side_by_side(V (&v)[2], const F& f) {
   v[0] = f(0), v[1] = f(1);
@@ -28,7 +28,8 @@ struct Format<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   static constexpr float kExpLimit = 87.0f;     // |x| beyond which exp(x) leaves the normal numbers
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the sum is ln 2; n * high is exact
-  static constexpr int kExpTerms = 7;  // of the Taylor series in `exponential`
+  // of the Taylor series in `exponential`
+  static constexpr int kExpTerms = 7;
 };
 template <>
 struct Format<double> {
@@ -57,8 +58,8 @@ struct Exp2Polynomial<3> {
 template <>
 struct Exp2Polynomial<0> {
   static constexpr int kDegree = 6;
-  static constexpr float c[] = {1.0f,           0.6931472057f,   0.2402264689f,  0.05550328777f,
-                                0.009618488957f, 0.001339993121f, 0.0001534581216f};  // 2e-9
+  static constexpr float c[] = {
+      1.0f, 0.6931472057f, 0.2402264689f, 0.05550328777f, 0.009618488957f, 0.001339993121f, 0.0001534581216f};  // 2e-9
 };
 
 template <class T>
@@ -129,9 +130,9 @@ FASTVAE_INLINE void exp_factors(const Vec<T> (&x)[2], Vec<T> (&p)[2], Vec<T> (&p
     side_by_side(p, [&](int i) { return fma<T>(p[i], r[i], broadcast<T>(E::c[k])); });
 }
 
-// x becomes exp(x), for x <= 0 or a little above it: terms of a sum whose largest is about 1.  A term with x below `min_x`
-// becomes 0; min_x is not below -kExpLimit.  NaN stays NaN.  The relative error is below 2.5e-7 + |x| 2^-25; the absolute
-// error, for x <= 0, below 2e-7.
+// x becomes exp(x), for x <= 0 or a little above it: terms of a sum whose largest is about 1.  A term with x below
+// `min_x` becomes 0; min_x is not below -kExpLimit.  NaN stays NaN.  The relative error is below 2.5e-7 + |x| 2^-25;
+// the absolute error, for x <= 0, below 2e-7.
 template <class T>
 FASTVAE_INLINE void exp_terms(Vec<T> (&x)[2], T min_x) {
   Vec<T> p[2], power[2];
@@ -139,8 +140,8 @@ FASTVAE_INLINE void exp_terms(Vec<T> (&x)[2], T min_x) {
   for (int i = 0; i < 2; ++i) x[i] = x[i] < broadcast<T>(min_x) ? Vec<T>{} : p[i] * power[i];
 }
 
-// sum += exp(x), for the same x.  A term is 0 where exp(x) leaves the normal numbers.  There is no comparison, which takes
-// a multiplier on some cores.
+// sum += exp(x), for the same x.  A term is 0 where exp(x) leaves the normal numbers.  There is no comparison, which
+// takes a multiplier on some cores.
 template <class T>
 FASTVAE_INLINE void add_exp_terms(Vec<T> (&x)[2], Vec<T> (&sum)[2]) {
   Vec<T> p[2], power[2];

@@ -7,8 +7,8 @@ namespace FASTVAE_ISA {
 
 using fastvae::Backward;
 
-// The second pass over a tile, with its weights w.  For each dimension and row, w u v / 2 is added to dz by lane; for each
-// dimension of the panel, sum_r w u and sum_r w u^2 are added to grads.
+// The second pass over a tile, with its weights w.  For each dimension and row, w u v / 2 is added to dz by lane; for
+// each dimension of the panel, sum_r w u and sum_r w u^2 are added to grads.
 template <class T, int R, bool DZ, bool DMU, bool DLOGVAR>
 void add_tile_gradients(const Scratch<T>& scratch, int64_t panel, int64_t D, const T* weights) {
   constexpr int W = kWidth<T>;
@@ -54,11 +54,11 @@ void add_tile_gradients(const Scratch<T>& scratch, int64_t panel, int64_t D, con
   }
 }
 
-// The gradients of a square of packed components and dimensions, from d on, into the task's outputs.  grads and v / 2 are
-// in the panel's layout; weight is sum_m w of each component.
+// The gradients of a square of packed components and dimensions, from d on, into the task's outputs.  grads and v / 2
+// are in the panel's layout; weight is sum_m w of each component.
 template <class T, bool kWhole>
-FASTVAE_INLINE void unpack_square(const Backward<T>& task, const Components<T>& components,
-                                                         const T* grads, const T* v, Vec<T> weight, int64_t d) {
+FASTVAE_INLINE void unpack_square(const Backward<T>& task, const Components<T>& components, const T* grads, const T* v,
+                                  Vec<T> weight, int64_t d) {
   constexpr int W = kWidth<T>;
   const int64_t D = task.mixture.D, n = kWhole ? W : min(W, D - d);
   const int32_t* position = task.mixture.position + d;

@@ -23,8 +23,7 @@ struct Range {
   int64_t row_begin, row_end, component_begin, component_end;
 };
 
-// logsumexp over the components seen so far: reference + log(total).  The reference is near the largest exponent, or above
-// it.
+// logsumexp over the components so far: reference + log(total).  The reference is not far below the largest exponent.
 template <class T>
 struct Partial {
   T reference;
@@ -33,8 +32,8 @@ struct Partial {
 
 constexpr int64_t kMinPanel = 4, kMaxPanel = 32;  // components of a panel, over all instruction sets and types
 
-// Exponents that forward keeps for backward.  A tile of R rows from row r on, and of the panel from component k on, is an
-// array [R, panel] at a + r * stride + k * R.
+// Exponents that forward keeps for backward.  A tile of R rows from row r on, and of the panel from component k on, is
+// an array [R, panel] at a + r * stride + k * R.
 template <class T>
 struct Exponents {
   T* a;             // [M, stride]; null: none are kept
@@ -60,8 +59,8 @@ struct Backward {
   Mixture<T> mixture;
   const T* z;
   const int64_t* exclude;
-  const T* log_prob;  // [M]
-  const T* grad;      // [M]
+  const T* log_prob;       // [M]
+  const T* grad;           // [M]
   Exponents<T> exponents;  // those of the same forward; null: they are computed again
   bool dense;              // leave out nothing
   Range range;
@@ -81,8 +80,8 @@ struct Sample {
   const T* logvar;  // [M, D]
   uint64_t seed;
   int64_t M, D, row_begin, row_end;
-  T* z;      // [S * M, D]
-  T* log_q;  // [S * M]
+  T* z;        // [S * M, D]
+  T* log_q;    // [S * M]
   bool large;  // z would not stay in the caches
 };
 

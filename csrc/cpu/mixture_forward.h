@@ -36,8 +36,8 @@ __attribute__((noinline)) void raise_reference(T raised, T* reference, Partial<T
   }
 }
 
-// sum[r] = the sum of exp(a - reference[r]) over row r of a batch of tiles.  With SCORE these terms are written over their
-// exponents, and those that are left out as zeros.  False if a sum is so large that the reference may be too low.
+// sum[r] = the sum of exp(a - reference[r]) over row r of a batch of tiles.  With SCORE these terms are written over
+// their exponents, and those that are left out as zeros.  False if a sum is so large that the reference may be too low.
 template <class T, int R, bool SCORE>
 FASTVAE_INLINE bool sum_terms(const Tiles<T, R>& tiles, const Scratch<T>& scratch, const T* reference, const T* limit,
                               Vec<T>* sum) {

@@ -4,8 +4,8 @@
 
 namespace fastvae {
 
-Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
-                        const OptionalTensor& log_weights, const OptionalTensor& exclude) {
+Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar, const OptionalTensor& log_weights,
+                        const OptionalTensor& exclude) {
   check_mixture(z, mu, logvar, log_weights, exclude);
   const int64_t M = z.size(0);
   Tensor log_prob = new_result(z, {M});
@@ -33,8 +33,8 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
   return {log_prob, score};
 }
 
-// Numbers in a row of the kept exponents, whose width is `per_row`: K, rounded up to whole panels.  With each 16 of them
-// comes room for one number.  The bytes of `active` lie in that room, after the exponents of all rows.
+// Numbers in a row of the kept exponents, whose width is `per_row`: K, rounded up to whole panels.  With each 16 of
+// them comes room for one number.  The bytes of `active` lie in that room, after the exponents of all rows.
 // exponents_per_row in fastvae/operators.py computes the width.
 int64_t exponents_stride(int64_t per_row, int64_t K) {
   const int64_t stride = per_row / 17 * 16;
@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward_from(
     if (!need) size = {0};
     return M ? new_result(z, size) : torch::stable::new_zeros(z, size);
   };
-  Tensor dz = wanted(need_z, {M, D}), dmu = wanted(need_mu, {K, D}),
-         dlogvar = wanted(need_logvar, {logvar.size(0), D}), dweights = wanted(need_log_weights, {K});
+  Tensor dz = wanted(need_z, {M, D}), dmu = wanted(need_mu, {K, D}), dlogvar = wanted(need_logvar, {logvar.size(0), D}),
+         dweights = wanted(need_log_weights, {K});
   by_dtype(z, [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
     const Prepared<T> prepared(mu, logvar, log_weights, M, need_z, dense);

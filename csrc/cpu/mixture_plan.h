@@ -24,13 +24,14 @@ struct Plan {
   int64_t splits;  // into which the components are cut
 };
 
-// Components are split first, because each is packed once then; rows are split too where there are few components.  With
-// kManyRows or more rows for each task, packing costs little.  There rows are split first if rows_first allows it: a row
-// then has less to merge.  row_bytes is what a split holds for each row until it is merged.
+// Components are split first, because each is packed once then; rows are split too where there are few components.
+// With kManyRows or more rows for each task, packing costs little.  There rows are split first if rows_first allows it:
+// a row then has less to merge.  row_bytes is what a split holds for each row until it is merged.
 inline Plan plan(int64_t M, int64_t K, int64_t D, int64_t row_bytes, int64_t max_splits, bool rows_first) {
   const int64_t pairs = std::max<int64_t>(1, M) * K;
   const int64_t elements = pairs > (int64_t(1) << 60) / D ? int64_t(1) << 60 : pairs * D;
-  // 2^19 elements take some tens of microseconds, 2^25 some milliseconds.  By fours, for an even load on 2 or 4 threads.
+  // 2^19 elements take some tens of microseconds, 2^25 some milliseconds.  By fours, for an even load on 2 or 4
+  // threads.
   int64_t tasks = std::clamp<int64_t>(elements >> 25, std::clamp<int64_t>(elements >> 19, 1, 16), 64);
   if (tasks > 1) tasks = (tasks + 3) / 4 * 4;
   Plan p;

@@ -5,11 +5,11 @@
 //   w_mk = g_m exp(a_mk - l_m)
 //   dz_md = -sum_k w u v    dmu_kd = v_kd sum_m w u   dlogvar_kd = 1/2 (v_kd sum_m w u^2 - sum_m w)
 //
-// Components are packed chunk by chunk into scratch memory that stays in the cache (panels.h), and all rows of the task use
-// a chunk before the next one is packed.  The rows of a tile work on a batch of panels in phases, each of which keeps the
-// multipliers busy: the exponents of the active tiles (tiles.h), then all their exponentials, then the gradients from these
-// (gradients.h).  Backward computes the exponents again, unless M x K is so small that forward kept them; nothing else of
-// that size exists.  docs/developers/cpu-kernels.md has the reasons.
+// Components are packed chunk by chunk into scratch memory that stays in the cache (panels.h), and all rows of the task
+// use a chunk before the next one is packed.  The rows of a tile work on a batch of panels in phases, each of which
+// keeps the multipliers busy: the exponents of the active tiles (tiles.h), then all their exponentials, then the
+// gradients from these (gradients.h).  Backward computes the exponents again, unless M x K is so small that forward
+// kept them; nothing else of that size exists.  docs/developers/cpu-kernels.md has the reasons.
 #pragma once
 
 #include "gradients.h"

@@ -1,8 +1,8 @@
 // Forward and backward of a whole call on the CPU: the tasks, and how their results are merged.
 //
-// Each split of the components has partial results for every row: references and totals, or parts of dz.  Each group of rows
-// has parts of the parameters' gradients.  All are merged after the tasks, in order: the same bits, whatever the number of
-// threads.
+// Each split of the components has partial results for every row: references and totals, or parts of dz.  Each group of
+// rows has parts of the parameters' gradients.  All are merged after the tasks, in order: the same bits, whatever the
+// number of threads.
 #pragma once
 
 #include "mixture_plan.h"
@@ -25,7 +25,7 @@ T merge(const Partial<T>* partial, int64_t splits, int64_t stride, double* scale
   return T(reference + std::log(total));
 }
 
-// For each row a lower bound of l, if the components are in order: a large exponent, of the components near the row's tile.
+// For each row a lower bound of l, if the components are in order: an exponent of the components near the row's tile.
 template <class T>
 std::vector<T> lower_bounds(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<T>& rows, int64_t M) {
   const Mixture<T>& mixture = prepared.mixture;
@@ -36,8 +36,9 @@ std::vector<T> lower_bounds(const Kernels<T>& kernels, const Prepared<T>& prepar
     const int64_t near = prepared.index_near(rows.z + (begin + end) / 2 * mixture.D);
     const int64_t first = std::clamp<int64_t>(near - kPanel / 2, 0, mixture.K - 1);
     Partial<T> partial[kTileRows];
-    kernels.mixture_forward({mixture, rows.z, rows.exclude, {begin, end, first, std::min(mixture.K, first + 2 * kPanel)},
-                             nullptr, partial, nullptr, {}, thread_scratch(scratch_bytes)});
+    const Range range = {begin, end, first, std::min(mixture.K, first + 2 * kPanel)};
+    kernels.mixture_forward(
+        {mixture, rows.z, rows.exclude, range, nullptr, partial, nullptr, {}, thread_scratch(scratch_bytes)});
     for (int64_t i = begin; i < end; ++i) bounds[i] = partial[i - begin].reference;
   });
   return bounds;
@@ -54,7 +55,7 @@ void forward(const Kernels<T>& kernels, const Prepared<T>& prepared, const Rows<
   const int64_t threads = torch::stable::get_num_threads();
   p.groups = std::clamp<int64_t>(2 * threads / p.splits, 1, p.groups);
   const int64_t slab = std::min(M, p.slab);
-  std::vector<Partial<T>> partial(size_t(p.splits * slab));                        // [splits, slab]
+  std::vector<Partial<T>> partial(size_t(p.splits * slab));                           // [splits, slab]
   std::unique_ptr<T[]> scores(score ? new T[size_t(p.splits * slab * D)] : nullptr);  // [splits, slab, D]
   const int64_t scratch_bytes = kernels.mixture_scratch(D, mixture.shared);
   const std::vector<T> bounds = lower_bounds(kernels, prepared, rows, M);
@@ -103,9 +104,8 @@ void sum_parts(T* out, const T* parts, int64_t count, int64_t stride, int64_t n)
 template <class T>
 void sum_parts(T* out, const T* parts, int64_t count, int64_t n) {
   if (!out || !count) return;
-  run_pieces(n, 4096, [&](int64_t begin, int64_t end) {
-    sum_parts(out + begin, parts + begin, count, n, end - begin);
-  });
+  run_pieces(n, 4096,
+             [&](int64_t begin, int64_t end) { sum_parts(out + begin, parts + begin, count, n, end - begin); });
 }
 
 template <class T>
@@ -116,8 +116,8 @@ void backward(const Kernels<T>& kernels, Backward<T> job, const Rows<T>& rows, i
   const int64_t slab = std::min(M, p.slab), scratch_bytes = kernels.mixture_scratch(D, shared);
   const auto zeros = [](bool wanted, int64_t n) { return std::vector<T>(size_t(wanted ? n : 0)); };
 
-  // With one group of rows the parameters' gradients go to the output itself.  A shared logvar's gradient is summed over the
-  // components too, so that each task has a part of it.
+  // With one group of rows the parameters' gradients go to the output itself.  A shared logvar's gradient is summed
+  // over the components too, so that each task has a part of it.
   const int64_t parts = p.groups > 1 ? p.groups : 0, shared_parts = p.groups * p.splits;
   std::vector<T> dz = zeros(out.dz, p.splits * slab * D);
   std::vector<T> dmu = zeros(out.dmu, parts * K * D);

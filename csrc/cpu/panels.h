@@ -72,8 +72,8 @@ struct Components {
 // Components that are packed together.
 template <class T>
 struct Chunk {
-  int64_t first, count;        // indices in the mixture's order
-  T max_c = T(-__builtin_inf()), max_log_sigma_ratio = 0;  // of these components
+  int64_t first, count;  // `first` counts in the mixture's order
+  T max_c = T(-__builtin_inf()), max_log_sigma_ratio = 0;
 
   int64_t panels() const { return (count + kPanel<T> - 1) / kPanel<T>; }
 };
@@ -97,9 +97,9 @@ void pack_shared(const Mixture<T>& mix, const Scratch<T>& scratch) {
   }
 }
 
-// Packs the parameters of up to kWidth components, a square of components and dimensions at a time.  An absent component
-// has a weight of -inf, or is the padding of the last panel.  It gets mu = 0 and v / 2 = 1, so that its own parameters,
-// whatever they are, have no effect.
+// Packs the parameters of up to kWidth components, a square of components and dimensions at a time.  An absent
+// component has a weight of -inf, or is the padding of the last panel.  It gets mu = 0 and v / 2 = 1, so that its own
+// parameters, whatever they are, have no effect.
 template <class T>
 struct Packer {
   const Mixture<T>& mix;
@@ -155,8 +155,8 @@ Chunk<T> pack(const Mixture<T>& mix, int64_t first, int64_t count, const Scratch
                                        : uniform;
       absent[i] = log_w[i] == minus_infinity ? -1 : 0;
     }
-    Packer<T> packer = {mix, components, absent, scratch.mu + scratch.at(panel) + lane,
-                        scratch.v + scratch.v_at(panel) + lane, Vec<T>{}};
+    T *mu = scratch.mu + scratch.at(panel) + lane, *v = scratch.v + scratch.v_at(panel) + lane;
+    Packer<T> packer = {mix, components, absent, mu, v, Vec<T>{}};
     int64_t d = 0;
     for (; components.whole(d, D); d += W) packer.template pack<true>(d);
     for (; d < D; d += W) packer.template pack<false>(d);

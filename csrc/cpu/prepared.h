@@ -1,5 +1,6 @@
-// What is found out about a mixture before the kernels run: the order in which its dimensions, its components and the rows
-// are best taken, so that few tiles are active and early checks leave out the others.  Results are right in any order.
+// What is found out about a mixture before the kernels run: the order in which its dimensions, its components and the
+// rows are best taken, so that few tiles are active and early checks leave out the others.  Results are right in any
+// order.
 #pragma once
 
 #include <array>
@@ -89,8 +90,8 @@ class Prepared {
     return uint16_t(node - kLeaves);
   }
 
-  // A k-d tree over a sample of the components.  Each node halves its components at their mean, in that one of the leading
-  // dimensions in which their means spread furthest, in standard deviations of the components.
+  // A k-d tree over a sample of the components.  Each node halves its components at their mean, in that one of the
+  // leading dimensions in which their means spread furthest, in standard deviations of the components.
   void grow_tree() {
     std::vector<LeadingMean> sample;
     const int64_t step = std::max<int64_t>(1, mixture.K / kSample);
@@ -129,8 +130,8 @@ class Prepared {
   bool absent(int64_t k) const { return mixture.log_weights && mixture.log_weights[k] == T(-INFINITY); }
   const T* logvar_of(int64_t k) const { return mixture.logvar + (mixture.shared ? 0 : k * mixture.D); }
 
-  // Dimensions come first in which the components are separated best: by the variance of their means over their variances,
-  // in a sample of the components.  True if the leading ones separate them well.
+  // Dimensions come first in which the components are separated best: by the variance of their means over their
+  // variances, in a sample of the components.  True if the leading ones separate them well.
   bool order_dimensions() {
     const int64_t K = mixture.K, D = mixture.D, step = std::max<int64_t>(1, K / 128);
     std::vector<double> sum(D), square(D), logvar(D), separation(D);

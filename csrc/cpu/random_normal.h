@@ -16,7 +16,7 @@ constexpr int kLogTerms = sizeof(T) == 4 ? 5 : 12;
 template <class T>
 constexpr int kTrigTerms = sizeof(T) == 4 ? 4 : 8;
 
-// sqrt(-2 log u) with u = (w + 1/2) 2^-32.  Where u > 1/2, 1 - u is computed from the complement of w: so it keeps all its
+// sqrt(-2 log u) with u = (w + 1/2) 2^-32.  Where u > 1/2, 1 - u is computed from the complement of w, with all its
 // digits.
 template <class T>
 FASTVAE_INLINE void normal_radius(const Vec<Bits<T>> (&w)[2], Vec<T> (&radius)[2]) {
@@ -27,7 +27,8 @@ FASTVAE_INLINE void normal_radius(const Vec<Bits<T>> (&w)[2], Vec<T> (&radius)[2
   Vec<T> t[2], u[2], f[2], s[2], z[2], p[2];
   Vec<I> upper[2], e[2];
   side_by_side(upper, [&](int i) { return w[i] << kAbove >> (kAbove + 31); });  // all bits where u > 1/2
-  side_by_side(t, [&](int i) {  // u or 1 - u, whichever is smaller
+  // t is u or 1 - u, whichever is smaller
+  side_by_side(t, [&](int i) {
     return (__builtin_convertvector((w[i] ^ upper[i]) & I(0x7FFFFFFF), Vec<T>) + T(0.5)) * T(kTwoToMinus32);
   });
   side_by_side(u, [&](int i) { return upper[i] ? T(1) - t[i] : t[i]; });
@@ -93,8 +94,8 @@ struct Words {
   Vec<uint64_t> x[4];
 };
 
-// The words of N times kBlocks blocks, from `block` on.  Each round of a block waits for the one before it, so that N groups
-// take their rounds in turn.
+// The words of N times kBlocks blocks, from `block` on.  Each round of a block waits for the one before it, so that N
+// groups take their rounds in turn.
 template <int N>
 FASTVAE_INLINE void philox(uint64_t seed, Vec<uint64_t> block, Words* w) {
   using U = Vec<uint64_t>;
@@ -143,8 +144,7 @@ FASTVAE_INLINE void normals(const Words* w, T* out) {
     Vec<T> radius[2];
     normal_radius<T>(even, radius);
     const Direction<T> d = normal_direction<T>(odd);
-    for (int i = 0; i < 2; ++i)
-      store_in_turn<T>(radius[i] * d.cos[i], radius[i] * d.sin[i], out + i * kNormals, lanes);
+    for (int i = 0; i < 2; ++i) store_in_turn<T>(radius[i] * d.cos[i], radius[i] * d.sin[i], out + i * kNormals, lanes);
   } else {
     for (int group = 0; group < 2; ++group) {
       const auto& x = w[group].x;

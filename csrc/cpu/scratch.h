@@ -19,8 +19,8 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// All arrays lie in one piece of memory.  A chunk of panels, and in backward its gradients, takes half a MiB: what stays in
-// the L2 cache of today's cores.
+// All arrays lie in one piece of memory.  A chunk of panels, and in backward its gradients, takes half a MiB: what
+// stays in the L2 cache of today's cores.
 template <class T>
 struct Scratch {
   int64_t chunk;       // panels of a chunk at most

@@ -8,8 +8,8 @@
 //
 //   kRegisters                 how many vector registers there are
 //   kTableSteps                log2 of the largest table that look_up takes; 0: there is no look_up
-//   stream(p, v)               stores past the caches where the machine can, so that what is overwritten is not read first;
-//                              p is a multiple of kBytes, and other threads may read after drain()
+//   stream(p, v)               stores past the caches where the machine can, so that what is overwritten is not read
+//                              first; p is a multiple of kBytes, and other threads may read after drain()
 //   load_up_to(p, n)           the first n lanes, at most all, and zeros in the others
 //   store_up_to(p, v, n)       the first n lanes, at most all
 //   Mask<T>, kEveryLane<T>     which lanes pass a test; all do
@@ -33,7 +33,7 @@
 
 namespace FASTVAE_ISA {
 
-// Blocks of S lanes of a and b, interleaved: the even blocks of both, or the odd ones.
+// In blocks of S lanes: the even blocks of a and b in turn, or the odd blocks.
 template <class T, int S, size_t... I>
 inline Vec<T> even_blocks(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, int(I & S ? kWidth<T> + I - S : I)...);
@@ -43,11 +43,12 @@ inline Vec<T> odd_blocks(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, int(I & S ? kWidth<T> + I : I + S)...);
 }
 
-// The lanes of a where their blocks of S are even, and of b where they are odd.
+// The even blocks of a and the odd blocks of b, each where it was.
 template <class T, int S, size_t... I>
 inline Vec<T> blocks_in_turn(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, int(I & S ? kWidth<T> + I : I)...);
 }
+// Each even block of v and the odd one after it change places.
 template <class T, int S, size_t... I>
 inline Vec<T> swap_blocks(Vec<T> v, std::index_sequence<I...>) {
   return __builtin_shufflevector(v, v, int(I ^ S)...);
@@ -55,11 +56,11 @@ inline Vec<T> swap_blocks(Vec<T> v, std::index_sequence<I...>) {
 
 // Lane i becomes the sum of the lanes of v[i]; v is used up.
 template <class T, int S = 1>
-inline __attribute__((always_inline)) Vec<T> sums(Vec<T>* v) {
+FASTVAE_INLINE Vec<T> sums(Vec<T>* v) {
   constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
 #pragma GCC unroll 8
   for (int i = 0; i < kWidth<T> / 2 / S; ++i) {
-    const Vec<T> a = v[2 * i], b = v[2 * i + 1];  // taking turns is cheaper than moving lanes, which is done once
+    const Vec<T> a = v[2 * i], b = v[2 * i + 1];  // blocks_in_turn is cheaper than moving lanes, which is done once
     v[i] = blocks_in_turn<T, S>(a, b, lanes) + swap_blocks<T, S>(blocks_in_turn<T, S>(b, a, lanes), lanes);
   }
   if constexpr (2 * S < kWidth<T>) return sums<T, 2 * S>(v);
@@ -70,15 +71,18 @@ inline __attribute__((always_inline)) Vec<T> sums(Vec<T>* v) {
 template <class T, int S = kWidth<T> / 2>
 inline T sum(Vec<T> v) {
   constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
-  if constexpr (S == 0) return v[0];
-  else return sum<T, S / 2>(v + odd_blocks<T, S>(v, v, lanes));
+  if constexpr (S == 0)
+    return v[0];
+  else
+    return sum<T, S / 2>(v + odd_blocks<T, S>(v, v, lanes));
 }
 
 // The largest lane.
 template <class T, int S = kWidth<T> / 2>
 inline T max(Vec<T> v) {
   constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
-  if constexpr (S == 0) return v[0];
+  if constexpr (S == 0)
+    return v[0];
   else {
     const Vec<T> other = odd_blocks<T, S>(v, v, lanes);
     return max<T, S / 2>(v > other ? v : other);
@@ -87,7 +91,7 @@ inline T max(Vec<T> v) {
 
 // The square v[row][lane], transposed in place.
 template <class T, int S = 1>
-inline __attribute__((always_inline)) void transpose(Vec<T> (&v)[kWidth<T>]) {
+FASTVAE_INLINE void transpose(Vec<T> (&v)[kWidth<T>]) {
   constexpr auto lanes = std::make_index_sequence<kWidth<T>>();
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth<T>; ++i) {

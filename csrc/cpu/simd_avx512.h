@@ -33,7 +33,7 @@ inline void store_up_to(double* p, Vec<double> v, int64_t n) {
 template <class T>
 using Mask = uint32_t;
 template <class T>
-constexpr Mask<T> kEveryLane = (1u << kWidth<T>) - 1;
+constexpr Mask<T> kEveryLane = 0xffffffffu >> (32 - kWidth<T>);
 inline uint32_t below(Vec<float> v, float limit, uint32_t among) {
   return _mm512_mask_cmp_ps_mask(__mmask16(among), (__m512)v, _mm512_set1_ps(limit), _CMP_LT_OQ);
 }
@@ -45,7 +45,7 @@ inline bool every_lane(Mask<T> m) {
   return m == kEveryLane<T>;
 }
 
-// Here and below, masked forms with a full mask: GCC 12 warns of the undefined operand that the plain ones are made with.
+// Here and below, masked forms with a full mask: GCC 12 warns of an undefined operand within the plain forms.
 inline Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v); }
 inline Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
 

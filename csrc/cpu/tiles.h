@@ -10,12 +10,12 @@ namespace FASTVAE_ISA {
 
 using fastvae::Exponents;
 
-// Dimensions are summed in registers a block at a time, which keeps the rounding error small.  Early checks, whether the
-// tile can still be active, come after the first few dimensions, after as many more, and then after every kCheckEvery.
+// Dimensions are summed in registers a block at a time, which keeps the rounding error small.  Early checks of whether
+// the tile can still be active come after kFirstCheck dimensions, after twice as many, then after every kCheckEvery.
 constexpr int kBlock = 64, kFirstCheck = 4, kCheckEvery = 16;
 
-// The limit of a row against a chunk: `log_negligible` is added to the reference, which is l or near it.  Each panel lowers
-// the limit by its own log sigma ratio.
+// The limit of a row against a chunk: `log_negligible` is added to the reference, which is l or near it.  Each panel
+// lowers the limit by its own log sigma ratio.
 template <class T>
 T limit_of(T reference, T log_negligible, const Mixture<T>& mix, const Chunk<T>& chunk) {
   const T limit = reference + log_negligible;
@@ -32,10 +32,10 @@ T min_x(T limit, T reference) {
 
 // The active tiles of R rows with the panels of a chunk, a batch at a time.
 //
-// Exponents only fall while the sum over dimensions grows, so that the first dimensions may show already that a tile is not
-// active.  If components are not in order and several checks were fruitless, most panels are summed without checks.  An
-// exponent has the same bits with checks and without, in forward and in backward: far from all components, a last bit of an
-// exponent is worth many bits of exp(a - l).
+// Exponents only fall while the sum over dimensions grows, so that the first dimensions may show already that a tile is
+// not active.  If components are not in order and several checks were fruitless, most panels are summed without checks.
+// An exponent has the same bits with checks and without, in forward and in backward: far from all components, a last
+// bit of an exponent is worth many bits of exp(a - l).
 template <class T, int R>
 class Tiles {
  public:
@@ -108,7 +108,7 @@ class Tiles {
     return active;
   }
 
-  // S rows of the tile, from `row` on, with their limits; false if they are left out, and their exponents are -inf then.
+  // S rows of the tile, from `row` on, with their limits; false if they are left out.  Their exponents are then -inf.
   bool strip(int row, const T* limit) {
     const bool check = in_order_ || fruitless_ < kMaxFruitless || next_ % kChecked == 0;
     T* a = tile(count) + row * kPanel<T>;
@@ -124,7 +124,7 @@ class Tiles {
     return active;
   }
 
-  // From c in the first block, else from a, subtracts the sum over the block's dimensions, from `begin` on, of u^2 v / 2.
+  // a = from - sum_d u^2 v / 2, over the dimensions of a block from `begin` on.  In the first block `from` is c, then a.
   // False if the strip is left out.  A v that is the same in all dimensions is multiplied with once.
   template <bool kIsotropic, bool kFirst>
   FASTVAE_INLINE bool subtract_squares(int row, int64_t begin, bool check, const T* limit, T* a) {
@@ -136,7 +136,7 @@ class Tiles {
       return kIsotropic ? fma<T>(-sum, load<T>(v), load<T>(from)) : load<T>(from) - sum;
     };
     Vec<T> sum[S][2] = {};
-    // Whether an exponent is not below its limit, or is NaN.  Row 0 decides early: mostly it has such an exponent, or no row.
+    // Whether an exponent is not below its limit, or is NaN.  Row 0 is asked first: mostly it has one, or no row has.
     const auto active = [&] {
       const T log_sigma_ratio = scratch_.log_sigma_ratio[next_];
       Mask<T> m[2] = {kEveryLane<T>, kEveryLane<T>};
