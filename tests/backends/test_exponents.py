@@ -143,3 +143,25 @@ def test_the_width_of_a_row_must_fit_the_components(K: int) -> None:
         if wrong != width:
             with pytest.raises(RuntimeError, match=f"not {wrong} for K = {K}"):
                 keeping(*mixture, True, wrong)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiles_once_for_any_number_of_components() -> None:
+    """The width is an argument of the operator: a symbolic one under torch.compile with dynamic shapes."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return aot_eager(graph, example)
+
+    def log_prob(z: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
+        return fastvae.mixture_log_prob(z, mu, 0.1 * mu, impl="cpu")
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    compiled = torch.compile(log_prob, fullgraph=True, dynamic=True, backend=backend)
+    for M, K in ((4, 5), (7, 40), (12, 70), (9, 33)):
+        z, mu = torch.randn(M, 3, requires_grad=True), torch.randn(K, 3, requires_grad=True)
+        got, want = (torch.autograd.grad(f(z, mu).sum(), (z, mu)) for f in (compiled, log_prob))
+        assert all(torch.allclose(g, w, rtol=1e-5, atol=1e-6) for g, w in zip(got, want, strict=True)), (M, K)
+    assert len(graphs) == 1
