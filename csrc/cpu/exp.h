@@ -1,6 +1,6 @@
-// exp on vectors, to about one unit in the last place: for the terms of a sum, and for any number.
+// exp on vectors, to about one unit in the last place: of any number, and faster for the terms of a sum.
 //
-// All take two vectors at a time, see side_by_side.
+// Most functions take two vectors at a time, see side_by_side.
 #pragma once
 
 #include "simd.h"
@@ -20,6 +20,7 @@ FASTVAE_INLINE void side_by_side(V (&v)[2], const F& f) {
 #endif
 }
 
+// What exp has to know of a floating-point format.
 template <class T>
 struct Format;
 template <>
@@ -28,7 +29,6 @@ struct Format<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   static constexpr float kExpLimit = 87.0f;     // |x| beyond which exp(x) leaves the normal numbers
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the sum is ln 2; n * high is exact
-  // of the Taylor series in `exponential`
   static constexpr int kExpTerms = 7;
 };
 template <>
@@ -112,7 +112,7 @@ inline Vec<T> exp2_of_low_bits(Vec<T> y) {
     return (Vec<T>)n;
 }
 
-// exp(x) is the product of p and power, which is exactly zero at 2^-kBias.
+// exp(x) is p * power.  The power is exactly zero where it would be 2^-kBias.
 template <class T>
 FASTVAE_INLINE void exp_factors(const Vec<T> (&x)[2], Vec<T> (&p)[2], Vec<T> (&power)[2]) {
   using F = Format<T>;
@@ -171,7 +171,8 @@ inline Exponential<T> exponential(const Vec<T> x) {
   Vec<T> r = fma<T>(n, broadcast<T>(-F::kLn2High), inside);
   r = fma<T>(n, broadcast<T>(-F::kLn2Low), r);
   const Vec<T> scale = (Vec<T>)(((Vec<Bits<T>>)y + F::kBias) << F::kMantissaBits);
-  Vec<T> series = broadcast<T>(T(1.0 / factorial(F::kExpTerms)));  // (e^r - 1 - r) / r^2, by Taylor: |r| < 0.35
+  // (e^r - 1 - r) / r^2 by its Taylor series, |r| < 0.35
+  Vec<T> series = broadcast<T>(T(1.0 / factorial(F::kExpTerms)));
   for (int i = F::kExpTerms - 1; i >= 2; --i) series = fma<T>(series, r, broadcast<T>(T(1.0 / factorial(i))));
   const Vec<T> q = series * (r * r);
   const Vec<T> value = fma<T>(scale, q + r, scale);
@@ -180,7 +181,8 @@ inline Exponential<T> exponential(const Vec<T> x) {
   return {x > limit ? infinity : value, x > limit ? infinity : rest};
 }
 
-// x becomes exp(x), for |x| <= kExpLimit or NaN.  With a table of W numbers, x = n ln 2 / W + t.
+// x becomes exp(x), for |x| <= kExpLimit or NaN.  With a table of W numbers, exp(x) = 2^(n / W) exp(t) where
+// x = n ln 2 / W + t.
 template <class T>
 FASTVAE_INLINE void exponentials_within(Vec<T> (&x)[2]) {
   if constexpr (sizeof(T) == 4 && kTableSteps > 0) {

@@ -33,9 +33,11 @@ std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Ten
   return {log_prob, score};
 }
 
-// Numbers in a row of the kept exponents, whose width is `per_row`: K, rounded up to whole panels.  With each 16 of
-// them comes room for one number.  The bytes of `active` lie in that room, after the exponents of all rows.
-// exponents_per_row in fastvae/operators.py computes the width.
+namespace {
+
+// How many exponents are kept of a row, if each row has room for per_row numbers: K, rounded up to whole panels.  With
+// each 16 exponents comes room for one number more; there, after the exponents of all rows, lie the bytes of `active`.
+// exponents_per_row in fastvae/operators.py computes per_row.
 int64_t exponents_stride(int64_t per_row, int64_t K) {
   const int64_t stride = per_row / 17 * 16;
   STD_TORCH_CHECK(per_row == stride / 16 * 17 && stride % kMaxPanel == 0 && stride >= K && stride - K < kMaxPanel,
@@ -50,6 +52,8 @@ Exponents<T> exponents_in(const Tensor& kept, int64_t K) {
   T* a = output<T>(kept);
   return {a, reinterpret_cast<uint8_t*>(a + kept.size(0) * stride), stride};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> mixture_log_prob_and_exponents(const Tensor& z, const Tensor& mu, const Tensor& logvar,
                                                           const OptionalTensor& log_weights,

@@ -1,6 +1,6 @@
 // What is found out about a mixture before the kernels run: the order in which its dimensions, its components and the
-// rows are best taken, so that few tiles are active and early checks leave out the others.  Results are right in any
-// order.
+// rows are best taken.  In a good order few tiles are active, and early checks find the others.  Any order gives right
+// results.
 #pragma once
 
 #include <array>
@@ -41,7 +41,7 @@ class Prepared {
     }
   }
 
-  // The order of n rows [n, D], leaf by leaf of the tree: counting sort.  Where a leaf begins in it goes into `begins`.
+  // The order of n rows [n, D], leaf by leaf of the tree, by counting sort.  begins[l] is where leaf l begins in it.
   std::vector<int64_t> in_order(const T* rows, int64_t n, std::vector<int64_t>& begins) const {
     std::vector<uint16_t> leaf(static_cast<size_t>(n));
     const int64_t parts = std::clamp<int64_t>(n / 1024, 1, 64);

@@ -1,6 +1,7 @@
-// Random normal numbers: Philox4x32-10 makes words of 32 bits, Box-Muller makes two normal numbers of two words:
+// Random normal numbers.  Philox4x32-10 makes random words of 32 bits; u and u' in [0, 1) are such words divided by
+// 2^32.  Box-Muller makes two normal numbers of them:
 //
-//   radius = sqrt(-2 log u)     normal numbers: radius cos(2 pi u'), radius sin(2 pi u')
+//   radius cos(2 pi u'),   radius sin(2 pi u'),   radius = sqrt(-2 log u)
 #pragma once
 
 #include "exp.h"

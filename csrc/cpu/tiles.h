@@ -124,8 +124,8 @@ class Tiles {
     return active;
   }
 
-  // a = from - sum_d u^2 v / 2, over the dimensions of a block from `begin` on.  In the first block `from` is c, then a.
-  // False if the strip is left out.  A v that is the same in all dimensions is multiplied with once.
+  // a = from - sum_d u^2 v / 2, over the dimensions of a block from `begin` on.  In the first block `from` is c, then
+  // a.  False if the strip is left out.  A v that is the same in all dimensions is multiplied with once.
   template <bool kIsotropic, bool kFirst>
   FASTVAE_INLINE bool subtract_squares(int row, int64_t begin, bool check, const T* limit, T* a) {
     const T* v = scratch_.v + scratch_.v_at(next_);
