@@ -68,6 +68,14 @@ MUTATIONS = [
         "what float32 can see is left out",
     ),
     cpu(
+        "log t is ignored in the score",
+        "tiles.h",
+        "return limit - fastvae::log_t_bound(limit, chunk.max_c, chunk.max_log_sigma_ratio);",
+        "return limit;",
+        "a term that counts r t / sigma is left out as if it counted r / sigma",
+        ("tests/backends/test_skipping.py", *CPU),
+    ),
+    cpu(
         "the log sigma ratio is ignored in the score",
         "mixture_forward.h",
         "exp_terms<T>(x, min_x<T>(limit[r] - scratch.log_sigma_ratio[tiles.panel[i]], reference[r]));",
