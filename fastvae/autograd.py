@@ -99,7 +99,7 @@ class MixtureLogProb(torch.autograd.Function):
         if need_z and not dense and (BACKENDS[backend].score_in_forward or not any(need_parameters)):
             log_prob, score = BACKENDS[backend].operators.mixture_log_prob_and_score(*mixture)
         elif any(need_parameters) and not dense and (keeping := _exponents(backend, z.shape[0], mu)):
-            log_prob, exponents = keeping.mixture_log_prob(*mixture, need_z)
+            log_prob, exponents = keeping.mixture_log_prob(*mixture, need_z, exponents_per_row(mu.shape[0]))
         else:
             log_prob = BACKENDS[backend].operators.mixture_log_prob(*mixture)
         ctx.save_for_backward(log_prob, score, exponents, *mixture)
@@ -274,7 +274,8 @@ class MixtureKL(torch.autograd.Function):
         S, prior = num_samples or 1, (prior_mu, prior_logvar, log_weights, exclude)
         arguments, score, exponents = (mu, logvar, seed, S, *prior), None, None
         if need_prior and not dense and (keeping := _exponents(backend, S * mu.shape[0], prior_mu)):
-            z, kl, log_prob, exponents = keeping.mixture_kl(*arguments, need_q)
+            per_row = exponents_per_row(prior_mu.shape[0])
+            z, kl, log_prob, exponents = keeping.mixture_kl(*arguments, need_q, per_row)
         else:
             with_score = need_q and not dense and (BACKENDS[backend].score_in_forward or not need_prior)
             z, kl, log_prob, score = BACKENDS[backend].operators.mixture_kl(*arguments, with_score)

@@ -81,28 +81,30 @@ def _mixture_kl_backward(
 
 
 def exponents_per_row(K: int) -> int:
-    """How many numbers forward keeps of each row for backward.
+    """How many numbers forward keeps of each row for backward; the operators that keep them take it as an argument.
 
-    The row's K exponents a_mk, padded to whole panels of 32 components, and for each 16 of them one number's room,
-    which holds a byte a tile: whether the tile matters to backward.
+    They are the row's K exponents a_mk, padded to whole panels of 32 components, and for each 16 of these the room of
+    one number.  That room holds a byte for each tile: whether it is active.
     """
     return (K + 31) // 32 * (32 + 2)
 
 
-def _mixture_log_prob_and_exponents(z, mu, logvar, log_weights, exclude, need_z):
-    """(log p(z) [M], the exponents that backward takes)."""
-    return z.new_empty(z.shape[0]), z.new_empty(z.shape[0], exponents_per_row(mu.shape[0]))
+def _mixture_log_prob_and_exponents(z, mu, logvar, log_weights, exclude, need_z, exponents_per_row):
+    """(log p(z) [M], the exponents that backward takes [M, exponents_per_row])."""
+    return z.new_empty(z.shape[0]), z.new_empty(z.shape[0], exponents_per_row)
 
 
 def _mixture_log_prob_backward_from_exponents(grad, log_prob, exponents, z, mu, logvar, log_weights, exclude, *need):
     return _mixture_log_prob_backward(grad, log_prob, z, mu, logvar, log_weights, exclude, False, *need)
 
 
-def _mixture_kl_and_exponents(mu, logvar, seed, num_samples, prior_mu, prior_logvar, log_weights, exclude, need_q):
+def _mixture_kl_and_exponents(
+    mu, logvar, seed, num_samples, prior_mu, prior_logvar, log_weights, exclude, need_q, exponents_per_row
+):
     """(z [S, M, D], kl [S, M], log p(z) [S M], the exponents of the S M rows)."""
     z, kl, *_ = _mixture_kl(mu, logvar, seed, num_samples, prior_mu, prior_logvar, log_weights, exclude, False)
     mixture = prior_mu, prior_logvar, log_weights, exclude
-    return z, kl, *_mixture_log_prob_and_exponents(z.flatten(0, 1), *mixture, need_q)
+    return z, kl, *_mixture_log_prob_and_exponents(z.flatten(0, 1), *mixture, need_q, exponents_per_row)
 
 
 def _mixture_kl_backward_from_exponents(*arguments):
@@ -156,7 +158,11 @@ SCHEMAS = (
     ),
 )
 EXPONENT_SCHEMAS = (
-    Schema("mixture_log_prob_and_exponents", f"({_MIXTURE}, bool need_z) -> {_TWO}", _mixture_log_prob_and_exponents),
+    Schema(
+        "mixture_log_prob_and_exponents",
+        f"({_MIXTURE}, bool need_z, SymInt exponents_per_row) -> {_TWO}",
+        _mixture_log_prob_and_exponents,
+    ),
     Schema(
         "mixture_log_prob_backward_from_exponents",
         f"(Tensor grad, Tensor log_prob, Tensor exponents, {_MIXTURE}, bool need_z, {_NEED}) -> {_FOUR}",
@@ -164,7 +170,8 @@ EXPONENT_SCHEMAS = (
     ),
     Schema(
         "mixture_kl_and_exponents",
-        f"(Tensor mu, Tensor logvar, Tensor seed, SymInt num_samples, {_PRIOR}, bool need_q) -> {_FOUR}",
+        f"(Tensor mu, Tensor logvar, Tensor seed, SymInt num_samples, {_PRIOR}, bool need_q, SymInt exponents_per_row) "
+        f"-> {_FOUR}",
         _mixture_kl_and_exponents,
     ),
     Schema(

@@ -1,9 +1,9 @@
 // Which pairs of a row and a component the kernels leave out: the rule, for the CPU and CUDA alike.
 // kernels/skipping.py is the same rule for Triton; docs/concepts/skipping.md explains it.
 //
-// Of a pair, a = log(w_k N(z_m; mu_k, sigma_k)) is the exponent, c the largest a that the component has anywhere (at its
-// mean), r = exp(a - l) the responsibility, and t = (z_d - mu_kd) / sigma_kd in any one dimension d.
-// A pair is left out where a is below the limit of its row.
+// Of a pair, a = log(w_k N(z_m; mu_k, sigma_k)) is the exponent, c the largest a that the component has anywhere (at
+// its mean), r = exp(a - l) the responsibility, and t = (z_d - mu_kd) / sigma_kd in any one dimension d.  A pair is
+// left out where a is below the limit of its row.
 #pragma once
 
 #include <math.h>
@@ -30,10 +30,10 @@ FASTVAE_INLINE T log_negligible(int64_t K, int extra_digits = 0) {
   return T(-log(double(K)) - (kDigits<T> + extra_digits) * 0.693147180559945309417);
 }
 
-// In the gradient in z a pair counts r t / sigma.  Beside the component with the largest sigma of all in that dimension,
-// sigma', it counts for t sigma' / sigma times its responsibility: the limit is lowered by log(sigma' / sigma), the
-// component's log sigma ratio, and by log t.  This is a bound on log t, for components whose largest c and largest log
-// sigma ratio are given:
+// In the gradient in z a pair counts r t / sigma.  Let sigma' be the largest sigma of any component in that dimension.
+// Beside that component, the pair counts for t sigma' / sigma times its responsibility.  So the limit is lowered by the
+// component's log sigma ratio, which is the largest log(sigma' / sigma) over the dimensions, and by log t.  This is a
+// bound on log t, for components whose largest c and largest log sigma ratio are given:
 //
 // As c - a is a sum of t^2 / 2 over dimensions, t^2 <= 2 (c - a).  r t falls as a falls (where t > 1), so that t at the
 // lowered limit bounds what is left out below it.  There c - a = A + log t, with A = c - limit + log sigma ratio, and

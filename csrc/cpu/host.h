@@ -23,8 +23,8 @@
 
 namespace fastvae {
 
-// A result on the CPU, not yet written.  A large one is often fresh memory, and the first touch of its pages then takes
-// as long as the work; so it asks for huge ones.
+// A result on the CPU, not yet written.  A large result is often fresh memory, and the first touch of its pages takes
+// as long as the work.  That is why huge pages are asked for.
 inline Tensor new_result(const Tensor& like, std::vector<int64_t> size) {
   Tensor t = empty(like, size);
 #if defined(__linux__)
@@ -36,7 +36,7 @@ inline Tensor new_result(const Tensor& like, std::vector<int64_t> size) {
   return t;
 }
 
-// f.operator()<float>(kernels) or <double>, after the dtype of a checked tensor.
+// f(float(), kernels) or f(double(), kernels), by the dtype of a checked tensor.
 template <class F>
 void by_dtype(const Tensor& t, const F& f) {
   if (t.scalar_type() == ScalarType::Float)
@@ -45,14 +45,15 @@ void by_dtype(const Tensor& t, const F& f) {
     f(double(), isa().f64);
 }
 
-// Whether this process was forked off another: OpenMP's threads are then not there, and waiting for them would not end.
+// Whether this process was forked from another.  OpenMP's threads are not there then, and waiting for them would not
+// end.
 inline std::atomic<bool> forked{false};
 #if !defined(_WIN32)
 inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-// Runs f(task) for each of n tasks.  Threads take the next one when they are done with the last, so that a busy core
-// delays nobody; what a task computes does not depend on who runs it.
+// Runs f(task) for each of n tasks.  A thread takes the next task when it has finished one, so that a busy core does
+// not delay the others.  What a task computes does not depend on the thread that runs it.
 template <class F>
 void run_tasks(int64_t n, const F& f) {
   const int64_t workers = forked ? 1 : std::min<int64_t>(n, torch::stable::get_num_threads());
@@ -72,7 +73,7 @@ void run_pieces(int64_t n, int64_t piece, const F& f) {
   run_tasks((n + piece - 1) / piece, [&](int64_t task) { f(task * piece, std::min(n, (task + 1) * piece)); });
 }
 
-// Memory of this thread, kept from call to call: fresh pages would cost more than a small problem does.
+// Memory of this thread, kept from call to call: fresh pages would cost more than the work of a small problem.
 inline void* thread_scratch(int64_t bytes) {
   thread_local std::vector<char> memory;
   if (int64_t(memory.size()) < bytes) memory.resize(size_t(bytes));

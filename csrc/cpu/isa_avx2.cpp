@@ -10,7 +10,8 @@
 #define FASTVAE_BYTES 32
 #include "gaussian.h"  // first, since it is faster as the compiler schedules it
 #if !defined(__clang__)
-#pragma GCC optimize("no-schedule-insns2")  // operations of one kind stay in pairs, which Zen 3 spreads over its pipes best
+// Without this scheduling, operations of one kind stay in pairs, which Zen 3 spreads over its pipes best.
+#pragma GCC optimize("no-schedule-insns2")
 #endif
 #include "isa_table.h"
 

@@ -2,14 +2,15 @@
 #pragma once
 
 #include "gaussian.h"
-#include "mixture.h"
+#include "mixture_backward.h"
+#include "mixture_forward.h"
 
 namespace FASTVAE_ISA {
 
 template <class T>
 constexpr fastvae::Kernels<T> kKernels = {
-    mixture_forward<T>,  mixture_backward<T>,          mixture_scratch<T>,
-    gaussian_rsample<T>, gaussian_rsample_backward<T>, gaussian_kl<T>, gaussian_kl_backward<T>,
+    mixture_forward<T>,           mixture_backward<T>, mixture_scratch<T>,      gaussian_rsample<T>,
+    gaussian_rsample_backward<T>, gaussian_kl<T>,      gaussian_kl_backward<T>,
 };
 
 }  // namespace FASTVAE_ISA

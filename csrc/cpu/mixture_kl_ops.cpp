@@ -1,4 +1,4 @@
-// mixture_kl and its gradients on the CPU: kl = log q(z) - log p(z), of sampling and density.
+// mixture_kl and its gradients on the CPU: kl = log q(z) - log p(z), from the operators of sampling and density.
 #include "operators.h"
 
 namespace fastvae {
@@ -33,18 +33,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl(const Tensor& mu, const Te
   return {z, kl, log_prob, score};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl_and_exponents(
-    const Tensor& mu, const Tensor& logvar, const Tensor& seed, int64_t num_samples, const Tensor& prior_mu,
-    const Tensor& prior_logvar, const OptionalTensor& log_weights, const OptionalTensor& exclude, bool need_q) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl_and_exponents(const Tensor& mu, const Tensor& logvar,
+                                                                    const Tensor& seed, int64_t num_samples,
+                                                                    const Tensor& prior_mu, const Tensor& prior_logvar,
+                                                                    const OptionalTensor& log_weights,
+                                                                    const OptionalTensor& exclude, bool need_q,
+                                                                    int64_t exponents_per_row) {
   auto [z, kl] = gaussian_rsample(mu, logvar, seed, num_samples);
   auto [log_prob, kept] =
-      mixture_log_prob_and_exponents(flat(z), prior_mu, prior_logvar, log_weights, exclude, need_q);
+      mixture_log_prob_and_exponents(flat(z), prior_mu, prior_logvar, log_weights, exclude, need_q, exponents_per_row);
   subtract_log_p(kl, log_prob);
   return {z, kl, log_prob, kept};
 }
 
-// What arrives at z: through log p, which is `grad` [N] times the score where there is one, else dz as it is; and what
-// arrives at z itself, if anything does.
+// dz becomes the whole gradient in z: the part through log p, and grad_z, which is upstream of z itself and may be
+// null.  The part through log p is `grad` [N] times the score where there is a score, else it is in dz already.
 void finish_dz(const Tensor& dz, const Tensor& grad, const Tensor& score, const OptionalTensor& grad_z) {
   const int64_t N = grad.numel(), D = dz.size(1);
   by_dtype(dz, [&](auto zero, const auto&) {
@@ -67,8 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_from(
     const Tensor& prior_mu, const Tensor& prior_logvar, const OptionalTensor& log_weights,
     const OptionalTensor& exclude, bool dense, bool need_q, bool need_mu, bool need_logvar, bool need_log_weights) {
   check_floats({&z, &grad_kl, &score, grad_z ? &*grad_z : &z});
-  STD_TORCH_CHECK(z.dim() == 3 && grad_kl.numel() == z.size(0) * z.size(1) && (!grad_z || grad_z->numel() == z.numel()) &&
-                      (score.numel() == 0 || score.numel() == z.numel()),
+  STD_TORCH_CHECK(z.dim() == 3 && grad_kl.numel() == z.size(0) * z.size(1) &&
+                      (!grad_z || grad_z->numel() == z.numel()) && (score.numel() == 0 || score.numel() == z.numel()),
                   "fastvae: want z and grad_z [S, M, D], grad_kl [S, M] and score [S M, D]");
   Tensor grad = new_result(z, {grad_kl.numel()});
   by_dtype(z, [&](auto zero, const auto&) {

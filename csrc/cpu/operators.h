@@ -1,4 +1,4 @@
-// The operators on the CPU that mixture_kl is made of.
+// The operators on the CPU of which mixture_kl is made.
 #pragma once
 
 #include "host.h"
@@ -11,12 +11,14 @@ Tensor mixture_log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar,
 std::tuple<Tensor, Tensor> mixture_log_prob_and_score(const Tensor& z, const Tensor& mu, const Tensor& logvar,
                                                       const OptionalTensor& log_weights, const OptionalTensor& exclude);
 
-// log p(z), and what it kept for backward; need_z tells whether that will be asked for a gradient in z.
+// log p(z) [M], and the exponents that backward takes [M, exponents_per_row].  need_z: backward will be asked for the
+// gradient in z.
 std::tuple<Tensor, Tensor> mixture_log_prob_and_exponents(const Tensor& z, const Tensor& mu, const Tensor& logvar,
                                                           const OptionalTensor& log_weights,
-                                                          const OptionalTensor& exclude, bool need_z);
+                                                          const OptionalTensor& exclude, bool need_z,
+                                                          int64_t exponents_per_row);
 
-// The gradients in z, mu, logvar and log_weights; one that is not asked for has no elements.
+// The gradients in z, mu, logvar and log_weights; a gradient that is not asked for has no elements.
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_log_prob_backward_from(
     const OptionalTensor& exponents, const Tensor& grad, const Tensor& log_prob, const Tensor& z, const Tensor& mu,
     const Tensor& logvar, const OptionalTensor& log_weights, const OptionalTensor& exclude, bool dense, bool need_z,

@@ -1,133 +1,133 @@
-// Tiles: R rows by a panel, the exponents a of their pairs, and what their weights add to the gradients.
+// Tiles: the exponents a of R rows and the components of a panel, with the early checks.
+//
+// A tile is left out if all its exponents are below their rows' limits (../common/skipping.h); the others are active.
 #pragma once
 
+#include "../common/skipping.h"
 #include "panels.h"
 
 namespace FASTVAE_ISA {
 
-// Dimensions are summed in registers a block at a time, which keeps the rounding error small, with looks at whether the
-// tile still matters: after the first few dimensions, after as many more, and then after every kLook.
-constexpr int kBlock = 64, kFirstLook = 4, kLook = 16;
+using fastvae::Exponents;
 
-// What a may be and its term still be left out.  The sum, whose logarithm or largest a is `reference`, does not see K
-// terms that are `negligible` below it.  The gradient in z is a sum of r t s: there a term counts t s / s' times as
-// much, s' the least s of any component in that dimension.  s / s' is what the panel's steepness is taken off for;
-// t = sqrt(2 (c - a)) at most, and r t falls with a, so that t at the limit itself is taken for all below it: with A the
-// room from there to c but for log t, t^2 = 2 (A + log t) < 3 A + 1.
+// Dimensions are summed in registers a block at a time, which keeps the rounding error small.  Early checks of whether
+// the tile can still be active come after kFirstCheck dimensions, after twice as many, then after every kCheckEvery.
+constexpr int kBlock = 64, kFirstCheck = 4, kCheckEvery = 16;
+
+// The limit of a row against a chunk: `log_negligible` is added to the reference, which is l or near it.  Each panel
+// lowers the limit by its own log sigma ratio.
 template <class T>
-T limit_for(T reference, T negligible, const Mixture<T>& mix, const Extremes<T>& chunk) {
-  const T limit = reference - negligible;
-  if (!mix.widest) return limit;
-  const double t_squared = 3 * (double(chunk.c) - double(limit) + double(chunk.steep)) + 1;
-  int64_t bits;
-  __builtin_memcpy(&bits, &t_squared, sizeof bits);
-  const int64_t exponent = (bits >> 52) - 1022;  // t^2 < 2^exponent, which is a cheap bound and near enough
-  return T(double(limit) - (t_squared > 1 ? 0.5 * kLn2 * double(exponent) : 0.0));
+T limit_of(T reference, T log_negligible, const Mixture<T>& mix, const Chunk<T>& chunk) {
+  const T limit = reference + log_negligible;
+  if (!mix.max_logvar) return limit;
+  return limit - fastvae::log_t_bound(limit, chunk.max_c, chunk.max_log_sigma_ratio);
 }
 
-// The least x of which exp_terms are not zero, for x = a - reference, where a may be left out below the limit.
+// For exp_terms: the smallest x = a - reference of a term that is not left out.
 template <class T>
-T least_term(T limit, T reference) {
-  const T least = limit - reference, most = -Format<T>::kExpLimit;
-  return least > most ? least : most;
+T min_x(T limit, T reference) {
+  const T x = limit - reference, min_of_exp_terms = -Format<T>::kExpLimit;
+  return x > min_of_exp_terms ? x : min_of_exp_terms;
 }
 
-// The tiles of R rows with the panels of a chunk, a batch at a time: those that matter.
+// The active tiles of R rows with the panels of a chunk, a batch at a time.
 //
-// A tile is left out if all its exponents are below their rows' limits.  As they only fall while the sum over dimensions
-// grows, that may be known from the first dimensions already.  Where components are not in order and looking has been
-// for nothing several times, most panels are summed without.  An exponent is the same number either way, in forward and
-// in backward: far from all components a last bit of it is worth many bits of exp(a - l).
+// Exponents only fall while the sum over dimensions grows, so that the first dimensions may show already that a tile is
+// not active.  If components are not in order and several checks were fruitless, most panels are summed without checks.
+// An exponent has the same bits with checks and without, in forward and in backward: far from all components, a last
+// bit of an exponent is worth many bits of exp(a - l).
 template <class T, int R>
 class Tiles {
  public:
-  int count = 0;
-  int64_t index[kBatch];  // of the panel in its chunk
-  // [R, kPanel]: the exponents of the i-th tile of the batch, for the caller to use up.
+  int count = 0;          // of the batch
+  int64_t panel[kBatch];  // of each tile, counted in the chunk
+  // [R, kPanel]: the exponents of the i-th tile of the batch, which the caller may overwrite.
   T* tile(int i) const { return scratch_.tiles + i * R * kPanel<T>; }
 
-  // From row m and component `first` on.
-  Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const int64_t* exclude, int64_t m, int64_t first,
-        int64_t panels, const Exponents<T>& kept)
+  // Rows from m on.
+  Tiles(const Scratch<T>& scratch, const Mixture<T>& mixture, const Chunk<T>& chunk, const int64_t* exclude, int64_t m,
+        const Exponents<T>& kept)
       : scratch_(scratch),
-        kept_(kept.a ? kept.a + m * kept.stride + first * R : nullptr),
-        matter_(kept.a ? kept.matter + (m * kept.stride + first) / kPanel<T> : nullptr),
+        kept_(kept.a ? kept.a + m * kept.stride + chunk.first * R : nullptr),
+        active_(kept.a ? kept.active + (m * kept.stride + chunk.first) / kPanel<T> : nullptr),
         D_(mixture.D),
         in_order_(mixture.order),
         isotropic_(mixture.isotropic),
         exclude_(exclude),
-        first_(first),
-        panels_(panels) {}
+        first_(chunk.first),
+        panels_(chunk.panels()) {}
 
-  // The next batch; false at the end.  What is to be kept is.
+  // The next batch, computed, and stored where exponents are kept; false at the end.
   bool find(const T (&limit)[R]) {
     for (count = 0; next_ < panels_ && count < kBatch; ++next_) {
-      index[count] = next_;
-      const bool matter = exponents(limit);
+      panel[count] = next_;
+      const bool active = exponents(limit);
       if (kept_) {
-        matter_[next_] = matter;
-        if (matter) __builtin_memcpy(kept_ + next_ * R * kPanel<T>, tile(count), R * kPanel<T> * sizeof(T));
+        active_[next_] = active;
+        if (active) __builtin_memcpy(kept_ + next_ * R * kPanel<T>, tile(count), R * kPanel<T> * sizeof(T));
       }
-      count += matter;
+      count += active;
     }
     return count > 0;
   }
 
-  // The next batch of what was kept.
+  // The next batch of the exponents that were kept.
   bool find_kept(const T (&limit)[R]) {
     for (count = 0; next_ < panels_ && count < kBatch; ++next_) {
-      index[count] = next_;
-      if (!matter_[next_]) continue;
+      panel[count] = next_;
+      if (!active_[next_]) continue;
       const T* a = kept_ + next_ * R * kPanel<T>;
-      Mask<T> m = kEveryLane<T>;
+      Mask<T> left_out = kEveryLane<T>;
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         for (int i = 0; i < kPanel<T>; i += W) {
           const Vec<T> exponent = load<T>(a + r * kPanel<T> + i);
-          m = below(exponent, limit[r] - scratch_.steep[next_], m);
+          left_out = below(exponent, limit[r] - scratch_.log_sigma_ratio[next_], left_out);
           store<T>(tile(count) + r * kPanel<T> + i, exponent);
         }
       }
-      count += !every_lane<T>(m);
+      count += !every_lane<T>(left_out);
     }
     return count > 0;
   }
 
  private:
-  static constexpr int W = kWidth<T>, S = R < kStrip ? R : kStrip, kPatience = 4, kEvery = 8;
+  // After kMaxFruitless fruitless checks, one panel of kChecked is checked.
+  static constexpr int W = kWidth<T>, S = R < kStrip ? R : kStrip, kMaxFruitless = 4, kChecked = 8;
 
-  // The tile after the last one; false if it does not matter.
+  // The exponents of panel next_; false if the tile is not active.
   bool exponents(const T (&limit)[R]) {
-    bool any = false;
-    for (int row = 0; row < R; row += S) any |= strip(row, limit + row);
-    if (any && exclude_) {
+    bool active = false;
+    for (int row = 0; row < R; row += S) active |= strip(row, limit + row);
+    if (active && exclude_) {
       for (int r = 0; r < R; ++r) {
         const int64_t lane = exclude_[r] - first_ - next_ * kPanel<T>;
         if (lane >= 0 && lane < kPanel<T>) tile(count)[r * kPanel<T> + lane] = T(-__builtin_inf());
       }
     }
-    return any;
+    return active;
   }
 
-  // S rows of it, from `row` on, with their limits; false if none of their exponents matters, which are -inf then.
+  // S rows of the tile, from `row` on, with their limits; false if they are left out.  Their exponents are then -inf.
   bool strip(int row, const T* limit) {
-    const bool look = in_order_ || idle_ < kPatience || next_ % kEvery == 0;
+    const bool check = in_order_ || fruitless_ < kMaxFruitless || next_ % kChecked == 0;
     T* a = tile(count) + row * kPanel<T>;
-    bool matter = isotropic_ ? subtract_squares<true, true>(row, 0, look, limit, a)
-                             : subtract_squares<false, true>(row, 0, look, limit, a);
-    for (int64_t d = kBlock; matter && d < D_; d += kBlock)
-      matter = isotropic_ ? subtract_squares<true, false>(row, d, look, limit, a)
-                          : subtract_squares<false, false>(row, d, look, limit, a);
-    if (matter) idle_ += look;
-    else if constexpr (S < R)  // another strip may matter
+    bool active = isotropic_ ? subtract_squares<true, true>(row, 0, check, limit, a)
+                             : subtract_squares<false, true>(row, 0, check, limit, a);
+    for (int64_t d = kBlock; active && d < D_; d += kBlock)
+      active = isotropic_ ? subtract_squares<true, false>(row, d, check, limit, a)
+                          : subtract_squares<false, false>(row, d, check, limit, a);
+    if (active)
+      fruitless_ += check;
+    else if constexpr (S < R)  // another strip may be active
       for (int i = 0; i < S * kPanel<T>; i += W) store<T>(a + i, broadcast<T>(T(-__builtin_inf())));
-    return matter;
+    return active;
   }
 
-  // a = c in the first block, else a, minus the sum over the dimensions of the block from `begin` on of u^2 v / 2.  False
-  // if that leaves no exponent of the strip that matters.  A v that is the same everywhere is multiplied with once.
+  // a = from - sum_d u^2 v / 2, over the dimensions of a block from `begin` on.  In the first block `from` is c, then
+  // a.  False if the strip is left out.  A v that is the same in all dimensions is multiplied with once.
   template <bool kIsotropic, bool kFirst>
-  inline __attribute__((always_inline)) bool subtract_squares(int row, int64_t begin, bool look, const T* limit, T* a) {
+  FASTVAE_INLINE bool subtract_squares(int row, int64_t begin, bool check, const T* limit, T* a) {
     const T* v = scratch_.v + scratch_.v_at(next_);
     const T* from = kFirst ? scratch_.c + next_ * kPanel<T> : a;
     constexpr int64_t stride = kFirst ? 0 : kPanel<T>;
@@ -136,31 +136,31 @@ class Tiles {
       return kIsotropic ? fma<T>(-sum, load<T>(v), load<T>(from)) : load<T>(from) - sum;
     };
     Vec<T> sum[S][2] = {};
-    // Whether an exponent is not below its limit, or is NaN: mostly one of row 0 is, or none is.
-    const auto matters = [&] {
-      const T steep = scratch_.steep[next_];
+    // Whether an exponent is not below its limit, or is NaN.  Row 0 is asked first: mostly it has one, or no row has.
+    const auto active = [&] {
+      const T log_sigma_ratio = scratch_.log_sigma_ratio[next_];
       Mask<T> m[2] = {kEveryLane<T>, kEveryLane<T>};
 #pragma GCC unroll 8
       for (int r = 0; r < S; ++r) {
         for (int i = 0; i < 2; ++i)
-          m[i] = below(minus(from + r * stride + i * W, sum[r][i]), limit[r] - steep, m[i]);
+          m[i] = below(minus(from + r * stride + i * W, sum[r][i]), limit[r] - log_sigma_ratio, m[i]);
         if (r == 0 && !every_lane<T>(m[0] & m[1])) return true;
       }
       return !every_lane<T>(m[0] & m[1]);
     };
     int64_t d = begin;
-    if (kFirst && look && end >= 2 * kFirstLook) {
-      while (d < 2 * kFirstLook) {
-        add_squares<kIsotropic>(row, d, d + kFirstLook, sum);  // a constant number of dimensions, unrolled
-        d += kFirstLook;
-        if (!matters()) return leave_out(d, look);
+    if (kFirst && check && end >= 2 * kFirstCheck) {
+      while (d < 2 * kFirstCheck) {
+        add_squares<kIsotropic>(row, d, d + kFirstCheck, sum);  // a constant number of dimensions, unrolled
+        d += kFirstCheck;
+        if (!active()) return leave_out(d, check);
       }
     }
     while (d < end) {
-      const int64_t stop = look ? min(end, d + kLook) : end;
+      const int64_t stop = check ? min(end, d + kCheckEvery) : end;
       add_squares<kIsotropic>(row, d, stop, sum);
       d = stop;
-      if ((look || end == D_) && !matters()) return leave_out(d, look);
+      if ((check || end == D_) && !active()) return leave_out(d, check);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < S; ++r) {
@@ -170,15 +170,15 @@ class Tiles {
     return true;
   }
 
-  // A strip does not matter, which is known after d dimensions: whether it was worth looking.
-  bool leave_out(int64_t d, bool look) {
-    idle_ = d < D_ ? 0 : idle_ + look;
+  // Leaves out a strip after d dimensions, and counts whether the check was fruitless: it saved no dimension.
+  bool leave_out(int64_t d, bool check) {
+    fruitless_ = d < D_ ? 0 : fruitless_ + check;
     return false;
   }
 
   // The innermost loop: sum += u^2 v / 2 over dimensions [begin, end).
   template <bool kIsotropic>
-  inline __attribute__((always_inline)) void add_squares(int row, int64_t begin, int64_t end, Vec<T> (&sum)[S][2]) const {
+  FASTVAE_INLINE void add_squares(int row, int64_t begin, int64_t end, Vec<T> (&sum)[S][2]) const {
     const T *z = scratch_.z + row, *mu = scratch_.mu + scratch_.at(next_), *v = scratch_.v + scratch_.v_at(next_);
     for (int64_t d = begin; d < end; ++d) {
       const Vec<T> v0 = load<T>(v + d * kPanel<T>), v1 = load<T>(v + d * kPanel<T> + W);
@@ -195,59 +195,12 @@ class Tiles {
 
   const Scratch<T>& scratch_;
   T* const kept_;
-  uint8_t* const matter_;
+  uint8_t* const active_;
   const int64_t D_;
   const bool in_order_, isotropic_;
   const int64_t* exclude_;
   const int64_t first_, panels_;
-  int64_t next_ = 0, idle_ = 0;
+  int64_t next_ = 0, fruitless_ = 0;
 };
-
-// The second pass over a tile, with its weights w: dz[d][r] += w u v / 2 by lane; for the panel, dmu[d] += sum_r w u and
-// dlogvar[d] += sum_r w u^2.
-template <class T, int R, bool DZ, bool DMU, bool DLOGVAR>
-void tile_gradients(const Scratch<T>& scratch, int64_t index, int64_t D, const T* weights) {
-  constexpr int W = kWidth<T>;
-  const T *z = scratch.z, *mu = scratch.mu + scratch.at(index), *v = scratch.v + scratch.v_at(index);
-  T *dz = scratch.dz, *grads = scratch.grads + 2 * scratch.at(index);
-  Vec<T> w[R][2];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    w[r][0] = load<T>(weights + r * kPanel<T>);
-    w[r][1] = load<T>(weights + r * kPanel<T> + W);
-  }
-  for (int64_t d = 0; d < D; ++d) {
-    const Vec<T> v0 = load<T>(v + d * kPanel<T>), v1 = load<T>(v + d * kPanel<T> + W);
-    const Vec<T> mu0 = load<T>(mu + d * kPanel<T>), mu1 = load<T>(mu + d * kPanel<T> + W);
-    Vec<T> dmu0{}, dmu1{}, dlogvar0{}, dlogvar1{};
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> x = broadcast<T>(z[d * R + r]);
-      const Vec<T> u0 = x - mu0, u1 = x - mu1;
-      const Vec<T> wu0 = w[r][0] * u0, wu1 = w[r][1] * u1;
-      if constexpr (DZ) {
-        T* sum = dz + (d * R + r) * W;
-        store<T>(sum, fma<T>(wu1, v1, fma<T>(wu0, v0, load<T>(sum))));
-      }
-      if constexpr (DMU) {
-        dmu0 += wu0;
-        dmu1 += wu1;
-      }
-      if constexpr (DLOGVAR) {
-        dlogvar0 = fma<T>(wu0, u0, dlogvar0);
-        dlogvar1 = fma<T>(wu1, u1, dlogvar1);
-      }
-    }
-    T* g = grads + d * 2 * kPanel<T>;
-    if constexpr (DMU) {
-      store<T>(g, load<T>(g) + dmu0);
-      store<T>(g + W, load<T>(g + W) + dmu1);
-    }
-    if constexpr (DLOGVAR) {
-      store<T>(g + 2 * W, load<T>(g + 2 * W) + dlogvar0);
-      store<T>(g + 3 * W, load<T>(g + 3 * W) + dlogvar1);
-    }
-  }
-}
 
 }  // namespace FASTVAE_ISA

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Tile<T>::kSide)
     if (max_logvar) max_logvar_difference = T(fmax(max_logvar_difference, max_logvar[d] - lv));
   }
   const double log_weight = !present ? 0.0 : mix.log_weights ? double(mix.log_weights[k]) : uniform_log_weight;
-  const double log_determinant = total_of(logvar_sum.sum, logvar_sum.lost);
+  const double log_determinant = total_of(logvar_sum.sum, logvar_sum.compensation);
   const T c = present ? T(log_weight - 0.5 * (log_determinant + double(mix.D) * kLog2Pi)) : T(-INFINITY);
   packed.c[k] = c;
   const bool beyond = !(squared_norm <= T(mix.D) * T(mix.D));  // also where it is NaN

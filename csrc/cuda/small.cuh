@@ -139,7 +139,7 @@ __device__ __forceinline__ T max_exponent(const Mixture<T>& mix, double uniform_
                                           const CompensatedSum<T>& logvar_sum) {
   const T log_weight = mix.log_weights ? mix.log_weights[k] : T(uniform_log_weight);
   if (log_weight == T(-INFINITY)) return log_weight;
-  const double log_determinant = total_of(logvar_sum.sum, logvar_sum.lost);
+  const double log_determinant = total_of(logvar_sum.sum, logvar_sum.compensation);
   return T((mix.log_weights ? double(log_weight) : uniform_log_weight) -
            0.5 * (log_determinant + double(mix.D) * kLog2Pi));
 }

@@ -100,7 +100,8 @@ def test_what_is_kept_is_within_the_limit(K: int, dtype: torch.dtype) -> None:
     """Of few components too, which are kept by whole panels."""
     mu = torch.empty(K, 1, dtype=dtype, device="meta")
     most = max(M for M in range(1, 2**17, 31) if internals.keeps_exponents(M, mu))
-    _, kept = internals.exponent_operators().mixture_log_prob(mu.new_empty(most, 1), mu, mu, None, None, True)
+    per_row = internals.exponents_per_row(K)
+    _, kept = internals.exponent_operators().mixture_log_prob(mu.new_empty(most, 1), mu, mu, None, None, True, per_row)
     assert 0.9 * 2**24 < kept.nbytes <= 2**24
 
 
@@ -126,7 +127,41 @@ def test_mixture_kl(
 def test_the_operator_takes_only_what_was_kept() -> None:
     z, mu = torch.randn(6, 3), torch.randn(9, 3)
     keeping = internals.exponent_operators()
-    log_prob, exponents = keeping.mixture_log_prob(z, mu, mu, None, None, True)
-    for wrong in (exponents[:5], exponents.double()):
+    log_prob, exponents = keeping.mixture_log_prob(z, mu, mu, None, None, True, internals.exponents_per_row(9))
+    for wrong in (exponents[:5], exponents[:, :17].contiguous(), exponents.reshape(3, -1), exponents.double()):
         with pytest.raises(RuntimeError, match="want"):
             keeping.mixture_log_prob_backward(log_prob, log_prob, wrong, z, mu, mu, None, None, True, True, True, True)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("K", [1, 32, 33, 500])
+def test_the_width_of_a_row_must_fit_the_components(K: int) -> None:
+    """The width is computed in Python alone; another one would be memory that the kernel overruns."""
+    mixture = torch.randn(6, 3), torch.randn(K, 3), torch.zeros(1, 3), None, None
+    keeping, width = internals.exponent_operators().mixture_log_prob, internals.exponents_per_row(K)
+    for wrong in (0, 34, K, width - 34, width - 1, width + 1, width + 17, width + 34):
+        if wrong != width:
+            with pytest.raises(RuntimeError, match=f"not {wrong} for K = {K}"):
+                keeping(*mixture, True, wrong)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiles_once_for_any_number_of_components() -> None:
+    """The width is an argument of the operator: a symbolic one under torch.compile with dynamic shapes."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return aot_eager(graph, example)
+
+    def log_prob(z: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
+        return fastvae.mixture_log_prob(z, mu, 0.1 * mu, impl="cpu")
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    compiled = torch.compile(log_prob, fullgraph=True, dynamic=True, backend=backend)
+    for M, K in ((4, 5), (7, 40), (12, 70), (9, 33)):
+        z, mu = torch.randn(M, 3, requires_grad=True), torch.randn(K, 3, requires_grad=True)
+        got, want = (torch.autograd.grad(f(z, mu).sum(), (z, mu)) for f in (compiled, log_prob))
+        assert all(torch.allclose(g, w, rtol=1e-5, atol=1e-6) for g, w in zip(got, want, strict=True)), (M, K)
+    assert len(graphs) == 1

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.internals import EXPONENT_NAMES, NAMES, autograd_functions, choose, exponent_operators, operators_of
+from support.internals import (
+    EXPONENT_NAMES,
+    NAMES,
+    autograd_functions,
+    choose,
+    exponent_operators,
+    exponents_per_row,
+    operators_of,
+)
 from torch import Tensor
 
 import fastvae
@@ -49,9 +57,9 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                     wanted = WANTED[turn % 3]
                     yield (per_row, operators_of("composite").mixture_log_prob(*args), *args, True, *wanted)
                 case "mixture_log_prob_and_exponents":
-                    yield *args, M > 1
+                    yield *args, M > 1, exponents_per_row(K)
                 case "mixture_log_prob_backward_from_exponents":
-                    log_prob, exponents = exponent_operators().mixture_log_prob(*args, True)
+                    log_prob, exponents = exponent_operators().mixture_log_prob(*args, True, exponents_per_row(K))
                     for wanted in ((True, True, True, True), (False, True, False, True)):
                         yield per_row, log_prob, exponents, *args, *wanted
                 case "gaussian_rsample":
@@ -66,9 +74,9 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
                 case "mixture_kl_and_exponents" | "mixture_kl_backward_from_exponents":
                     forward = per_element, 0.1 * per_element, seed, 1, *args[1:]
                     if name == "mixture_kl_and_exponents":
-                        yield *forward, M > 1
+                        yield *forward, M > 1, exponents_per_row(K)
                         continue
-                    z, grad_kl, *saved = exponent_operators().mixture_kl(*forward, True)
+                    z, grad_kl, *saved = exponent_operators().mixture_kl(*forward, True, exponents_per_row(K))
                     for wanted in ((True, True, True, True), (False, True, False, True)):
                         grad_z = torch.randn_like(z) if all(wanted) else None
                         yield grad_z, grad_kl, per_element, seed, M > 1, z, *saved, *args[1:], *wanted
