@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import Case, Result, allowance, assert_within, difference, diffuse_case, hard_case, run
-from support.backend import use_backend
+from support.backend import device_of, use_backend
 from support.internals import NAMES, choose, interpreted, operators_of, triton_module
 from support.interpreter import patch_once
 from torch import Tensor
@@ -234,7 +234,7 @@ def test_precision_follows_pytorchs_setting(monkeypatch: pytest.MonkeyPatch) -> 
             torch.set_float32_matmul_precision(precision)
             assert torch.equal(fastvae.mixture_log_prob(*args, impl="triton"), want)
             assert choose("composite", torch.device("cpu"), torch.float32, None) == "composite"
-            assert choose("triton", torch.device("cpu"), torch.float64, None) == "triton"
+            assert choose("triton", device_of("triton"), torch.float64, None) == "triton"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -287,9 +287,10 @@ def test_shifting_rows_does_not_change_bits_between_runs() -> None:
 
 
 def noise(seed: int, count: int) -> Tensor:
-    mu = torch.zeros(1, count)
-    z, _ = operators_of("triton").gaussian_rsample(mu, mu, torch.tensor([seed]), 1)
-    return z[0, 0]
+    device = device_of("triton")
+    mu = torch.zeros(1, count, device=device)
+    z, _ = operators_of("triton").gaussian_rsample(mu, mu, torch.tensor([seed], device=device), 1)
+    return z[0, 0].cpu()
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
@@ -320,7 +321,7 @@ def kernel_functions(*modules: str) -> Iterator[ast.FunctionDef]:
 
 
 def is_product(value: ast.expr, products: set[str]) -> bool:
-    """Whether it is x y, or the variable or function of that name is; what is made of a program's number is an index."""
+    """Whether it is x y, or the variable or function of that name is.  A program's number makes an index."""
     match value:
         case ast.BinOp(op=ast.Mult()):
             return "program_id" not in ast.unparse(value)
