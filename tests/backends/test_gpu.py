@@ -145,9 +145,11 @@ def test_gpu_tiles_are_chosen_by_time_once(precision: str, monkeypatch: pytest.M
     assert len(entries) == 2  # the score's and the parameters'
     assert all(timed[0]["milliseconds"] > 0 and len(timed) >= 3 for timed in entries.values())
     monkeypatch.setattr(autotune, "_known", {})
-    monkeypatch.setattr(autotune, "milliseconds", None)  # not to be called again
+    timed_again: list[object] = []
+    monkeypatch.setattr(autotune, "milliseconds", lambda run: timed_again.append(run) or 1.0)
     assert_replays(lambda: step(given, precision), chosen)
     assert_same_bits(step(given, precision), chosen)
+    assert not timed_again
 
 
 def test_gpu_other_devices() -> None:
