@@ -66,6 +66,14 @@ def interpreted(impl: str) -> bool:
     return impl == "triton" and internals.interpreted()
 
 
+def few_shapes(impl: str) -> bool:
+    """Whether a test tries few shapes by that `impl`: to interpret Triton takes long, and to compile as well.
+
+    Triton compiles a kernel anew for sizes of 1, sizes that 16 divides, and each power of two that D is rounded to.
+    """
+    return impl == "triton"
+
+
 def emulated(name: str) -> bool:
     """Whether what runs under that name is an emulation."""
     return name.startswith("cuda-") or (name == "cpu-avx512" and not internals.has_isa("avx512"))
