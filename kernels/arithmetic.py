@@ -68,7 +68,7 @@ def log(x):
         bits = x.to(tl.int32, bitcast=True)
         e = (bits - 0x3F3504F3) >> 23  # x = m 2^e with m in [1 / sqrt 2, sqrt 2)
         m = (bits - (e << 23)).to(tl.float32, bitcast=True)
-        value = log_near_1(m - 1.0) + e.to(tl.float32) * LN_2
+        value = scaled_log(m - 1.0, e)
         value = tl.where(x == 0.0, float("-inf"), value)
         value = tl.where((x == x) & (x != float("inf")), value, x)
     return value
@@ -83,6 +83,13 @@ def log_near_1(f):
     for i in tl.static_range(9, 0, -2):
         p = p * s2 + 1.0 / i
     return 2.0 * s * p
+
+
+@triton.jit
+def scaled_log(f, e):
+    """log((1 + f) 2^e), float32, 1 / sqrt 2 <= 1 + f < sqrt 2, e an integer."""
+    # of two products the compiler could fuse either with the sum, and in two kernels would do so differently
+    return tl.fma(e.to(tl.float32), tl.full(f.shape, LN_2, f.dtype), log_near_1(f))
 
 
 @triton.jit

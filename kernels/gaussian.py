@@ -67,7 +67,9 @@ def sample_kernel(mu, logvar, seed, z, log_q, M, D, N, QUADS: tl.constexpr, ROWS
 def sample_gradients(g_z, g_q, eps, sigma, PATH: tl.constexpr):
     """What one sample adds to dmu and to 2 dlogvar."""
     if PATH:
-        return g_z - g_q * eps / sigma, eps * (g_z * sigma - g_q * eps)
+        by_path = g_q * eps
+        # the fused product is named: in another kernel the compiler might fuse the other
+        return g_z - by_path / sigma, eps * tl.fma(g_z, sigma, -by_path)
     else:
         return g_z, g_z * sigma * eps - g_q
 

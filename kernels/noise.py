@@ -7,7 +7,7 @@ of them is float32, whatever the dtype of the sample, and agrees with the specif
 import triton
 import triton.language as tl
 
-from .arithmetic import LN_2, log_near_1
+from .arithmetic import scaled_log
 
 TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 TWO_PI_2_TO_MINUS_32 = tl.constexpr(6.283185307179586 * 2.0**-32)
@@ -29,7 +29,7 @@ def radius(w):
     e = (bits - 0x3F3504F3) >> 23  # u = m 2^e with m in [1 / sqrt 2, sqrt 2)
     m = (bits - (e << 23)).to(tl.float32, bitcast=True)
     near_1 = ((w ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * -TWO_TO_MINUS_32
-    log_u = log_near_1(tl.where(e == 0, near_1, m - 1.0)) + e.to(tl.float32) * LN_2
+    log_u = scaled_log(tl.where(e == 0, near_1, m - 1.0), e)
     return tl.sqrt(-2.0 * log_u)
 
 

@@ -109,7 +109,8 @@ def forward_kernel(
         shrink, p = tl.exp(top - new_top), tl.exp(a - new_top)
         top, total = new_top, total * shrink + p
         if score is not None:
-            weighted = weighted * shrink[:, :, None] + p[:, :, None] * t * s  # in this order: t s may be no float32
+            added = p[:, :, None] * t * s  # in this order: t s may be no float32
+            weighted = tl.fma(weighted, tl.broadcast_to(shrink[:, :, None], weighted.shape), added)
     row_top = tl.max(top, 1)
     share = tl.exp(top - row_top[:, None])
     row_total = tl.sum(total * share, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import pytest
@@ -12,7 +13,7 @@ if not torch.cuda.is_available():  # Triton decides when it decorates the kernel
 
 from emulation import cuda
 from support.backend import BACKENDS, require_cpu, use_backend
-from support.internals import Operators
+from support.internals import Operators, missing_cuda
 from support.tiers import MARKS, marks_of
 
 
@@ -69,16 +70,27 @@ def small_triton(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(params=["cuda-emulated", "cuda-emulated-tiled"])
-def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operators:
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operators | None:
     """The CUDA kernels on the CPU, also behind impl="cuda": those for small problems where one is small, or never."""
-    use_backend(request.param, monkeypatch)
-    return cuda.operators()
+    return _emulated(request, request.param, monkeypatch)
 
 
 @pytest.fixture
-def emulated_small(monkeypatch: pytest.MonkeyPatch) -> Operators:
-    use_backend("cuda-emulated", monkeypatch)
-    return cuda.operators()
+def emulated_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operators | None:
+    return _emulated(request, "cuda-emulated", monkeypatch)
+
+
+def _emulated(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPatch) -> Operators | None:
+    """The emulated operators; None where a GPU runs the real ones and the test takes no operators by name.
+
+    A test that does is about the emulation, which other machines run: there is no need to build it beside a GPU.
+    """
+    use_backend(name, monkeypatch)
+    if missing_cuda() is not None:
+        return cuda.operators()
+    if request.fixturename in inspect.signature(request.function).parameters:
+        pytest.skip("about the emulation; here is a GPU")
+    return None
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 from support.backend import interpreted
 from torch import Tensor
 
-from fastvae import grouped_mixture_log_prob, mixture_log_prob, reference
+import fastvae
+from fastvae import reference
 
 
 def problem(
@@ -51,7 +52,7 @@ def test_equals_the_loop(impl: str, shared: bool, weights: bool, order: str) -> 
     wanted = [leaf for leaf in leaves if leaf is not None]
     upstream = torch.randn(3, 4, G, dtype=torch.float64)
     results = []
-    for value in (loop(leaves, groups, G), grouped_mixture_log_prob(*leaves[:3], groups, leaves[3], impl=impl)):
+    for value in (loop(leaves, groups, G), fastvae.grouped_mixture_log_prob(*leaves[:3], groups, leaves[3], impl=impl)):
         assert value.shape == (3, 4, G)
         assert bool((value[..., 2] == -torch.inf).all())
         total = (value * upstream)[..., [g for g in range(G) if g != 2]].sum()
@@ -62,15 +63,15 @@ def test_equals_the_loop(impl: str, shared: bool, weights: bool, order: str) -> 
 
 def test_one_group_is_one_mixture(each_impl: str) -> None:
     z, mu, logvar = torch.randn(9, 4), torch.randn(33, 4), torch.randn(33, 4)
-    got = grouped_mixture_log_prob(z, mu, logvar, torch.zeros(33, dtype=torch.int64), impl=each_impl)
-    assert torch.equal(got[:, 0], mixture_log_prob(z, mu, logvar, impl=each_impl))
-    assert grouped_mixture_log_prob(z[:0], mu, logvar, torch.arange(33), impl=each_impl).shape == (0, 33)
+    got = fastvae.grouped_mixture_log_prob(z, mu, logvar, torch.zeros(33, dtype=torch.int64), impl=each_impl)
+    assert torch.equal(got[:, 0], fastvae.mixture_log_prob(z, mu, logvar, impl=each_impl))
+    assert fastvae.grouped_mixture_log_prob(z[:0], mu, logvar, torch.arange(33), impl=each_impl).shape == (0, 33)
 
 
 def test_reference_and_number_of_groups() -> None:
     leaves, groups = problem()
     want = loop(leaves, groups, 9)
-    got = grouped_mixture_log_prob(*leaves[:3], groups, leaves[3], num_groups=9, impl="reference")
+    got = fastvae.grouped_mixture_log_prob(*leaves[:3], groups, leaves[3], num_groups=9, impl="reference")
     assert got.shape[-1] == 9 and torch.allclose(got, want, rtol=1e-12)
 
 
@@ -85,7 +86,9 @@ def test_only_z_needs_a_gradient(each_impl: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        value = grouped_mixture_log_prob(z, torch.randn(K, D), torch.randn(K, D), torch.arange(K) // 2, impl=each_impl)
+        value = fastvae.grouped_mixture_log_prob(
+            z, torch.randn(K, D), torch.randn(K, D), torch.arange(K) // 2, impl=each_impl
+        )
     assert value.shape == (M, G) and sum(kept) <= M * G + M * D + 2 * K * D
     value.sum().backward()
     assert z.grad is not None and bool(z.grad.isfinite().all())
@@ -93,7 +96,7 @@ def test_only_z_needs_a_gradient(each_impl: str) -> None:
 
 def test_differentiable_once(each_impl: str) -> None:
     z = torch.randn(5, 2, requires_grad=True)
-    value = grouped_mixture_log_prob(z, torch.randn(4, 2), torch.zeros(2), torch.arange(4) // 2, impl=each_impl)
+    value = fastvae.grouped_mixture_log_prob(z, torch.randn(4, 2), torch.zeros(2), torch.arange(4) // 2, impl=each_impl)
     (gradient,) = torch.autograd.grad(value.sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         gradient.sum().backward()
@@ -112,4 +115,4 @@ def test_differentiable_once(each_impl: str) -> None:
 )
 def test_mistakes(groups: Any, more: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        grouped_mixture_log_prob(torch.randn(5, 2), torch.randn(4, 2), torch.zeros(2), groups, **more)
+        fastvae.grouped_mixture_log_prob(torch.randn(5, 2), torch.randn(4, 2), torch.zeros(2), groups, **more)

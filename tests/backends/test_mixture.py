@@ -19,7 +19,7 @@ from budget import (
     run,
     worst,
 )
-from support.backend import interpreted
+from support.backend import few_shapes, interpreted
 from torch import Tensor
 
 import fastvae
@@ -32,7 +32,7 @@ SHAPES = {
     "components x dimensions": [(9, K, D) for K in COMPONENTS[:-1] for D in DIMENSIONS],
     "rows x dimensions": [(M, 33, D) for M in ROWS for D in DIMENSIONS],
 }
-# For interpreted kernels: around each edge of their tiles of 16 x 64, of four dimensions and of 64, and one of
+# Where shapes are to be few: around each edge of interpreted tiles of 16 x 64, of four dimensions and of 64, and one of
 # everything; parts that are merged, of components and of rows.
 FEW_SHAPES = {
     "rows x components": [
@@ -51,7 +51,7 @@ FEW_SHAPES = {
 
 
 def shapes(axes: str, impl: str) -> list[tuple[int, int, int]]:
-    return (FEW_SHAPES if interpreted(impl) else SHAPES)[axes]
+    return (FEW_SHAPES if few_shapes(impl) else SHAPES)[axes]
 
 
 def between(rng: random.Random, edges: tuple[int, ...], most: int) -> int:
@@ -74,7 +74,7 @@ def test_hard_inputs_around_every_tile_edge(impl: str, axes: str, dtype: torch.d
 def test_random_shapes_with_the_default_backward(impl: str, dtype: torch.dtype) -> None:
     """Shapes that the test above leaves out, up to several batches of panels; what may be skipped is."""
     rng = random.Random(1)
-    count, most_components, widest = (4, 150, 25) if interpreted(impl) else (25, 400, 90)
+    count, most_components, widest = (4, 150, 25) if few_shapes(impl) else (25, 400, 90)
     for _ in range(count):
         M, K = between(rng, ROWS, 40), between(rng, COMPONENTS, most_components)
         D = between(rng, DIMENSIONS, widest)
@@ -93,7 +93,7 @@ def test_diffuse_inputs(impl: str, dtype: torch.dtype) -> None:
 @dtypes
 def test_score(impl: str, dtype: torch.dtype) -> None:
     """mixture_log_prob_and_score computes the score on the way forward, by another route than backward."""
-    many, wide = (200, 65) if interpreted(impl) else (2000, 257)
+    many, wide = (200, 65) if few_shapes(impl) else (2000, 257)
     for M, K, D in ((1, 1, 1), (9, 33, 8), (17, 65, 40), (8, many, 5), (3, 31, wide), (0, 7, 3)):
         case = hard_case(M, K, D, dtype=dtype)
         case = Case(case.z, case.mu, case.logvar, case.log_weights, torch.ones_like(case.grad))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from budget import allowance, assert_within, hard_case, run
-from support.backend import use_backend
+from support.backend import device_of, use_backend
 from support.internals import operators_of
 from torch import Tensor
 
@@ -63,7 +63,10 @@ def test_noise_sampling_and_kl() -> None:
 
 
 def sampled(mu: Tensor, seed: int) -> Tensor:
-    return operators_of("triton").gaussian_rsample(mu, mu, torch.tensor([seed]), 1)[0][0]
+    there = mu.to(device_of("triton"))
+    return (
+        operators_of("triton").gaussian_rsample(there, there, torch.tensor([seed], device=there.device), 1)[0][0].to(mu)
+    )
 
 
 @pytest.mark.usefixtures("tiled_and_small")

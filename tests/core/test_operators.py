@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from support.backend import device_of
 from support.internals import (
     EXPONENT_NAMES,
     NAMES,
@@ -99,7 +101,11 @@ def inputs(name: str) -> Iterator[tuple[Any, ...]]:
 def test_opcheck(each_impl: str, name: str) -> None:
     """Schema, aliasing, fakes and dynamic shapes, by PyTorch's own check."""
     for args in inputs(name):
-        torch.library.opcheck(getattr(operators_of(each_impl), name), args)
+        torch.library.opcheck(getattr(operators_of(each_impl), name), on_device(each_impl, args))
+
+
+def on_device(impl: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.to(device_of(impl)) if isinstance(a, Tensor) else a for a in args)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -227,12 +233,13 @@ def test_compiles_a_vae() -> None:
 def test_autocast_leaves_densities_in_float32(each_impl: str) -> None:
     """bfloat16 products in the networks around it; the density keeps float32, and its bits."""
     z, mu = torch.randn(4, 3), torch.randn(5, 3)
+    autocast = partial(torch.autocast, dtype=torch.bfloat16)
     for operation in OPERATIONS:
         want = outcome(operation, z, mu, each_impl)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast("cpu"), autocast(device_of(each_impl).type):
             got = outcome(operation, z, mu, each_impl)
         assert all(g.dtype == torch.float32 and torch.equal(g, w) for g, w in zip(got, want, strict=True))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast("cpu"), autocast(device_of(each_impl).type):
         layer = torch.nn.Linear(3, 3)
         encoded = layer(z)
         assert encoded.dtype == torch.bfloat16

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.backend import device_of
+
+import fastvae
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 120  # seconds; a child that hangs is the failure that these tests look for
@@ -110,6 +113,8 @@ def test_a_forked_child_computes_the_same(each_impl: str, start: str) -> None:
 
     The child first sets one thread, as a DataLoader's worker does: PyTorch's own operators need that.
     """
+    if device_of(each_impl).type == "cuda":
+        pytest.skip("a child cannot use CUDA after its parent has: test_gpu_a_forked_child_is_told_why")
     assert run(FORK, each_impl, start).split() == ["0", "True"]
 
 
@@ -131,11 +136,44 @@ def test_a_forked_child_needs_no_care() -> None:
     assert run(script).split() == ["0"]
 
 
-class Scores(torch.utils.data.Dataset[torch.Tensor]):
-    """Each item is made with the kernels, so that workers run them."""
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_gpu_a_forked_child_is_told_why(impl: str) -> None:
+    """CUDA does not survive a fork: an error and no deadlock in the child, and the parent goes on.
 
-    def __init__(self, impl: str) -> None:
-        self.impl = impl
+    The error is PyTorch's, which names the start method that works, where Python asks CUDA for something first.  A
+    compiled operator may reach the driver before that, whose word for it is "initialization error".
+    """
+    if (why := fastvae.info()[f"impl={impl!r}"]).startswith("missing"):
+        pytest.skip(why)
+    script = """
+        import os, signal, sys, torch, fastvae
+        z, mu = torch.randn(20, 5, device="cuda"), torch.randn(30, 5, device="cuda")
+        want = fastvae.mixture_log_prob(z, mu, mu, impl=sys.argv[1])
+        torch.cuda.synchronize()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            try:
+                fastvae.mixture_log_prob(z, mu, mu, impl=sys.argv[1])
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                print(error, flush=True)
+                told = "'spawn' start method" in str(error) or "initialization error" in str(error)
+                os._exit(0 if told else 4)
+            os._exit(3)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(code, torch.equal(fastvae.mixture_log_prob(z, mu, mu, impl=sys.argv[1]), want))
+    """
+    told = run(script, impl)
+    assert told.splitlines()[-1].split() == ["0", "True"], told
+
+
+class Scores(torch.utils.data.Dataset[torch.Tensor]):
+    """Each item is made with the kernels, so that workers run them; what goes between processes is on the CPU."""
+
+    def __init__(self, impl: str, device: torch.device) -> None:
+        self.impl, self.device = impl, device
         self.mu = torch.arange(21.0).reshape(7, 3) / 10
 
     def __len__(self) -> int:
@@ -144,17 +182,24 @@ class Scores(torch.utils.data.Dataset[torch.Tensor]):
     def __getitem__(self, i: int) -> torch.Tensor:
         import fastvae
 
-        z = torch.full((2, 3), i / 10.0, requires_grad=True)
-        log_prob, score = fastvae.mixture_log_prob_and_score(z, self.mu, torch.zeros(()), impl=self.impl)
+        z = torch.full((2, 3), i / 10.0, device=self.device, requires_grad=True)
+        mu, logvar = self.mu.to(self.device), torch.zeros((), device=self.device)
+        log_prob, score = fastvae.mixture_log_prob_and_score(z, mu, logvar, impl=self.impl)
         (dz,) = torch.autograd.grad(log_prob.sum(), z)
-        return torch.cat([log_prob.detach()[:, None], score, dz], 1)
+        return torch.cat([log_prob.detach()[:, None], score, dz], 1).cpu()
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_dataloader_workers(each_impl: str, context: str) -> None:
-    data = Scores(each_impl)
+    """On the CPU by either start method; on a GPU by spawn, and PyTorch says so where it is fork."""
+    device = device_of(each_impl)
+    data = Scores(each_impl, device)
     want = torch.stack([data[i] for i in range(len(data))])
     loader = torch.utils.data.DataLoader(
         data, batch_size=3, num_workers=2, multiprocessing_context=context, timeout=TIMEOUT
     )
+    if device.type == "cuda" and context == "fork":
+        with pytest.raises(RuntimeError, match="'spawn' start method"):
+            list(loader)
+        return
     assert torch.equal(torch.cat(list(loader)), want)

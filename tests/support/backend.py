@@ -15,7 +15,7 @@ import fastvae
 
 from . import internals
 from .interpreter import patch_once
-from .on_gpu import through_gpu
+from .on_gpu import call_on
 
 ISAS = ("baseline", "avx2", "avx512")
 # Those of GPUs twice: with their kernels for small problems, which the tests' are, and with tiles only.
@@ -40,10 +40,11 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     impl, _, variant = name.partition("-")
     if impl == "cuda":
         require_cpu()  # who has no C++ compiler has no emulation either
-        real = torch.cuda.is_available() and internals.missing_cuda() is None
-        kernels = through_gpu(internals.operators_of("cuda")) if real else cuda.operators()
-        internals.use_operators(monkeypatch, "cuda", kernels)
-        internals.take_any_device(monkeypatch, "cuda")
+        if internals.missing_cuda() is None:
+            call_on(monkeypatch, "cuda", "cuda")
+        else:
+            internals.use_operators(monkeypatch, "cuda", cuda.operators())
+            internals.take_any_device(monkeypatch, "cuda")
         monkeypatch.setenv("FASTVAE_TILES", "1" if variant.endswith("tiled") else "0")
     elif impl == "triton":
         _use_triton(monkeypatch, small=variant == "small")
@@ -54,9 +55,23 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return impl
 
 
+def device_of(impl: str) -> torch.device:
+    """Where the operators of that `impl` take their tensors: for tests that call these and no public function."""
+    on_gpu = impl == "triton" and importlib.util.find_spec("triton") is not None and not internals.interpreted()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def interpreted(impl: str) -> bool:
     """Whether the kernels of that `impl` are interpreted: an operation takes some 50 us, whatever it is of."""
     return impl == "triton" and internals.interpreted()
+
+
+def few_shapes(impl: str) -> bool:
+    """Whether a test tries few shapes by that `impl`: to interpret Triton takes long, and to compile as well.
+
+    Triton compiles a kernel anew for sizes of 1, sizes that 16 divides, and each power of two that D is rounded to.
+    """
+    return impl == "triton"
 
 
 def emulated(name: str) -> bool:
@@ -80,9 +95,7 @@ def _use_triton(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
         pytest.skip("Triton is not installed")
     monkeypatch.setenv("FASTVAE_TILES", "0" if small else "1")
     if not internals.interpreted():
-        for name in ("triton", "triton-high", "triton-medium"):
-            internals.use_operators(monkeypatch, name, through_gpu(internals.operators_of(name)))
-        internals.pretend(monkeypatch, "triton", missing=None)
+        call_on(monkeypatch, "cuda", "triton")
         return
     patch_once(monkeypatch)
     # an interpreter likes large tiles

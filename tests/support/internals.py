@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastvae import autograd
+from fastvae import _noise, autograd, functional
 from fastvae.backends import BACKENDS, choose, composite, native, registry, triton  # noqa: F401
 from fastvae.benchmarks.probe import has_isa  # noqa: F401  as PyTorch, not the code under test, sees the machine
 from fastvae.operators import (  # noqa: F401
@@ -93,6 +93,15 @@ def note_backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def cuda_not_built() -> str | None:
     """Why no CUDA kernels were compiled, or None."""
     return native.cuda_not_built()
+
+
+def draw_seeds_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the seed of a call come from the CPU's generator, on whatever device its tensors are."""
+
+    def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+        return _noise.draw_seed(torch.device("cpu"), generator).to(device)
+
+    monkeypatch.setattr(functional, "draw_seed", draw_seed)
 
 
 # What backends keep and cut.
