@@ -121,7 +121,7 @@ def forward_kernel(
                 for d in range(first, tl.minimum(first + DIMS, D)):
                     sd = tl.load(sp)
                     t = (tl.load(zp) - tl.load(mp)) * sd
-                    score = column(score, dims, d, tl.sum(p * t * sd, 1))  # in this order: t s may be no float32
+                    score = column(score, dims, d, tl.sum(p * t * sd, 1))  # in this order: t s may overflow
                     zp += M_PADDED
                     mp += K_PADDED
                     sp += K_PADDED
@@ -143,7 +143,7 @@ def parameters_kernel(
     """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2.
 
     The tile is transposed, components x rows, so that the sums over rows are within warps.
-    limit: of log r, below which a pair is left out.
+    limit: the log r below which a pair is left out.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(1)

@@ -109,7 +109,7 @@ def components_product_kernel(
     logvar_sum = tl.zeros((COLUMNS,), tl.float32)
     compensation = logvar_sum
     mu_square = logvar_sum
-    compensation_of_square = logvar_sum
+    square_compensation = logvar_sum
     ratio = logvar_sum
     for start in range(0, D_PADDED, CHUNK):
         d = start + tl.arange(0, CHUNK)
@@ -120,12 +120,12 @@ def components_product_kernel(
         if not SHARED:
             _store_feature(-0.5 * v, p_high, p_low, p_high_t, p_low_t, k, D_PADDED + d, F, K_PADDED)
         logvar_sum, compensation = add_compensated(logvar_sum, compensation, tl.sum(lv, 1))
-        mu_square, compensation_of_square = add_compensated(mu_square, compensation_of_square, tl.sum(m * m * v, 1))
+        mu_square, square_compensation = add_compensated(mu_square, square_compensation, tl.sum(m * m * v, 1))
         if log_sigma_ratio is not None:
             ratio = _larger_log_sigma_ratio(ratio, max_logvar, lv, present, d, D)
     log_determinant = compensated_total(logvar_sum, compensation)
     constant = log_w - 0.5 * log_determinant - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
-    tl.store(c + k, constant - 0.5 * compensated_total(mu_square, compensation_of_square))
+    tl.store(c + k, constant - 0.5 * compensated_total(mu_square, square_compensation))
     if log_sigma_ratio is not None:
         tl.store(peak + k, constant)
         tl.store(log_sigma_ratio + k, ratio)

@@ -131,7 +131,7 @@ def parameters_kernel(
 ):  # fmt: skip
     """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2, which are of z' and not of z - mu.
 
-    limit: of log r, below which a pair is left out.
+    limit: the log r below which a pair is left out.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(1)

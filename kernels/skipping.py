@@ -6,8 +6,8 @@ Of a pair, a = log(w_k N(z_m; mu_k, sigma_k)) is the exponent, c the largest a t
 mean), r = exp(a - l) the responsibility, and t = (z_d - mu_kd) / sigma_kd in any one dimension d.  A pair is left out
 where a is below the limit of its row.
 
-These kernels leave out whole tiles: a tile is active, and computed with all of its pairs, where any of them is not to
-be left out.
+These kernels leave out whole tiles.  A tile is active if any of its pairs is not below its row's limit; an active tile
+is computed with all of its pairs.
 """
 
 import math
@@ -61,8 +61,8 @@ def log_t_bound(limit, max_c, max_log_sigma_ratio):
     the lowered limit bounds what is left out below it.  There c - a = A + log t, with
     A = c - limit + log sigma ratio, and t^2 = 2 (A + log t) < 3 A + 1.
 
-    The header takes the power of two above 3 A + 1; its logarithm costs nothing here, where it is one for each row of a
-    tile.  3 A + 1 = 3 (A + 1 / 3), because 3 A is no float32 where a row has seen no component yet.
+    The header takes the power of two above 3 A + 1.  This is the logarithm of 3 A + 1 itself, which costs little: one
+    for each row of a tile.  It is that of 3 (A + 1 / 3), because 3 A overflows where a row has seen no component yet.
     """
     A = tl.maximum(max_c - limit + max_log_sigma_ratio, 0.0)
     return 0.5 * (LOG_3 + tl.log(A + ONE_THIRD))

@@ -5,9 +5,9 @@ difference form, in every precision, and nothing is left out:
 
     a_mk = log w_k - D/2 log 2 pi - 1/2 sum_d (t_mkd^2 + logvar_kd)        t_mkd = (z_md - mu_kd) s_kd
 
-Each element of the tile keeps an online logsumexp, and sums of the score, of the components that it sees.  These are
-put together once, at the end.  Each program computes the exponentials s of all components again: that is the price of
-one launch where packing would be another.
+Each element of the tile keeps an online logsumexp, and sums of the score, over the components that it sees.  They are
+merged once, at the end, within the program.  Each program computes the exponentials s of all components again, because
+packing them would be another launch.
 """
 
 import triton
@@ -61,7 +61,7 @@ def forward_kernel(
         shrink, p = tl.exp(top - new_top), tl.exp(a - new_top)
         top, total = new_top, total * shrink + p
         if score is not None:
-            weighted = weighted * shrink[:, :, None] + p[:, :, None] * t * s  # in this order: t s may overflow float32
+            weighted = weighted * shrink[:, :, None] + p[:, :, None] * t * s  # in this order: t s may overflow
     row_top = tl.max(top, 1)
     share = tl.exp(top - row_top[:, None])
     row_total = tl.sum(total * share, 1)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-PROGRAMS = 264  # as many fill a large GPU twice over; where there are fewer, the longer side is split
+PROGRAMS = 264  # as many fill a large GPU twice over; where there are fewer, what each goes through is split
 
 
 class Tile(NamedTuple):
@@ -140,7 +140,7 @@ OTHERS: dict[tuple[str, str], list[Candidate]] = {
 def candidates(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = torch.float32) -> list[Tile]:
     """The tiles that `autotune.py` times: the table's first, then others that may be faster."""
     first = tile_for(kind, precision, D, arch, dtype)
-    generation = 100 if arch in (100, 103) else 90 if arch == 90 else 80  # other GPUs have least room
+    generation = 100 if arch in (100, 103) else 90 if arch == 90 else 80  # other GPUs have the least room
     others = OTHERS["float64" if dtype == torch.float64 else precision, kind]
     sizes = (other for other in others if generation in other.where)
     return [first, *(first._replace(rows=o.rows, columns=o.columns, warps=o.warps, stages=o.stages) for o in sizes)]

@@ -40,7 +40,7 @@ def path() -> Path:
     """Where the file is.
 
     Raises:
-        RuntimeError: no variable says so, and there is no home.
+        RuntimeError: no variable says so, and there is no home folder.
     """
     if named := os.environ.get("FASTVAE_CACHE_DIR"):
         return Path(named) / "tiles.json"
