@@ -258,8 +258,8 @@ MUTATIONS = [
     triton(
         "exclude is off by one",
         "difference.py",
-        "left_out[:, None] == columns[None, :]",
-        "left_out[:, None] == columns[None, :] + 1",
+        "excluded[:, None] == columns[None, :]",
+        "excluded[:, None] == columns[None, :] + 1",
         "another component is left out",
     ),
     triton(
@@ -304,6 +304,14 @@ MUTATIONS = [
         "limit - max_log_sigma_ratio - log_t_bound",
         "limit - log_t_bound",
         "a faint narrow component is lost from the score",
+        ("tests/backends/test_skipping.py",),
+    ),
+    triton(
+        "the bound on log t is ignored in the score",
+        "skipping.py",
+        " - log_t_bound(limit, tl.max(c, 0), max_log_sigma_ratio)",
+        "",
+        "a faint far component is lost from the score",
         ("tests/backends/test_skipping.py",),
     ),
     python(
