@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import lowest
-from .logsumexp import absorb, column, log_responsibility, responsibility, store_sums
+from .logsumexp import absorb, add_to_dimension, log_responsibility, responsibility, store_sums
 from .skipping import is_active, is_active_in_score
 
 UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
@@ -121,7 +121,7 @@ def forward_kernel(
                 for d in range(first, tl.minimum(first + DIMS, D)):
                     sd = tl.load(sp)
                     t = (tl.load(zp) - tl.load(mp)) * sd
-                    score = column(score, dims, d, tl.sum(p * t * sd, 1))  # in this order: t s may overflow
+                    score = add_to_dimension(score, dims, d, tl.sum(p * t * sd, 1))  # in this order: t s may overflow
                     zp += M_PADDED
                     mp += K_PADDED
                     sp += K_PADDED
@@ -170,9 +170,9 @@ def parameters_kernel(
                 for d in range(first, tl.minimum(first + DIMS, D)):
                     t = (tl.load(zp) - tl.load(mp)) * tl.load(sp)
                     wt = w * t
-                    sum1 = column(sum1, dims, d, tl.sum(wt, 1))
+                    sum1 = add_to_dimension(sum1, dims, d, tl.sum(wt, 1))
                     if NEED_S2:
-                        sum2 = column(sum2, dims, d, tl.sum(wt * t, 1))
+                        sum2 = add_to_dimension(sum2, dims, d, tl.sum(wt * t, 1))
                     zp += M_PADDED
                     mp += K_PADDED
                     sp += K_PADDED

@@ -36,7 +36,7 @@ def responsibility(x):
 
 
 @triton.jit
-def column(totals, dims, d, values):
+def add_to_dimension(totals, dims, d, values):
     """totals [R, DIMS] with values [R] added to the column of dimension d."""
     return totals + tl.where((dims == d)[None, :], values[:, None], 0.0)
 
