@@ -1,8 +1,8 @@
-"""Elementary functions to about one unit in the last place, the same on every device.
+"""Elementary functions to about one unit in the last place, the same on every device; compensated sums; TF32.
 
-What a GPU's fast instructions lose is too much here: lg2.approx has no relative accuracy near 1, where the radius of a
-normal number comes from, and ex2.approx(x log2 e) loses |x| roundings, which a variance must not.  In float64 Triton's
-own functions are accurate, and used.
+A GPU's fast instructions are too inaccurate here.  lg2.approx has no relative accuracy near 1, where the radius of a
+normal number comes from.  ex2.approx(x log2 e) is wrong by |x| roundings, which is too much for a variance.  In float64
+Triton's own functions are accurate, and used.
 """
 
 import triton
@@ -90,6 +90,24 @@ def scaled_log(f, e):
     """log((1 + f) 2^e), float32, 1 / sqrt 2 <= 1 + f < sqrt 2, e an integer."""
     # of two products the compiler could fuse either with the sum, and in two kernels would do so differently
     return tl.fma(e.to(tl.float32), tl.full(f.shape, LN_2, f.dtype), log_near_1(f))
+
+
+@triton.jit
+def add_compensated(total, compensation, x):
+    """(total, compensation) with x added to total, and to compensation what that addition rounds off (Knuth's two-sum).
+
+    A plain sum of D equal terms is off by D / 4 roundings: as long as the sum stays between two powers of 2, every
+    addition rounds by the same amount in the same direction.
+    """
+    new_total = total + x
+    added = new_total - total
+    return new_total, compensation + ((total - (new_total - added)) + (x - added))
+
+
+@triton.jit
+def compensated_total(total, compensation):
+    """What `add_compensated` has added up; the compensation of an infinite total is NaN, and is not added."""
+    return total + tl.where(compensation == compensation, compensation, 0.0)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The choice of tiles by time, with FASTVAE_AUTOTUNE=1: made once for each kind of problem, and kept in a file.
 
-A tile decides the order of a sum, so a choice by the clock gives other bits when it falls out otherwise.  It is
-therefore made once: whoever meets a key first times the candidates of `tiles.py`, and whoever comes later, in this
-process or another, takes what the file has.  docs/developers/triton-kernels.md describes the key and the file.
+A tile size decides the order of a sum, so another choice gives other bits.  The choice is therefore made once: the
+first call with a key times the candidates of `tiles.py`, and every later call, in this process or another, takes the
+choice from the file (`tuned_tiles.py`).  docs/developers/triton-kernels.md describes the key and the file.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tile_file, tiles
+from . import tiles, tuned_tiles
 from .launch import INTERPRETED
-from .tile_file import Timed
 from .tiles import Tile
+from .tuned_tiles import Timed
 
 Run = Callable[[Tile], object]
 Clock = Callable[[Callable[[], object]], float]
-ENOUGH = 5.0  # milliseconds for each candidate, once it is compiled
-FEWEST, MOST = 3, 20  # calls
+ENOUGH_MILLISECONDS = 5.0  # for each candidate, once it is compiled
+MIN_CALLS, MAX_CALLS = 3, 20
 
 _known: dict[Key, Tile] = {}
 _one_at_a_time = threading.Lock()  # backward runs in threads of its own, and timings must not overlap
 
 
 class Key(NamedTuple):
-    """What the best tile depends on, as far as shapes and the machine tell."""
+    """What the best tile depends on, as far as the shapes and the machine decide."""
 
     device: str
     capability: int  # ten times
@@ -44,7 +44,7 @@ class Key(NamedTuple):
     dtype: str
     D: int  # padded
     shared: bool  # whether all components have one variance
-    M: int  # up to the next power of two, as is K, so that a changing batch is not timed for ever
+    M: int  # rounded up to a power of two, as is K, so that a changing batch is not timed again and again
     K: int
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ def milliseconds(run: Callable[[], object]) -> float:
     """The median of some calls on the current stream, launches included."""
     run()  # compiles
     times: list[float] = []
-    while len(times) < FEWEST or (len(times) < MOST and sum(times) < ENOUGH):
+    while len(times) < MIN_CALLS or (len(times) < MAX_CALLS and sum(times) < ENOUGH_MILLISECONDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -84,46 +84,46 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def clock_of(device: torch.device) -> Clock | None:
-    """What times calls on a device; None where that tells nothing, as in the interpreter."""
+    """What times calls on a device; None where times say nothing, as in the interpreter."""
     return None if INTERPRETED or device.type != "cuda" else milliseconds
 
 
 def choose(kind: str, precision: str, z: Tensor, mu: Tensor, logvar: Tensor, run: Run, detail: str = "") -> Tile:
-    """The tile for a call: the table's, or with FASTVAE_AUTOTUNE=1 the fastest that is offered.
+    """The tile for a call: the table's, or with FASTVAE_AUTOTUNE=1 the fastest candidate.
 
-    run: the call itself, by a given tile; it must be free to run any number of times.
+    run: the call itself with a given tile, which may run any number of times.
     detail: what else of the call decides its time, for the key.
     """
-    about = kind, precision, z.shape[1], tiles.capability(z.device), z.dtype
+    call = kind, precision, z.shape[1], tiles.capability(z.device), z.dtype
     if os.environ.get("FASTVAE_AUTOTUNE") != "1" or (clock := clock_of(z.device)) is None:
-        return tiles.tile_for(*about)
+        return tiles.tile_for(*call)
     key = key_of(kind, precision, z, mu, logvar, detail)
     if (tile := _known.get(key)) is not None:
         return tile
-    offered = tiles.candidates(*about)
+    candidates = tiles.candidates(*call)
     if _capturing():
-        return tile_file.find(str(key), offered) or offered[0]
+        return tuned_tiles.find(str(key), candidates) or candidates[0]
     with _one_at_a_time:
-        if (tile := _known.get(key) or tile_file.find(str(key), offered)) is None:
-            timed = time_all(offered, run, clock)
+        if (tile := _known.get(key) or tuned_tiles.find(str(key), candidates)) is None:
+            timed = time_all(candidates, run, clock)
             if timed[0].milliseconds is None:
-                return offered[0]  # whose failure is the caller's to see
-            tile = tile_file.keep(str(key), timed, offered)
+                return candidates[0]  # the caller sees its failure
+            tile = tuned_tiles.keep(str(key), timed, candidates)
         _known[key] = tile
     return tile
 
 
 def _capturing() -> bool:
-    """Whether a CUDA graph is being captured, while which nothing can be waited for."""
+    """Whether a CUDA graph is being captured: meanwhile nothing can be waited for."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def time_all(offered: list[Tile], run: Run, clock: Clock) -> list[Timed]:
-    """Every candidate, the fastest first, and last those that failed."""
+def time_all(candidates: list[Tile], run: Run, clock: Clock) -> list[Timed]:
+    """Every candidate: the fastest first, those that failed last."""
     timed = []
-    for tile in offered:
+    for tile in candidates:
         try:
             timed.append(Timed(tile, clock(functools.partial(run, tile))))
-        except Exception as error:  # out of shared memory, or the compiler's, of whatever kind
+        except Exception as error:  # out of shared memory, or any of the compiler's
             timed.append(Timed(tile, None, f"{type(error).__name__}: {error}".splitlines()[0]))
     return sorted(timed, key=lambda one: math.inf if one.milliseconds is None else one.milliseconds)

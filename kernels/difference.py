@@ -2,26 +2,27 @@
 
     a_mk = c_k - 1/2 sum_d ((z_md - mu_kd) s_kd)^2        s_kd = exp(-logvar_kd / 2)
 
-A subtraction, a product and a multiply-add for each row, component and dimension, on a tile of rows x components whose
-operands are loaded dimension by dimension; z, mu and s are therefore packed with the dimension first and padded, so
-that neighbours are neighbours in memory and nothing needs a mask.
+This takes a subtraction, a product and a multiply-add for each row, component and dimension.  A tile of
+rows x components loads its operands dimension by dimension.  So z, mu and s are packed with the dimension first, where
+neighbouring rows and components are neighbours in memory, and padded, so that no load needs a mask.
 
-The gradients are sums over the tile, dimension by dimension, of what is computed anew:
+The gradients are sums over the tile, for which t is computed again, dimension by dimension:
 
     score_md = -sum_k r t s     S1_kd = sum_m w t     S2_kd = sum_m w t^2     S0_k = sum_m w     t = (z_md - mu_kd) s_kd
 
-Of t and not of z - mu, so that no sigma takes w t^2 out of float32's range.
+The sums are of t and not of z - mu, so that w t^2 stays in float32's range at every sigma.
 """
 
 import triton
 import triton.language as tl
 
 from .arithmetic import lowest
-from .logsumexp import absorb, any_at_least, column, log_responsibility, responsibility, score_matters, store_sums
+from .logsumexp import absorb, add_to_dimension, log_responsibility, responsibility, store_sums
+from .skipping import is_active, is_active_in_score
 
 UNROLL = tl.constexpr(4)  # D is padded to a multiple of it
-# Dimensions whose t^2 are added up one by one; the sums of such blocks are then added up.  So the error of a sum of
-# equal terms grows with BLOCK + D / BLOCK and not with D.
+# The t^2 of so many dimensions are added up one by one, and then the sums of such blocks are added up.  So the error of
+# a sum of equal terms grows with BLOCK + D / BLOCK and not with D.
 BLOCK = tl.constexpr(64)
 
 
@@ -29,8 +30,9 @@ BLOCK = tl.constexpr(64)
 def _squares(
     outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER_STEP, INNER_STEP, D, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """sum_d ((outer_d - inner_d) s_d)^2, [outer, inner], of pointers [outer, 1] and [1, inner] to dimension 0.
+    """sum_d ((outer_d - inner_d) s_d)^2, [outer, inner]; outer [outer, 1] and inner [1, inner] point to dimension 0.
 
+    scale_of_outer: s is that of outer, at outer_s, and not that of inner, at inner_s.
     BLOCKS: whether D is above BLOCK.
     """
     if BLOCKS:
@@ -54,8 +56,8 @@ def _squares(
 def _squares_of_block(outer, inner, scale_of_outer: tl.constexpr, outer_s, inner_s, OUTER_STEP, INNER_STEP, D):
     """The sum over D dimensions, one by one.
 
-    Loads are two-dimensional so that they take the layout of the sum, and the sum starts as a product of nothing,
-    because that makes the compiler give each thread blocks of 4 x 4: of its operands then come four in one load.
+    Loads are two-dimensional, so that they take the layout of the sum.  The sum starts as a matrix product of zeros:
+    for that the compiler gives each thread blocks of 4 x 4, whose operands come four in one load.
     """
     R: tl.constexpr = outer.shape[0]
     C: tl.constexpr = inner.shape[1]
@@ -81,11 +83,14 @@ def _squares_of_block(outer, inner, scale_of_outer: tl.constexpr, outer_s, inner
 
 @triton.jit
 def forward_kernel(
-    z, mu, s, c, reach, exclude, partial_top, partial_total, partial_score,
-    M, M_PADDED, K_PADDED, D, SPAN, negligible, SCORE: tl.constexpr, DENSE: tl.constexpr, BLOCKS: tl.constexpr,
+    z, mu, s, c, log_sigma_ratio, exclude, partial_top, partial_total, partial_score,
+    M, M_PADDED, K_PADDED, D, SPAN, log_negligible, SCORE: tl.constexpr, BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows against SPAN components: what `merge_rows` needs, and DIMS dimensions of the score."""
+    """ROWS rows against SPAN components: a split's top and total, and DIMS dimensions of its score.
+
+    log_sigma_ratio: None where there is no score, or no tile of it may be left out.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
@@ -93,29 +98,30 @@ def forward_kernel(
     total = tl.zeros((ROWS,), c.dtype.element_ty)
     score = tl.zeros((ROWS, DIMS if SCORE else 1), c.dtype.element_ty)
     if exclude is not None:
-        left_out = tl.load(exclude + rows, rows < M, -1)
+        excluded = tl.load(exclude + rows, rows < M, -1)
     for k in range(split * SPAN, tl.minimum(split * SPAN + SPAN, K_PADDED), COLUMNS):
         columns = k + tl.arange(0, COLUMNS)
-        of_mu, of_s = (mu + columns)[None, :], (s + columns)[None, :]
-        square = _squares((z + rows)[:, None], of_mu, False, of_s, of_s, M_PADDED, K_PADDED, D, BLOCKS)
+        mu_at, s_at = (mu + columns)[None, :], (s + columns)[None, :]
+        square = _squares((z + rows)[:, None], mu_at, False, s_at, s_at, M_PADDED, K_PADDED, D, BLOCKS)
         a = tl.load((c + columns)[None, :]) - 0.5 * square
         if exclude is not None:
-            a = tl.where(left_out[:, None] == columns[None, :], float("-inf"), a)
+            a = tl.where(excluded[:, None] == columns[None, :], float("-inf"), a)
         top, total, shrink, p = absorb(top, total, a)
         if SCORE:
             score *= shrink[:, None]
-            matters = True
-            if not DENSE:
-                matters = score_matters(a, tl.load(reach + columns), top - negligible)
-            if matters:
+            active = True
+            if log_sigma_ratio is not None:
+                peak, ratio = tl.load(c + columns), tl.load(log_sigma_ratio + columns)
+                active = is_active_in_score(a, peak, ratio, top + log_negligible)
+            if active:
                 first = tl.program_id(2) * DIMS
                 at = first.to(tl.int64)
                 zp = (z + at * M_PADDED + rows)[:, None]
-                mp, sp = of_mu + at * K_PADDED, of_s + at * K_PADDED
+                mp, sp = mu_at + at * K_PADDED, s_at + at * K_PADDED
                 for d in range(first, tl.minimum(first + DIMS, D)):
                     sd = tl.load(sp)
                     t = (tl.load(zp) - tl.load(mp)) * sd
-                    score = column(score, dims, d, tl.sum(p * t * sd, 1))  # in this order: t s may be no float32
+                    score = add_to_dimension(score, dims, d, tl.sum(p * t * sd, 1))  # in this order: t s may overflow
                     zp += M_PADDED
                     mp += K_PADDED
                     sp += K_PADDED
@@ -136,7 +142,8 @@ def parameters_kernel(
 ):  # fmt: skip
     """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2.
 
-    The tile is turned around, components x rows, so that the sums over rows are within warps.
+    The tile is transposed, components x rows, so that the sums over rows are within warps.
+    limit: the log r below which a pair is left out.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(1)
@@ -147,25 +154,25 @@ def parameters_kernel(
     constant = tl.load(c + columns)
     for m in range(split * SPAN, tl.minimum(split * SPAN + SPAN, M_PADDED), ROWS):
         rows = m + tl.arange(0, ROWS)
-        of_mu, of_s = (mu + columns)[:, None], (s + columns)[:, None]
-        square = _squares(of_mu, (z + rows)[None, :], True, of_s, of_s, K_PADDED, M_PADDED, D, BLOCKS)
+        mu_at, s_at = (mu + columns)[:, None], (s + columns)[:, None]
+        square = _squares(mu_at, (z + rows)[None, :], True, s_at, s_at, K_PADDED, M_PADDED, D, BLOCKS)
         x = log_responsibility(constant[:, None] - 0.5 * square, log_prob, exclude, rows, columns, M)
-        matters = True
+        active = True
         if not DENSE:
-            matters = any_at_least(x, limit)
-        if matters:
+            active = is_active(x, limit)
+        if active:
             w = tl.load(grad + rows, rows < M, 0.0)[None, :] * responsibility(x)
             sum0 += tl.sum(w, 1)
             if NEED_S1:
                 first = tl.program_id(2) * DIMS
                 at = first.to(tl.int64)
-                zp, mp, sp = (z + at * M_PADDED + rows)[None, :], of_mu + at * K_PADDED, of_s + at * K_PADDED
+                zp, mp, sp = (z + at * M_PADDED + rows)[None, :], mu_at + at * K_PADDED, s_at + at * K_PADDED
                 for d in range(first, tl.minimum(first + DIMS, D)):
                     t = (tl.load(zp) - tl.load(mp)) * tl.load(sp)
                     wt = w * t
-                    sum1 = column(sum1, dims, d, tl.sum(wt, 1))
+                    sum1 = add_to_dimension(sum1, dims, d, tl.sum(wt, 1))
                     if NEED_S2:
-                        sum2 = column(sum2, dims, d, tl.sum(wt * t, 1))
+                        sum2 = add_to_dimension(sum2, dims, d, tl.sum(wt * t, 1))
                     zp += M_PADDED
                     mp += K_PADDED
                     sp += K_PADDED

@@ -9,8 +9,8 @@ or, where log q is differentiated along the path of z alone, d log q / dz = -eps
 
     KL = 1/2 sum_d (mu^2 + exp(logvar) - 1 - logvar)
 
-Tensors are contiguous: mu, logvar [M, D], z [S, M, D].  All are bound by memory: each program takes a tile of whole
-rows, a wide row piece by piece.  Backward draws the noise again from the seed.
+Tensors are contiguous: mu, logvar [M, D], z [S, M, D].  All kernels are bound by memory.  A program takes a tile of
+whole rows, and a wide row piece by piece.  Backward draws the noise again from the seed.
 """
 
 import torch
@@ -23,13 +23,13 @@ from .launch import on_device_of
 from .noise import normals, normals_of_quads
 
 LOG_2_PI = tl.constexpr(1.8378770664093453)
-ELEMENTS = 2048  # in a tile: 16 a thread
-WIDEST = 1024  # piece of a row
+ELEMENTS = 2048  # of a tile: 16 for each thread
+MAX_PIECE = 1024  # of a row, that a tile holds
 
 
 @triton.jit
 def noise_of_rows(seed, first, QUADS: tl.constexpr, DIMS: tl.constexpr):
-    """Numbers first ... first + DIMS - 1 of the stream, for each first; QUADS: these are multiples of 4."""
+    """Numbers first ... first + DIMS - 1 of the stream, for each first; QUADS: all of first are multiples of 4."""
     if QUADS:
         return normals_of_quads(seed, (first >> 2)[:, None] + tl.arange(0, DIMS // 4)[None, :])
     else:
@@ -38,16 +38,16 @@ def noise_of_rows(seed, first, QUADS: tl.constexpr, DIMS: tl.constexpr):
 
 @triton.jit
 def sample_rows(mu, logvar, seed, z, row, end, M, D, QUADS: tl.constexpr, DIMS: tl.constexpr):
-    """Write those rows (int64) of z that are below `end`; their log q."""
+    """Write the rows (int64) of z that are below `end`, and return their log q."""
     if QUADS:
         D = D // 4 * 4  # tells the compiler that rows start at multiples of 16 bytes
-    of_mu = (row % M) * D
+    at_q = (row % M) * D
     key = tl.load(seed)
     total = tl.zeros((row.shape[0], DIMS), mu.dtype.element_ty)
     for d in range(0, D, DIMS):
         dims = d + tl.arange(0, DIMS)
         inside = (row < end)[:, None] & (dims < D)[None, :]
-        at = of_mu[:, None] + dims[None, :]
+        at = at_q[:, None] + dims[None, :]
         m = tl.load(mu + at, inside, 0.0)
         lv = tl.load(logvar + at, inside, 0.0)
         eps = noise_of_rows(key, row * D + d, QUADS, DIMS).to(m.dtype)
@@ -65,7 +65,7 @@ def sample_kernel(mu, logvar, seed, z, log_q, M, D, N, QUADS: tl.constexpr, ROWS
 
 @triton.jit
 def sample_gradients(g_z, g_q, eps, sigma, PATH: tl.constexpr):
-    """What one sample adds to dmu and to 2 dlogvar."""
+    """What one sample adds to dmu, and to 2 dlogvar."""
     if PATH:
         by_path = g_q * eps
         # the fused product is named: in another kernel the compiler might fuse the other
@@ -94,9 +94,9 @@ def sample_backward_kernel(
         g_z = tl.load(grad_z + (row * D)[:, None] + dims[None, :], inside, 0.0)
         g_q = tl.load(grad_log_q + row, m < M, 0.0)[:, None]
         eps = noise_of_rows(key, row * D + d, QUADS, DIMS).to(sigma.dtype)
-        of_mu, of_logvar = sample_gradients(g_z, g_q, eps, sigma, PATH)
-        sum_mu += of_mu
-        sum_logvar += of_logvar
+        add_mu, add_logvar = sample_gradients(g_z, g_q, eps, sigma, PATH)
+        sum_mu += add_mu
+        sum_logvar += add_logvar
         row += M
     tl.store(dmu + at, sum_mu, inside)
     tl.store(dlogvar + at, 0.5 * sum_logvar, inside)
@@ -131,7 +131,7 @@ def kl_backward_kernel(grad, mu, logvar, dmu, dlogvar, M, D, ROWS: tl.constexpr,
 
 def _tile(D: int, dtype: torch.dtype) -> dict[str, int]:
     """Sizes of a tile: DIMS a power of two of at least 4, ROWS the rest of ELEMENTS; half of them in float64."""
-    dims = max(4, min(WIDEST, triton.next_power_of_2(D)))
+    dims = max(4, min(MAX_PIECE, triton.next_power_of_2(D)))
     elements = ELEMENTS // 2 if dtype == torch.float64 else ELEMENTS
     return {"ROWS": max(1, elements // dims), "DIMS": dims}
 

@@ -1,4 +1,4 @@
-"""The parts that splits left, put together in their order: the same input gives the same bits."""
+"""Kernels that merge the parts of splits, in a fixed order: the same input gives the same bits."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ def merge_rows_kernel(
 ):  # fmt: skip
     """log p [M] and, where there are parts of it, the score [M, D], times `grad` [M] where that is given.
 
-    log_prob may be None: it is known already.
+    log_prob: None where it is known already.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dims = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
@@ -52,8 +52,8 @@ def merge_components_kernel(
 ):  # fmt: skip
     """The gradients of the parameters from S0 [K], S1 and S2 [K, D]; those that are None are not wanted.
 
-    dmu = s S1 and dlogvar = (S2 - S0) / 2 with the sums of t = (z - mu) s; origin, where it is not None, says that they
-    are sums of z' = z - origin, from which those of z - mu = z' - mu' follow.
+    dmu = s S1 and dlogvar = (S2 - S0) / 2, for sums of t = (z - mu) s and t^2.  Where origin is given, s1 and s2 are
+    sums of z' = z - origin and z'^2, from which those of z - mu = z' - mu' follow.
     """
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
@@ -71,27 +71,27 @@ def merge_components_kernel(
         if s2 is not None:
             sum2 += tl.load(s2 + at, part, 0.0)
         offset += K_PADDED
-    there = k < K
+    present = k < K
     if log_weights is not None:
-        there &= tl.load(log_weights + k, k < K, 0.0) != float("-inf")
+        present &= tl.load(log_weights + k, k < K, 0.0) != float("-inf")
     if dlog_weights is not None:
         if tl.program_id(1) == 0:
-            tl.store(dlog_weights + k, tl.where(there, sum0, 0.0), k < K)
+            tl.store(dlog_weights + k, tl.where(present, sum0, 0.0), k < K)
     if s1 is not None:
         out = (k.to(tl.int64) * D)[:, None] + d[None, :]
         inside = (k < K)[:, None] & (d < D)[None, :]
-        there = there[:, None] & (d < D)[None, :]
+        present = present[:, None] & (d < D)[None, :]
         if SHARED:
             lv = tl.load(logvar + d, d < D, 0.0)[None, :]
         else:
-            lv = tl.load(logvar + out, there, 0.0)
+            lv = tl.load(logvar + out, present, 0.0)
         s = exp(-0.5 * lv)
         if origin is not None:
-            centred = tl.load(mu + out, there, 0.0) - tl.load(origin + d, d < D, 0.0)[None, :]
+            centred = tl.load(mu + out, present, 0.0) - tl.load(origin + d, d < D, 0.0)[None, :]
             if s2 is not None:
                 sum2 = (sum2 + centred * (centred * sum0[:, None] - 2.0 * sum1)) * s * s
             sum1 = (sum1 - centred * sum0[:, None]) * s
         if dmu is not None:
-            tl.store(dmu + out, tl.where(there, s * sum1, 0.0), inside)
+            tl.store(dmu + out, tl.where(present, s * sum1, 0.0), inside)
         if dlogvar is not None:
-            tl.store(dlogvar + out, tl.where(there, 0.5 * (sum2 - sum0[:, None]), 0.0), inside)
+            tl.store(dlogvar + out, tl.where(present, 0.5 * (sum2 - sum0[:, None]), 0.0), inside)

@@ -4,21 +4,22 @@ With z' = z - o and mu' = mu - o, o an origin near the components (`packing.py`)
 
     a_mk = c'_k + sum_d [z'_d, z'_d^2] . [mu'_kd v_kd, -v_kd / 2]        c'_k = c_k - 1/2 sum_d mu'^2 v
 
-so rows have features x [M, F], components features p [K, F], and a = c' + x p^T.  Where all share v the squares are a
-number for each row, and F is half as wide.  The gradients are products with the same features:
+so rows have features x [M, F], components have features p [K, F], and a = c' + x p^T.  Where all components share v,
+the squares are one number for each row, and F is half as wide.  The gradients are products with the same features:
 
     score_md = G1 + 2 z' G2,  [G1, G2] = r p       [S1, S2] = w^T x     S0 = sum_m w
 
-Operands are rounded to TF32 before they come here, in one part ("medium") or as the sum of two ("high"), whose three
-largest products are added: the tensor cores round nothing more, so that an interpreter sees their errors.  TF32
-operands must lie along the sum, hence features are packed both ways where both ways are needed.
+Operands are rounded to TF32 when they are packed: to one number ("medium"), or to the sum of two ("high"), whose three
+largest products are added.  The tensor cores round operands no further, so that an interpreter shows the same errors.
+TF32 operands must lie along the sum, hence features are also packed transposed where sums along both sides are needed.
 """
 
 import triton
 import triton.language as tl
 
 from .arithmetic import exp, lowest, round_to_tf32
-from .logsumexp import absorb, any_at_least, log_responsibility, responsibility, score_matters, store_sums
+from .logsumexp import absorb, log_responsibility, responsibility, store_sums
+from .skipping import is_active, is_active_in_score
 
 
 @triton.jit
@@ -61,15 +62,17 @@ def _weighted_features(w, b_high, b_low, dims, inside, inner, STRIDE, total, PAR
 
 @triton.jit
 def forward_kernel(
-    x_high, x_low, p_high, p_low, p_high_t, p_low_t, z, origin, row_term, c, reach, exclude, shared_logvar,
-    partial_top, partial_total, partial_score,
-    M, M_PADDED, K_PADDED, D, D_PADDED, F, SPAN, negligible,
-    PARTS: tl.constexpr, SCORE: tl.constexpr, DENSE: tl.constexpr,
+    x_high, x_low, p_high, p_low, p_high_t, p_low_t, z, origin, row_term, c, peak, log_sigma_ratio,
+    exclude, shared_logvar, partial_top, partial_total, partial_score,
+    M, M_PADDED, K_PADDED, D, D_PADDED, F, SPAN, log_negligible,
+    PARTS: tl.constexpr, SCORE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows against SPAN components: what `merge_rows` needs, and DIMS dimensions of the score.
+    """ROWS rows against SPAN components: a split's top and total, and DIMS dimensions of its score.
 
-    shared_logvar: [D] where all components share it, else None; row_term: what the squares add to a [M], then.
+    c is c' above, and peak is c, the largest a that the component has anywhere.
+    peak, log_sigma_ratio: None where there is no score, or no tile of it may be left out.
+    shared_logvar: [D] where all components share it, else None; row_term [M]: what the squares then add to a.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
@@ -79,25 +82,26 @@ def forward_kernel(
     linear = tl.zeros((ROWS, DIMS if SCORE else 1), tl.float32)
     square = linear
     if exclude is not None:
-        left_out = tl.load(exclude + rows, rows < M, -1)
+        excluded = tl.load(exclude + rows, rows < M, -1)
     if shared_logvar is not None:
-        of_row = tl.load(row_term + rows)
+        row_terms = tl.load(row_term + rows)
     for k in range(split * SPAN, tl.minimum(split * SPAN + SPAN, K_PADDED), COLUMNS):
         columns = k + tl.arange(0, COLUMNS)
         a = _features_product(x_high, x_low, p_high, p_low, rows, columns, F, CHUNK, PARTS)
         a += tl.load(c + columns)[None, :]
         if shared_logvar is not None:
-            a += of_row[:, None]
+            a += row_terms[:, None]
         if exclude is not None:
-            a = tl.where(left_out[:, None] == columns[None, :], float("-inf"), a)
+            a = tl.where(excluded[:, None] == columns[None, :], float("-inf"), a)
         top, total, shrink, p = absorb(top, total, a)
         if SCORE:
             linear *= shrink[:, None]
             square *= shrink[:, None]
-            matters = True
-            if not DENSE:
-                matters = score_matters(a, tl.load(reach + columns), top - negligible)
-            if matters:
+            active = True
+            if log_sigma_ratio is not None:
+                ratio = tl.load(log_sigma_ratio + columns)
+                active = is_active_in_score(a, tl.load(peak + columns), ratio, top + log_negligible)
+            if active:
                 inside = dims < D_PADDED
                 linear = _weighted_features(p, p_high_t, p_low_t, dims, inside, columns, K_PADDED, linear, PARTS)
                 if shared_logvar is None:
@@ -125,7 +129,10 @@ def parameters_kernel(
     PARTS: tl.constexpr, NEED_S1: tl.constexpr, NEED_S2: tl.constexpr, DENSE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2, of z' and not of u."""
+    """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2, which are of z' and not of z - mu.
+
+    limit: the log r below which a pair is left out.
+    """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(1)
     dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
@@ -140,10 +147,10 @@ def parameters_kernel(
         if row_term is not None:
             x += tl.load(row_term + rows)[None, :]
         x = log_responsibility(x, log_prob, exclude, rows, columns, M)
-        matters = True
+        active = True
         if not DENSE:
-            matters = any_at_least(x, limit)
-        if matters:
+            active = is_active(x, limit)
+        if active:
             w = tl.load(grad + rows, rows < M, 0.0)[None, :] * responsibility(x)
             sum0 += tl.sum(w, 1)
             if NEED_S1:

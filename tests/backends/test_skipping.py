@@ -139,6 +139,28 @@ def test_a_faint_component_may_be_a_distant_one(impl: str, dtype: torch.dtype) -
             assert bool(((dz - want.dz).abs() <= allowed.dz).all()), f"{below}: {dz[0, 3]} for {want.dz[0, 3]}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_faint_component_may_be_a_far_one(impl: str, dtype: torch.dtype) -> None:
+    """The gradient of z to rounding, also where a pair counts for much because its t is 100.
+
+    z lies on one component.  384 others are far from it, with such weights that each responsibility is just below what
+    one may neglect in log p.  The gradient is theirs alone, and is 7 roundings of 1 / sigma.  The rest of the first
+    component's tile has no weight, so that no tile holds both kinds.
+    """
+    K, M, t = 512, 64, 100.0
+    digits = 26 if dtype == torch.float32 else 55
+    exponent = -math.log(K) - digits * math.log(2) - 1
+    far = torch.arange(K) >= 128
+    log_weights = torch.where(far, exponent + 0.5 * t**2, -math.inf).to(dtype)
+    log_weights[0] = 0.0
+    z, mu = torch.zeros(M, 1, dtype=dtype), t * far[:, None].to(dtype)
+    case = Case(z, mu, torch.zeros_like(mu), log_weights, torch.ones(M, dtype=dtype))
+    want, allowed = allowance(case, dense_backward=True)
+    _, score = fastvae.mixture_log_prob_and_score(z, mu, case.logvar, log_weights, impl=impl)
+    for dz in (run(case, impl).dz, run(case, impl, dense_backward=True).dz, score):
+        assert bool(((dz - want.dz).abs() <= allowed.dz).all()), f"{dz[0]} for {want.dz[0]}"
+
+
 def test_dense_backward_is_dense_beside_the_score(impl: str) -> None:
     """The score leaves out what does not matter to it; the gradient that `dense_backward` asks for does not.
 

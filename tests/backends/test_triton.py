@@ -161,7 +161,7 @@ def test_the_tiles_that_users_get(monkeypatch: pytest.MonkeyPatch, precision: st
         patch_once(monkeypatch)
     else:
         use_backend("triton", monkeypatch)
-    assert not triton_module("small").fits(130, 150, 67)  # which has no tiles
+    assert not triton_module("small").is_small(130, 150, 67)  # which has no tiles
     case = diffuse_case(130, 150, 67)
     case = replace(case, log_weights=torch.log_softmax(torch.randn(150), 0))
     exact = case.to(torch.float64)
@@ -220,6 +220,44 @@ def test_tiles_are_skipped_and_only_without_dense(precision: str) -> None:
     assert bool((dense.dlog_weights[faint[order]] != 0).all())
     assert bool((skipped.dlog_weights[faint[order]] == 0).any())
     assert torch.equal(skipped.log_prob, dense.log_prob)
+
+
+@pytest.mark.parametrize("precision", ("highest", *LOWER))
+def test_the_score_of_far_rows_leaves_tiles_out(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Rows 100 sigmas from all components, and 60 nats nearer to those of the first tile than to all others.
+
+    Four tiles of components, of which each block of rows needs the first.  There c - a is 3e5, so that a bound on log t
+    that grows as c - a does leaves nothing out.  In dimension 0 the first tile's t is 0: its whole score is that of the
+    other tiles, and exactly zero where these are left out.
+    """
+    M, K, D = 64, 256, 64
+    mu = torch.zeros(K, D)
+    mu[64:] = -60 / (100 * D)
+    mu[64:, 0] = 0.5
+    z = torch.full((M, D), 100.0)
+    z[:, 0] = 0.0
+    case = Case(z, mu, torch.zeros(K, D), torch.zeros(K), torch.ones(M))
+    form, active = triton_module("difference" if precision == "highest" else "product"), []
+    decide = form.is_active_in_score
+
+    def watch(*about: object) -> bool:
+        active.append(bool(decide(*about)))
+        return active[-1]
+
+    if interpreted():
+        monkeypatch.setattr(form, "is_active_in_score", watch)
+    got = run_at(case, precision)
+    if interpreted():
+        assert active == [True, False, False, False] * (M // 16)
+    want, allowed = allowance(case)
+    assert 0 < float(want.dz[:, 0].abs().max()) < 2.0**-24
+    if precision == "highest":
+        assert bool((got.dz[:, 0] == 0).all())
+        assert bool((run_at(case, precision, dense=True).dz[:, 0] != 0).all())
+    else:
+        allowed = product_band(case.to(torch.float64), precision)
+    want.dz[:, 0] = 0.0
+    assert_within(got, want, allowed)
 
 
 def test_precision_follows_pytorchs_setting(monkeypatch: pytest.MonkeyPatch) -> None:

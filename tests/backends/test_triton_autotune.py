@@ -18,7 +18,7 @@ from support.internals import triton_module
 import fastvae
 
 pytest.importorskip("triton")
-autotune, tile_file, tiles = (triton_module(name) for name in ("autotune", "tile_file", "tiles"))
+autotune, tiles, tuned_tiles = (triton_module(name) for name in ("autotune", "tiles", "tuned_tiles"))
 
 
 @dataclass
@@ -57,7 +57,7 @@ def clock(triton: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process does not know."""
     monkeypatch.setattr(autotune, "_known", {})
-    monkeypatch.setattr(tile_file, "_warned", set())
+    monkeypatch.setattr(tuned_tiles, "_warned", set())
 
 
 def choose(M: int = 40, K: int = 70, D: int = 8, kind: str = "forward", **changes: Any) -> Any:
@@ -73,7 +73,6 @@ def offered(kind: str = "forward") -> list[Any]:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The tiles that calls from here on run with."""
     seen: list[Any] = []
-    mixture = triton_module("mixture")
 
     def watch(launch: Callable[..., None]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:
@@ -82,8 +81,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
         return run
 
-    for name in ("_forward_by", "_parameters_by"):
-        monkeypatch.setattr(mixture, name, watch(getattr(mixture, name)))
+    for module in map(triton_module, ("mixture_forward", "mixture_parameters")):
+        monkeypatch.setattr(module, "launch", watch(module.launch))
     return seen
 
 
@@ -192,7 +191,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(clock: Clock, monkeypatch: p
 def test_a_candidate_that_fails_is_passed_over(clock: Clock) -> None:
     clock.times = [3.0, RuntimeError("out of resource: shared memory\nmore"), 2.0]
     assert choose() == offered()[2]
-    (entries,) = json.loads(tile_file.path().read_text())["tiles"].values()
+    (entries,) = json.loads(tuned_tiles.path().read_text())["tiles"].values()
     assert [e["milliseconds"] for e in entries] == [2.0, 3.0, None]
     assert entries[2]["failure"] == "RuntimeError: out of resource: shared memory"
 
@@ -200,7 +199,7 @@ def test_a_candidate_that_fails_is_passed_over(clock: Clock) -> None:
 def test_where_all_fail_the_table_does_what_it_does(clock: Clock) -> None:
     """Its failure is the call's; and nothing is kept."""
     clock.times = [RuntimeError("out of memory")]
-    assert choose() == offered()[0] and not tile_file.path().exists()
+    assert choose() == offered()[0] and not tuned_tiles.path().exists()
     clock.times = [3.0, 1.0, 2.0]
     clock.asked.clear()
     assert choose() == offered()[1]
@@ -222,7 +221,7 @@ def test_where_all_fail_the_table_does_what_it_does(clock: Clock) -> None:
 )
 def test_a_damaged_file_is_set_aside(clock: Clock, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     """With a warning, whole, and beside what was set aside before; then all is as if there had been none."""
-    file = tile_file.path()
+    file = tuned_tiles.path()
     for aside in ("tiles.json.bad", "tiles.json.bad1"):
         forget(monkeypatch)
         file.write_bytes(content.encode("latin1"))
@@ -248,11 +247,11 @@ def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     for name in ("FASTVAE_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tile_file.path() == tmp_path / ".cache" / "fastvae" / "tiles.json"
+    assert tuned_tiles.path() == tmp_path / ".cache" / "fastvae" / "tiles.json"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tile_file.path() == tmp_path / "xdg" / "fastvae" / "tiles.json"
+    assert tuned_tiles.path() == tmp_path / "xdg" / "fastvae" / "tiles.json"
     monkeypatch.setenv("FASTVAE_CACHE_DIR", str(tmp_path / "own"))
-    assert tile_file.path() == tmp_path / "own" / "tiles.json"
+    assert tuned_tiles.path() == tmp_path / "own" / "tiles.json"
 
 
 def test_the_key_is_bucketed(clock: Clock) -> None:
@@ -285,7 +284,7 @@ def test_the_key_tells_apart_what_has_another_best_tile(clock: Clock, monkeypatc
     monkeypatch.setattr(autotune.triton, "__version__", "9.9")
     choose()
     assert len(clock.asked) == 3 * 9
-    found = list(json.loads(tile_file.path().read_text())["tiles"])
+    found = list(json.loads(tuned_tiles.path().read_text())["tiles"])
     assert "another GPU, sm_100, Triton 9.9, forward, highest, float32, D 8, a variance each, M 64, K 128" in found
     assert any("one variance" in key for key in found) and any("float64" in key for key in found)
 
@@ -297,13 +296,13 @@ def test_what_others_wrote_stays(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
 
     def other(tile: Any) -> None:
         if not between:
-            between.append(tile_file.keep("another", [tile_file.Timed(tile, 1.0)], [tile]))
-            first = tile_file.Timed(offered()[2], 0.5)
+            between.append(tuned_tiles.keep("another", [tuned_tiles.Timed(tile, 1.0)], [tile]))
+            first = tuned_tiles.Timed(offered()[2], 0.5)
             key = autotune.key_of("forward", "highest", *[torch.zeros(40, 8)] + [torch.zeros(70, 8)] * 2, "")
-            between.append(tile_file.keep(str(key), [first], offered()))
+            between.append(tuned_tiles.keep(str(key), [first], offered()))
 
     assert choose(run=other) == offered()[2]
-    assert len(json.loads(tile_file.path().read_text())["tiles"]) == 3
+    assert len(json.loads(tuned_tiles.path().read_text())["tiles"]) == 3
     forget(monkeypatch)
     assert choose() == offered()[2] and choose(D=16) == offered()[1] and len(clock.asked) == 6
 
@@ -322,10 +321,10 @@ def test_what_is_no_longer_offered_is_timed_anew(clock: Clock, monkeypatch: pyte
 
 MANY = """
 from fastvae.backends import triton
-tile_file, tiles = triton.load("tile_file"), triton.load("tiles")
+tiles, tuned_tiles = triton.load("tiles"), triton.load("tuned_tiles")
 tile = tiles.Tile(16, 16, 4, 16, 4, 1)
 for n in range(10):
-    tile_file.keep("{NAME} " + str(n), [tile_file.Timed(tile, 1.0)], [tile])
+    tuned_tiles.keep("{NAME} " + str(n), [tuned_tiles.Timed(tile, 1.0)], [tile])
 """
 
 
@@ -333,5 +332,5 @@ def test_processes_that_write_at_once_lose_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("FASTVAE_CACHE_DIR", str(tmp_path))
     running = [python(MANY.replace("{NAME}", name)) for name in "ab"]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
-    assert len(json.loads(tile_file.path().read_text())["tiles"]) == 20
+    assert len(json.loads(tuned_tiles.path().read_text())["tiles"]) == 20
     assert {f.name for f in tmp_path.iterdir()} == {"tiles.json", "tiles.json.lock"}

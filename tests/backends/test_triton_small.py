@@ -86,8 +86,8 @@ def test_the_density_is_one_launch_each_way(precision: str) -> None:
 def test_launches_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of docs/developers/triton-kernels.md."""
     small, counts = triton_module("small"), []
-    for largest in (small.LARGEST, -1):
-        monkeypatch.setattr(small, "LARGEST", largest)
+    for max_work in (small.MAX_WORK, -1):
+        monkeypatch.setattr(small, "MAX_WORK", max_work)
         leaves = arguments()
         z, _, *prior = leaves
         found = []
@@ -122,24 +122,24 @@ def test_every_precision_has_the_same_bits() -> None:
 
 def test_what_is_small() -> None:
     """By M K D, by what one program reads, by D; one more of anything is not."""
-    fits = triton_module("small").fits
-    assert fits(100, 500, 40) and fits(0, 1, 1)
+    is_small = triton_module("small").is_small
+    assert is_small(100, 500, 40) and is_small(0, 1, 1)
     for M, K, D in ((256, 256, 256), (256, 2**16, 1), (2**24, 1, 1)):
-        assert fits(M, K, D) and not fits(M + 1, K, D) and not fits(1, 2**16 // D + 1, D)
-    assert fits(1, 1, 256) and not fits(1, 1, 257)
+        assert is_small(M, K, D) and not is_small(M + 1, K, D) and not is_small(1, 2**16 // D + 1, D)
+    assert is_small(1, 1, 256) and not is_small(1, 1, 257)
 
 
 def test_what_is_not_small_is_composed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers from its parts, by tiles: as close as float32 is, and other launches."""
     results = []
-    for largest in (2**24, 5 * 9 * 3 - 1):
-        monkeypatch.setattr(triton_module("small"), "LARGEST", largest)
+    for max_work in (2**24, 5 * 9 * 3 - 1):
+        monkeypatch.setattr(triton_module("small"), "MAX_WORK", max_work)
         leaves = arguments()
         torch.manual_seed(1)
         with recorded() as launched:
             _, kl = fastvae.mixture_kl(*leaves, impl="triton")
             grads = torch.autograd.grad(kl.sum(), leaves)
-        assert ("sample_kernel" in launched and len(launched) > 2) == (largest < 2**24)
+        assert ("sample_kernel" in launched and len(launched) > 2) == (max_work < 2**24)
         results.append((kl, *grads))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True))
 

@@ -97,14 +97,14 @@ def test_loads_are_wide(kernels: list[dict[str, Any]]) -> None:
 
 def test_small_problems_load_their_operands_wide(kernels: list[dict[str, Any]]) -> None:
     """Components forward, rows backward: what the loops read; the rest are numbers of rows and components."""
-    for k in of(kernels, "small.forward_kernel"):
+    for k in of(kernels, "small_forward.forward_kernel"):
         assert k["wide_loads"] >= 0.75, (k["case"], k["loads"])
-    (backward,) = of(kernels, "small.backward_kernel", "KL, backward")
+    (backward,) = of(kernels, "small_backward.backward_kernel", "KL, backward")
     assert backward["loads"]["16"] >= 4, backward["loads"]
 
 
 def test_log_q_is_summed_in_the_samplers_order() -> None:
-    """The layout along a row, compiled, of `small.py` and `gaussian.py`: so the bits of log q agree on a GPU too."""
+    """Compiled, small problems and the sampler have one layout along a row: so log q has the same bits on a GPU too."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", LAYOUTS], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -112,11 +112,11 @@ def compile_all(chosen: list[Work], device: str) -> None:
 
 def tune(work: Work, device: str) -> dict[str, Any]:
     """What the file has of a call after it was made: its key, and every candidate, the fastest first."""
-    tiles, tile_file = triton.load("tiles"), triton.load("tile_file")
+    tiles, tuned_tiles = triton.load("tiles"), triton.load("tuned_tiles")
     call = work.call(device)
-    before = _entries(tile_file.path())
+    before = _entries(tuned_tiles.path())
     call()
-    ((key, timed),) = (item for item in _entries(tile_file.path()).items() if item[0] not in before)
+    ((key, timed),) = (item for item in _entries(tuned_tiles.path()).items() if item[0] not in before)
     dtype = torch.float64 if work.double else torch.float32
     table = tiles.tile_for(
         work.kind, work.precision, work.shape[2], tiles.capability(torch.device(device)), dtype
@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="small problems, interpreted on the CPU")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    autotune, tile_file = triton.load("autotune"), triton.load("tile_file")
+    autotune, tuned_tiles = triton.load("autotune"), triton.load("tuned_tiles")
     device = "cpu" if options.dry_run else "cuda"
     found: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
@@ -163,7 +163,7 @@ def main(arguments: list[str]) -> int:
     clock_of = (lambda device: once) if options.dry_run else autotune.clock_of
     variables = {"FASTVAE_AUTOTUNE": "1", "FASTVAE_CACHE_DIR": str(options.out), "FASTVAE_TILES": "1"}
     with patch.dict(os.environ, variables), patch.object(autotune, "clock_of", clock_of):
-        tile_file.path().unlink(missing_ok=True)  # of an earlier run
+        tuned_tiles.path().unlink(missing_ok=True)  # of an earlier run
         for work in works(options.dry_run):
             try:
                 found.append(tune(work, device))

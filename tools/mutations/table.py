@@ -266,8 +266,8 @@ MUTATIONS = [
     triton(
         "exclude is off by one",
         "difference.py",
-        "left_out[:, None] == columns[None, :]",
-        "left_out[:, None] == columns[None, :] + 1",
+        "excluded[:, None] == columns[None, :]",
+        "excluded[:, None] == columns[None, :] + 1",
         "another component is left out",
     ),
     triton(
@@ -293,7 +293,7 @@ MUTATIONS = [
     ),
     triton(
         "the small kernel's last columns",
-        "small.py",
+        "small_forward.py",
         "    for start in range(0, K, COLUMNS):\n        k = start",
         "    for start in range(0, K - COLUMNS + 1 if K > COLUMNS else K, COLUMNS):\n        k = start",
         "components of a tile that is not whole are dropped",
@@ -307,11 +307,19 @@ MUTATIONS = [
         ("tests/backends/test_triton_smoke.py", *SAMPLING),
     ),
     triton(
-        "steepness is ignored in the score",
-        "logsumexp.py",
-        "a * (1.0 - 1.0 / TOUCHES) + reach[None, :]",
-        "a",
+        "the log sigma ratio is ignored in the score",
+        "skipping.py",
+        "limit - max_log_sigma_ratio - log_t_bound",
+        "limit - log_t_bound",
         "a faint narrow component is lost from the score",
+        ("tests/backends/test_skipping.py",),
+    ),
+    triton(
+        "the bound on log t is ignored in the score",
+        "skipping.py",
+        " - log_t_bound(limit, tl.max(c, 0), max_log_sigma_ratio)",
+        "",
+        "a faint far component is lost from the score",
         ("tests/backends/test_skipping.py",),
     ),
     python(

@@ -203,7 +203,7 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
         rows, dims = GAUSSIAN
         arrays = {"sample_kernel": 3, "sample_backward_kernel": 4, "kl_kernel": 2, "kl_backward_kernel": 4}[kernel]
         return {"memory": float(arguments["logvar"].element_size() * rows * dims * arrays)}
-    if module == "small":
+    if module.startswith("small"):
         if arguments["z"].dtype == torch.float64:
             return {}
         return _small_work(kernel, arguments)

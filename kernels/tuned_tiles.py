@@ -1,9 +1,10 @@
-"""The file of timed tiles: which tile is the fastest for a key, with all that was timed for it.
+"""The file of tuned tiles: for each key the fastest tile, and all that were timed.
 
     {"format": "...", "tiles": {KEY: [{"rows": 128, ..., "milliseconds": 0.41}, ...]}}
 
-The fastest stands first, and is the choice.  The file is written whole or not at all, and with what other processes
-have added meanwhile.  What is there first stays, so that the ranks of one training agree from their next run on.
+The fastest stands first, and is the choice.  The file is written whole or not at all, and keeps what other processes
+have added meanwhile.  For one key the entry that was there first stays, so that the ranks of one training agree from
+their next run on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _warned: set[str] = set()
 
 
 class Timed(NamedTuple):
-    """A candidate, how long a call takes with it, or why there is no telling."""
+    """A candidate, and how long a call takes with it; None where the call failed, and why."""
 
     tile: Tile
     milliseconds: float | None
@@ -39,29 +40,29 @@ def path() -> Path:
     """Where the file is.
 
     Raises:
-        RuntimeError: no variable says so, and there is no home.
+        RuntimeError: no variable says so, and there is no home folder.
     """
     if named := os.environ.get("FASTVAE_CACHE_DIR"):
         return Path(named) / "tiles.json"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvae" / "tiles.json"
 
 
-def find(key: str, offered: Sequence[Tile]) -> Tile | None:
-    """The choice for a key, if there is one that is still offered."""
+def find(key: str, candidates: Sequence[Tile]) -> Tile | None:
+    """The choice for a key, if there is one and it is still a candidate."""
     try:
-        return _choice(_read(path()), key, offered)
+        return _choice(_read(path()), key, candidates)
     except (OSError, RuntimeError, ValueError):
-        return None  # `keep` tells
+        return None  # `keep` warns of it
 
 
-def keep(key: str, timed: Sequence[Timed], offered: Sequence[Tile]) -> Tile:
-    """Add what was timed, the fastest first; the choice for the key, which is another process's if that came first."""
+def keep(key: str, timed: Sequence[Timed], candidates: Sequence[Tile]) -> Tile:
+    """Add what was timed, the fastest first; returns the choice for the key: another process's, if that came first."""
     try:
         file = path()
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file):
             entries = _read_or_set_aside(file)
-            if (choice := _choice(entries, key, offered)) is not None:
+            if (choice := _choice(entries, key, candidates)) is not None:
                 return choice
             entries[key] = [_entry(one) for one in timed]
             _write(file, entries)
@@ -81,17 +82,17 @@ def _tile(entry: dict[str, Any]) -> Tile:
     return Tile(*(int(entry[name]) for name in Tile._fields))
 
 
-def _choice(entries: Entries, key: str, offered: Sequence[Tile]) -> Tile | None:
-    """What is not offered, because it was written for other kernels, is no choice."""
+def _choice(entries: Entries, key: str, candidates: Sequence[Tile]) -> Tile | None:
+    """The first entry, unless it is no candidate, because it was written for other kernels."""
     tile = _tile(entries[key][0]) if key in entries else None
-    return tile if tile in offered else None
+    return tile if tile in candidates else None
 
 
 def _read(file: Path) -> Entries:
     """Everything in the file; nothing where there is none.
 
     Raises:
-        ValueError: it is damaged, or another file.
+        ValueError: it is damaged, or of another format.
     """
     try:
         content = json.loads(file.read_text())
@@ -113,15 +114,15 @@ def _read_or_set_aside(file: Path) -> Entries:
     except ValueError as error:
         names = (file.with_name(f"{file.name}.bad{n or ''}") for n in itertools.count())
         aside = next(name for name in names if not name.exists())
-        told = f"{file} is no record of tiles ({error}); it becomes {aside}, and tiles are timed anew"
-        warnings.warn(told, stacklevel=3)
+        message = f"{file} is no record of tiles ({error}); it becomes {aside}, and tiles are timed anew"
+        warnings.warn(message, stacklevel=3)
         os.replace(file, aside)
         return {}
 
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Keep other processes out, where the file system can; where not, one of two that write at once is not kept."""
+    """Keep other processes out.  Where the file system cannot, one of two that write at once loses its entry."""
     with open(file.with_name(f"{file.name}.lock"), "a") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
