@@ -114,32 +114,6 @@ def test_a_faint_component_may_be_a_steep_one(impl: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_a_faint_component_may_be_a_distant_one(impl: str, dtype: torch.dtype) -> None:
-    """The gradient of z to rounding, also where t is large: by t, a term counts more in it than by r / sigma.
-
-    Half of the components have sigma 1e3 and lie at z, so that they give no gradient.  The others have sigma 1e-3 and
-    lie t sigma away in one of the dimensions, all at the same place: all of the gradient is theirs.  t is such that
-    r / sigma lies by `below` nats under what one may neglect without the factor t, and r t / sigma over it.
-    """
-    K, M, D = 512, 64, 20
-    wide = torch.arange(K) // 128 % 2 == 0
-    sigma = torch.where(wide, 1e3, 1e-3).to(dtype)[:, None].expand(K, D)
-    ratio, digits = math.log(1e6), 24 if dtype == torch.float32 else 53
-    for below in (2.0,) if interpreted(impl) else (0.5, 2.0):
-        t = math.sqrt(2 * (D * ratio + math.log(2) + digits * math.log(2) + ratio + below))
-        assert below < math.log(t) - 0.5
-        z = torch.zeros(M, D, dtype=dtype)
-        z[:, 3] = 1e-3 * t
-        mu = torch.where(wide[:, None], z[0], 0.0).to(dtype)
-        case = Case(z, mu, 2 * sigma.log(), torch.full((K,), -math.log(K), dtype=dtype), torch.ones(M, dtype=dtype))
-        want, allowed = allowance(case, dense_backward=True)
-        assert bool((want.dz[:, 3].abs() > 8 * allowed.dz[:, 3]).all())
-        _, score = fastvae.mixture_log_prob_and_score(z, case.mu, case.logvar, case.log_weights, impl=impl)
-        for dz in (run(case, impl).dz, run(case, impl, dense_backward=True).dz, score):
-            assert bool(((dz - want.dz).abs() <= allowed.dz).all()), f"{below}: {dz[0, 3]} for {want.dz[0, 3]}"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_a_faint_component_may_be_a_far_one(impl: str, dtype: torch.dtype) -> None:
     """The gradient of z to rounding, also where a pair counts for much because its t is 100.
 

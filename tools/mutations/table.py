@@ -241,6 +241,14 @@ MUTATIONS = [
         ("tests/backends/test_skipping.py",),
     ),
     cuda(
+        "the bound on log t is ignored in the score",
+        "mixture_backward.cuh",
+        "limit - log_t_bound(limit, max_c, max_log_sigma_ratio) - ",
+        "limit - ",
+        "a faint far component is lost from the score",
+        ("tests/backends/test_skipping.py",),
+    ),
+    cuda(
         "a NaN of an absent component",
         "pack.cu",
         "has_number ? mix.mu[other * mix.D + d] : T(0)",
