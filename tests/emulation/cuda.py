@@ -1,7 +1,8 @@
 """The CUDA kernels on a CPU: see cuda_runtime.h.
 
 What runs is everything in csrc/cuda but the device guard and usable.cu, which asks the driver: host checks, launches
-and kernels, thread by thread.  What it cannot show is what only a GPU has: its memory model, its timing, its exp and log.
+and kernels, thread by thread.  What it cannot show is what only a GPU has: its memory model, its timing, its exp and
+log.
 """
 
 from __future__ import annotations

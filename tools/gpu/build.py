@@ -1,0 +1,38 @@
+"""Build the extension where there is none that runs here: python -m tools.gpu.build [--aside DIR]
+
+One that is there and loads serves every torch from 2.10 and every Python: a machine may be given it ready-built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastvae.backends import native
+
+from .stage import ROOT
+
+
+def main(arguments: list[str]) -> int:
+    """0 if there is an extension that runs, as far as can be told here."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.build", description=__doc__.split("\n")[0])
+    parser.add_argument("--aside", type=Path, help="a dry run: CUDA kernels need not run, and what is built goes there")
+    options = parser.parse_args(arguments)
+    why = native.cuda_not_built() if options.aside else native.missing_on_cuda(torch.device("cuda"))
+    if why is None:
+        print("the extension is there, and loads")
+        return 0
+    place = ["--inplace"]
+    if options.aside:
+        place = ["--build-lib", str(options.aside), "--build-temp", str(options.aside / "temp")]
+    code = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", *place], cwd=ROOT).returncode
+    print(f"{'not ' * (code != 0)}built, because {why}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
