@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastvae.backends import native, triton
-from tools.gpu import delivery, pytest_log, sanitize, stages, tune
+from tools.gpu import build, delivery, pytest_log, sanitize, stages, tune
 from tools.gpu import gpu_targets as targets
 from tools.gpu.__main__ import main
 from tools.gpu.clocks import KernelClock
@@ -342,3 +342,30 @@ def test_a_tool_that_does_not_end_costs_the_other_nothing(capsys: pytest.Capture
     assert found == {"slow": "did not end in 5 s", "bad": "failed", "good": "clean"}
     told = capsys.readouterr().out
     assert all(words in told for words in ("begun", "a race", "nothing found"))
+
+
+@pytest.mark.parametrize(
+    ("said", "aside", "built"),
+    [
+        ("print(None)", False, None),
+        ("print(None)", True, None),
+        ("print('the extension was not built')", False, ["--inplace"]),
+        ("raise ImportError('an extension of other sources')", True, ["--build-lib", "--build-temp"]),
+    ],
+)
+def test_what_is_there_and_loads_is_not_built(
+    said: str, aside: bool, built: list[str] | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Whatever keeps an extension from being loaded is a reason to build one: in place, in a dry run aside."""
+    (tmp_path / "setup.py").write_text("import json, sys; json.dump(sys.argv, open('asked.json', 'w'))")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "ASK", said)
+    assert build.main(["--aside", str(tmp_path / "aside")] if aside else []) == 0
+    told, asked = capsys.readouterr().out, tmp_path / "asked.json"
+    assert asked.exists() == (built is not None)
+    if built is None:
+        assert told == "the extension is there, and loads\n"
+        return
+    assert [word for word in json.loads(asked.read_text()) if word.startswith("--")] == built
+    assert told.startswith("built, because ") and ("not built" in told or "other sources" in told)
