@@ -109,3 +109,10 @@ def target_table(measured: Mapping[str, Figures]) -> str:
         rows.append([target.work, target.bar, *(verdicts or (formatting.NOTHING, NEVER_RUN, formatting.NOTHING))])
     machines = [cell for machine in measured or ["measured"] for cell in (machine, "", "a call")]
     return formatting.markdown(["work", "min (or max)", *machines], rows, left=2)
+
+
+def clock_table(figures: Figures) -> str:
+    """Whatever was timed, by both clocks, as Markdown."""
+    timed = [name for name in figures if f"{name}, call" in figures]
+    rows = [[name, *(formatting.duration(figures[each]) for each in (name, f"{name}, call"))] for name in timed]
+    return formatting.markdown(["figure", "kernels", "a call"], rows, left=1)

@@ -30,7 +30,7 @@ from fastvae.benchmarks.peers.expansion import log_prob as expansion
 from ..experiments.triton_precision import tiles_alone
 from . import ceilings, training
 from .clocks import Run, Times, clocks
-from .gpu_targets import D, K, M, target_table
+from .gpu_targets import D, K, M, clock_table, target_table
 
 PRECISIONS = ("highest", "high", "medium")
 CALLS_SECONDS = 0.02  # for so long calls in a row are timed
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
         if measurement.device == "cuda":
             torch.cuda.empty_cache()
         keep()
-    table = target_table({} if options.dry_run else {"measured": figures})
+    table = target_table({} if options.dry_run else {"measured": figures}) + "\n\n" + clock_table(figures)
     with whole_file(options.out / "targets.md") as file:
         file.write((table + "\n").encode())
     print(table)
