@@ -12,7 +12,7 @@ OURS = [f"fastvae-triton-{precision}" for precision in ("highest", "high", "medi
 PEERS = [*OURS, "fastvae-cuda", "eager", "expansion", "expansion-compile", "expansion-tf32"]
 SHAPES = ((4096, 50_000, 64), (100, 500, 40))
 
-# opcheck of every operator takes minutes; test_gpu.py has it of the density's.
+# opcheck of every operator would take the time of the others; test_gpu.py has it of the density's.
 GPU_TESTS = ["tests", "-k", "((triton or cuda-emulated) and not opcheck) or gpu"]
 GPU_TESTS += ["--ignore=tests/bench", "--ignore=tests/machine_code"]
 DRY_TESTS = ["-k", "gpu or precision_follows or stream"]
@@ -64,18 +64,9 @@ def _peer(name: str, module: str, seconds: float, shapes: Sequence[tuple[int, in
     """A peer that may end its process, or take minutes to begin: beside the CUDA kernels in a process of its own."""
 
     def arguments(context: Context) -> Sequence[str]:
-        out, ours = str(context.out / name), "eager" if context.dry else "fastvae-cuda"
-        command = [
-            "-m",
-            "fastvae.app.cli",
-            "bench",
-            "mixture",
-            "--overwrite",
-            "--out",
-            out,
-            "--peers",
-            f"{ours},{name}",
-        ]
+        ours = "eager" if context.dry else "fastvae-cuda"
+        command = ["-m", "fastvae.app.cli", "bench", "mixture", "--overwrite", "--out", str(context.out / name)]
+        command += ["--peers", f"{ours},{name}"]
         if context.dry:
             return [*command, "--quick", "--device", "cpu", "--shapes", "16,40,8"]
         return [*command, "--device", "cuda", *(part for shape in shapes for part in ("--shapes", _written(shape)))]
