@@ -55,7 +55,8 @@ static-report: .venv/ready
 	$(BIN)/python -m tools.static_report --record benchmarks/results
 	$(BIN)/python -m tools.tables
 
-# on a bare machine with PyTorch, Triton, nvcc, ninja and a GPU, without network; `make gpu DRY=1` where there is no GPU
+# on a bare machine with PyTorch, Triton and a GPU, without network, and nvcc and ninja unless the extension is there; in
+# ten minutes at most; `make gpu DRY=1` where there is no GPU
 gpu:
 	$(PYTHON) -m tools.gpu --out $(or $(OUT),runs/gpu) $(if $(DRY),--dry-run)
 

@@ -83,7 +83,8 @@ def _on_a_gpu(folder: Path) -> None:
         "both cuda": 2.0,
         "rsample": 3.0,
         "copy rate": 4.0,
-        "small": 9e-6,
+        "small": 7e-6,
+        "small, call": 2.5e-5,
         "peak memory": 1e9,
     }
     (folder / "measure.json").write_text(json.dumps({"dry": False, "figures": figures, "failed": {}}))
@@ -145,7 +146,8 @@ def test_the_status_says_what_ran_where_and_what_never(root: Path) -> None:
     assert line(root, "status", "test | 5")[1] == "5 passed, 3 failed, ended early"
     assert line(root, "status", "`test_a.py::test_it`")[1:] == ["2", "the harness"]
     assert line(root, "status", "`gpu-h200/`")[1:] == ["NVIDIA H200, sm_90, 132 multiprocessors", "0123456", "2.11"]
-    assert line(root, "triton-targets", "peak memory")[2:] == ["1.0 GB", "met"]
+    assert line(root, "triton-targets", "peak memory")[2:] == ["1.0 GB", "met", "-"]
+    assert line(root, "triton-targets", "forward, (100, 500, 40) ")[2:] == ["7 us", "met", "25 us"]
 
 
 def test_the_status_of_the_kept_records() -> None:
@@ -164,7 +166,7 @@ def test_a_dry_run_is_no_run(root: Path) -> None:
     path = root / "benchmarks" / "results" / "gpu-h200" / "gpu.json"
     path.write_text(path.read_text().replace('"dry": false', '"dry": true'))
     main([], root)
-    assert line(root, "triton-targets", "peak memory")[2:] == ["-", "never run"]
+    assert line(root, "triton-targets", "peak memory")[2:] == ["-", "never run", "-"]
     assert "H200" not in (root / "docs" / "status.md").read_text()
 
 

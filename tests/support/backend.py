@@ -57,7 +57,10 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def device_of(impl: str) -> torch.device:
     """Where the operators of that `impl` take their tensors: for tests that call these and no public function."""
-    on_gpu = impl == "triton" and importlib.util.find_spec("triton") is not None and not internals.interpreted()
+    if impl == "triton":
+        on_gpu = importlib.util.find_spec("triton") is not None and not internals.interpreted()
+    else:
+        on_gpu = impl == "cuda" and internals.missing_cuda() is None
     return torch.device("cuda" if on_gpu else "cpu")
 
 

@@ -1,8 +1,8 @@
 """Build, test and measure on a GPU: python -m tools.gpu [--out DIR] [--only A,B] [--dry-run]
 
-Without a GPU it stops, unless it is a dry run, in which every stage does what it can on the CPU.  Everything is written
-to one folder: a log for each stage, its files, tests.json with the tests that failed, and gpu.json and gpu.md with what
-became of each stage.  The folder, copied to benchmarks/results/gpu-NAME, is what the status table is made from.
+Without a GPU it stops, unless it is a dry run, in which every stage does what it can on the CPU.  The stages work in a
+folder beside --out, whose name ends in -work.  After each of them --out has what is to be kept, at most eight files:
+see `delivery.py`.  The folder, copied to benchmarks/results/gpu-NAME, is what the status table is made from.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import math
 import platform
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -22,8 +25,9 @@ from fastvae.benchmarks import formatting
 from fastvae.benchmarks.errors import BenchmarkError
 
 from . import pytest_log
+from .delivery import deliver
 from .stage import FAILED, OVERTIME, Context, Outcome, Stage, run
-from .stages import STAGES
+from .stages import STAGES, TOTAL
 
 
 def main(arguments: list[str]) -> int:
@@ -31,6 +35,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="the folder for everything")
     parser.add_argument("--only", default="", metavar="A,B", help="these stages alone")
+    parser.add_argument(
+        "--seconds", type=float, default=TOTAL, help="for all stages together; a dry run takes its time"
+    )
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: every stage does what it can")
     options = parser.parse_args(arguments)
     try:
@@ -40,20 +47,23 @@ def main(arguments: list[str]) -> int:
     except BenchmarkError as error:
         print(error, file=sys.stderr)
         return 2
-    context = Context(options.out.resolve(), options.dry_run)
-    context.out.mkdir(parents=True, exist_ok=True)
-    (context.out / "targets.md").unlink(missing_ok=True)  # of an earlier run
+    out = options.out.resolve()
+    context = Context(out.with_name(f"{out.name}-work"), options.dry_run)
+    shutil.rmtree(context.out, ignore_errors=True)  # of an earlier run
+    context.out.mkdir(parents=True)
+    end = math.inf if options.dry_run else time.monotonic() + options.seconds
     machine = _machine()
     outcomes: list[Outcome] = []
     for stage in stages:
         print(f"{stage.name} ...", end=" ", flush=True)
-        outcomes.append(run(stage, context))
+        outcomes.append(run(stage, context, end - time.monotonic()))
         print(f"{outcomes[-1].status}, {outcomes[-1].seconds:.0f} s", flush=True)
         if stage.name == "test" and (
             told := pytest_log.outcomes((context.out / "test.log").read_text(errors="replace"))
         ):
             write_json(context.out / "tests.json", {"runs": [told]})
         _write(context, machine, outcomes)
+        deliver(context.out, out)
     print(_page(context, machine, outcomes))
     return 1 if any(outcome.status in (FAILED, OVERTIME) for outcome in outcomes) else 0
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 
-Clock = Callable[[Callable[[], object], int], float]
+from .clocks import Clock
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Measure what `gpu_targets.py` asks for: python -m tools.gpu.measure --out DIR [--dry-run]
 
-A dry run does the same work by the same kernels, smaller and interpreted on the CPU: that it runs is all it tells, so
-its figures are kept apart and no target is judged by them.  Writes measure.json after each figure and targets.md at
-the end.
+What is timed has two figures: NAME, the time of its kernels, and "NAME, call", that of a call as its caller sees it:
+see `clocks.py`.  Of a training step the second one counts.  A dry run does the same work, smaller, by composite for the
+CUDA kernels and by interpreted Triton: that it runs is all it tells, so its figures are kept apart and no target is
+judged by them.  Writes measure.json after each figure and targets.md at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,33 +26,40 @@ from fastvae._files import whole_file, write_json
 from fastvae.benchmarks.inputs import diffuse
 from fastvae.benchmarks.memory import extra_peak
 from fastvae.benchmarks.peers.expansion import log_prob as expansion
-from fastvae.benchmarks.timing import CudaClock, cpu_clock
 
 from ..experiments.triton_precision import tiles_alone
-from . import ceilings
-from .gpu_targets import D, K, M, target_table
+from . import ceilings, training
+from .clocks import Run, Times, clocks
+from .gpu_targets import D, K, M, clock_table, target_table
 
 PRECISIONS = ("highest", "high", "medium")
-Run = Callable[[], object]
+CALLS_SECONDS = 0.02  # for so long calls in a row are timed
+Figure = Callable[[], float | Times]
 
 
 class Measurement:
-    """The works on one device; seconds are medians of calls timed one by one, the L2 cache overwritten before each."""
+    """The works on one device; seconds are medians of rounds."""
 
     def __init__(self, dry: bool) -> None:
         self.dry, self.device = dry, "cpu" if dry else "cuda"
-        self.clock = cpu_clock if dry else CudaClock()
+        self.clock, self.call_clock = clocks(self.device)
         self.large = (40, 70, 8) if dry else (M, K, D)
         self.wide = (40, 70, 8) if dry else (16_384, 1_000_000, 64)
+        self.small_shape = (5, 9, 4) if dry else (100, 500, 40)
+        self.cuda = "composite" if dry else "cuda"  # whose part composite plays where there is no GPU
         self.rows = (64, 16) if dry else (16_384, 256)
         self.rounds = 2 if dry else 15
 
-    def median(self, run: Run) -> float:
+    def times(self, run: Run) -> Times:
         for _ in range(2):
             run()
-        return sorted(self.clock(run, 1) for _ in range(self.rounds))[self.rounds // 2]
+        calls = 1 if self.dry else max(1, round(CALLS_SECONDS / self.call_clock(run, 3)))
+        return Times(
+            median(self.clock(run, 1) for _ in range(self.rounds)),
+            median(self.call_clock(run, calls) for _ in range(min(5, self.rounds))),
+        )
 
-    def figures(self) -> Iterator[tuple[str, Callable[[], float]]]:
+    def figures(self) -> Iterator[tuple[str, Figure]]:
         """Every figure by name, in the order in which they are to be measured."""
         small = {"steps": 2, "programs": 2} if self.dry else {}
         yield "multiply-add rate", lambda: ceilings.multiply_add_rate(self.clock, self.device, **small)
@@ -63,49 +72,53 @@ class Measurement:
         for name, setting in (("expansion", "highest"), ("expansion tf32", "high")):
             yield f"forward {name}", partial(self.theirs, setting, backward=False)
             yield f"both {name}", partial(self.theirs, setting, backward=True)
-        yield "rsample", lambda: self.median(self.sampler("triton"))
+        yield "rsample", lambda: self.times(self.sampler("triton"))
         yield "peak memory", self.peak_memory
-        if not self.dry:
-            yield "graph", lambda: self.graph(self.density_step())
-            yield "small", partial(self.small, "triton")
-            yield "KL graph", lambda: self.graph(self.kl_step())
-            yield "error cuda", partial(self.error, "highest", "cuda")
-            yield "forward cuda", partial(self.ours, "highest", backward=False, impl="cuda")
-            yield "both cuda", partial(self.ours, "highest", backward=True, impl="cuda")
-            yield "rsample cuda", lambda: self.median(self.sampler("cuda"))
-            yield "small cuda", partial(self.small, "cuda")
+        for impl, ending in (("triton", ""), (self.cuda, " cuda")):
+            yield f"graph{ending}", partial(self.graph, self.density_step, impl)
+            yield f"small{ending}", partial(self.small, impl)
+            yield f"KL graph{ending}", partial(self.graph, self.kl_step, impl)
+        yield "error cuda", partial(self.error, "highest", self.cuda)
+        yield "forward cuda", partial(self.ours, "highest", backward=False, impl=self.cuda)
+        yield "both cuda", partial(self.ours, "highest", backward=True, impl=self.cuda)
+        yield "rsample cuda", lambda: self.times(self.sampler(self.cuda))
+        for components in (7,) if self.dry else (500, 5000):
+            for prior in ("eager", "cuda", "triton", "composite"):
+                yield f"step {prior} {components}", partial(self.step, prior, components)
+            for prior in ("cuda", "triton"):
+                yield f"step {prior} captured {components}", partial(self.step, prior, components, captured=True)
 
     def arguments(self, shape: tuple[int, int, int], leaves: bool) -> list[Tensor]:
         data = diffuse(*shape).to(self.device)
         return [t.requires_grad_(leaves) for t in (data.z, data.mu, data.logvar, data.log_weights)]
 
-    def ours(self, precision: str, backward: bool, impl: str = "triton") -> float:
+    def ours(self, precision: str, backward: bool, impl: str = "triton") -> Times:
         """The density."""
         arguments = self.arguments(self.large, backward)
 
         def density(*given: Tensor) -> Tensor:
             return fastvae.mixture_log_prob(*given, precision=precision, impl=impl)
 
-        return self.median(self.work(density, arguments))
+        return self.times(self.work(density, arguments))
 
-    def small(self, impl: str) -> float:
+    def small(self, impl: str) -> Times:
         """Forward (100, 500, 40), launched by hand."""
-        arguments = self.arguments((100, 500, 40), False)
-        return self.median(lambda: fastvae.mixture_log_prob(*arguments, impl=impl))
+        arguments = self.arguments(self.small_shape, False)
+        return self.times(lambda: fastvae.mixture_log_prob(*arguments, impl=impl))
 
     def work(self, density: Callable[..., Tensor], arguments: list[Tensor]) -> Run:
         if not arguments[0].requires_grad:
             return lambda: density(*arguments)
         return lambda: torch.autograd.grad(density(*arguments).sum(), arguments)
 
-    def theirs(self, setting: str, backward: bool) -> float:
+    def theirs(self, setting: str, backward: bool) -> Times:
         """The compiled expansion; in a dry run not compiled."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(setting)
         torch.compiler.reset()
         try:
             density = expansion if self.dry else torch.compile(expansion, dynamic=False)
-            return self.median(self.work(density, self.arguments(self.large, backward)))
+            return self.times(self.work(density, self.arguments(self.large, backward)))
         finally:
             torch.set_float32_matmul_precision(before)
 
@@ -131,19 +144,22 @@ class Measurement:
         run()
         return float(extra_peak(run, self.device) or 0)
 
-    def density_step(self) -> Run:
+    def density_step(self, impl: str) -> Run:
         """Forward + backward, (100, 500, 40)."""
-        arguments = self.arguments((100, 500, 40), True)
-        return self.work(lambda *given: fastvae.mixture_log_prob(*given, impl="triton"), arguments)
+        arguments = self.arguments(self.small_shape, True)
+        return self.work(lambda *given: fastvae.mixture_log_prob(*given, impl=impl), arguments)
 
-    def kl_step(self) -> Run:
+    def kl_step(self, impl: str) -> Run:
         """The same of mixture_kl, for rows of q as many as these, sigma 1."""
-        z, *prior = self.arguments((100, 500, 40), True)
+        z, *prior = self.arguments(self.small_shape, True)
         logvar = torch.zeros_like(z).requires_grad_()
-        return self.work(lambda *given: fastvae.mixture_kl(*given, impl="triton")[1], [z, logvar, *prior])
+        return self.work(lambda *given: fastvae.mixture_kl(*given, impl=impl)[1], [z, logvar, *prior])
 
-    def graph(self, run: Run) -> float:
-        """Seconds of one replay."""
+    def graph(self, make: Callable[[str], Run], impl: str) -> Times:
+        """One replay; in a dry run the call itself."""
+        run = make(impl)
+        if self.dry:
+            return self.times(run)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -153,7 +169,13 @@ class Measurement:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        return self.median(graph.replay)
+        return self.times(graph.replay)
+
+    def step(self, prior: str, components: int, captured: bool = False) -> Times:
+        """A training step with a VampPrior, batch 100."""
+        sizes = training.SMALL if self.dry else training.MNIST
+        trained = training.Training(self.cuda if prior == "cuda" else prior, components, self.device, sizes)
+        return self.times(trained.captured() if captured else trained.step)
 
 
 def main(arguments: list[str]) -> int:
@@ -175,15 +197,17 @@ def main(arguments: list[str]) -> int:
         start = time.perf_counter()
         try:
             with tiles_alone() if options.dry_run else nullcontext():
-                figures[name] = measure()
-            print(f"{name}: {figures[name]:.4g} ({time.perf_counter() - start:.1f} s)", flush=True)
+                found = measure()
+            figures |= {name: found.kernel, f"{name}, call": found.call} if isinstance(found, Times) else {name: found}
+            told = " ".join(f"{value:.4g}" for value in (found if isinstance(found, Times) else (found,)))
+            print(f"{name}: {told} ({time.perf_counter() - start:.1f} s)", flush=True)
         except Exception as error:  # one figure's failure, of whatever kind, must not cost the others
             failed[name] = f"{type(error).__name__}: {error}"
             print(f"{name} failed: {failed[name]}", flush=True)
         if measurement.device == "cuda":
             torch.cuda.empty_cache()
         keep()
-    table = target_table({} if options.dry_run else {"measured": figures})
+    table = target_table({} if options.dry_run else {"measured": figures}) + "\n\n" + clock_table(figures)
     with whole_file(options.out / "targets.md") as file:
         file.write((table + "\n").encode())
     print(table)

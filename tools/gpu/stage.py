@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PASSED, FAILED, OVERTIME = "passed", "failed", "ran out of time"
+PASSED, FAILED, OVERTIME, LEFT_OUT = "passed", "failed", "ran out of time", "left out"
+LEAST = 5.0  # seconds: in fewer no stage does anything
 DRY_PATIENCE = 10  # times as long for a dry run: it interprets, on whatever machine
 
 
@@ -36,7 +38,7 @@ class Stage:
 
     Attributes:
         name: what `--only`, its log and the summary call it.
-        seconds: after so long it is ended; what it wrote until then counts.  All together they are below 8 minutes.
+        seconds: after so long it is ended; what it wrote until then counts.
         arguments: of Python, run in the checkout's root.
         variables: environment variables to set, None to unset.
         why_not: why it does not apply, or None.
@@ -62,10 +64,12 @@ class Outcome:
         return asdict(self)
 
 
-def run(stage: Stage, context: Context) -> Outcome:
-    """Run a stage to its end, or to the end of its time; never raises for what the stage does."""
+def run(stage: Stage, context: Context, seconds: float = math.inf) -> Outcome:
+    """Run a stage to its end, or to the end of its time or of those seconds; never raises for what the stage does."""
     if why := stage.why_not(context):
-        return Outcome(stage.name, "left out", 0.0, why)
+        return Outcome(stage.name, LEFT_OUT, 0.0, why)
+    if seconds < LEAST:
+        return Outcome(stage.name, LEFT_OUT, 0.0, "the stages before it took all the time there was")
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     for name, value in stage.variables(context).items():
@@ -81,7 +85,7 @@ def run(stage: Stage, context: Context) -> Outcome:
             cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(timeout=stage.seconds * (DRY_PATIENCE if context.dry else 1))
+            code = process.wait(timeout=min(seconds, stage.seconds * (DRY_PATIENCE if context.dry else 1)))
             status = PASSED if code == 0 else FAILED
         except subprocess.TimeoutExpired:
             _end(process)

@@ -1,4 +1,4 @@
-"""The stages of a run on a GPU, in their order, and what a dry run does of each."""
+"""The stages of a run on a GPU, in the order of their worth, and what a dry run does of each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from .stage import ROOT, Context, Stage
 
 OURS = [f"fastvae-triton-{precision}" for precision in ("highest", "high", "medium")]
-PEERS = [*OURS, "fastvae-cuda", "eager", "expansion", "expansion-compile", "expansion-tf32", "keops", "flash-gmm"]
+PEERS = [*OURS, "fastvae-cuda", "eager", "expansion", "expansion-compile", "expansion-tf32"]
 SHAPES = ((4096, 50_000, 64), (100, 500, 40))
 
-# On a GPU a kernel is called with tensors that are on it; opcheck's own tensors are on the CPU.
+# opcheck of every operator would take the time of the others; test_gpu.py has it of the density's.
 GPU_TESTS = ["tests", "-k", "((triton or cuda-emulated) and not opcheck) or gpu"]
 GPU_TESTS += ["--ignore=tests/bench", "--ignore=tests/machine_code"]
 DRY_TESTS = ["-k", "gpu or precision_follows or stream"]
@@ -31,9 +31,8 @@ def find_test(name: str) -> str:
 
 
 def _build(context: Context) -> Sequence[str]:
-    """In place on a GPU's machine, aside in a dry run."""
-    aside = ["--build-lib", str(context.out / "build"), "--build-temp", str(context.out / "build" / "temp")]
-    return ["setup.py", "-q", "build_ext", *(aside if context.dry else ["--inplace"])]
+    """In place on a GPU's machine, aside in a dry run; where there is none that loads."""
+    return ["-m", "tools.gpu.build", *(["--aside", str(context.out / "build")] if context.dry else [])]
 
 
 def _static(context: Context) -> Sequence[str]:
@@ -47,8 +46,9 @@ def _test(context: Context) -> Sequence[str]:
     """The shared tests on the GPU, and those that only a GPU can run; in a dry run a few of them, interpreted."""
     chosen = [find_test("test_gpu.py"), find_test("test_triton.py"), *DRY_TESTS] if context.dry else GPU_TESTS
     command = ["-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *chosen]
-    # most of the time goes into compiling a kernel for each kind of call
-    return [*command, "-n", "8"] if importlib.util.find_spec("xdist") and not context.dry else command
+    # most of the time goes into compiling a kernel for each kind of call, which every core helps with
+    side_by_side = ["--numprocesses", "auto", "--dist", "worksteal"]
+    return [*command, *side_by_side] if importlib.util.find_spec("xdist") and not context.dry else command
 
 
 def _bench(context: Context) -> Sequence[str]:
@@ -56,15 +56,46 @@ def _bench(context: Context) -> Sequence[str]:
     command = ["-m", "fastvae.app.cli", "bench", "mixture", "gaussian", "--overwrite", "--out", str(context.out)]
     if context.dry:
         return [*command, "--quick", "--device", "cpu", "--shapes", "16,40,8", "--peers", f"{OURS[0]},eager,expansion"]
-    shapes = [part for shape in SHAPES for part in ("--shapes", ",".join(map(str, shape)))]
+    shapes = [part for shape in SHAPES for part in ("--shapes", _written(shape))]
     return [*command, "--device", "cuda", *shapes, "--peers", ",".join(PEERS)]
 
 
+def _peer(name: str, module: str, seconds: float, shapes: Sequence[tuple[int, int, int]]) -> Stage:
+    """A peer that may end its process, or take minutes to begin: beside the CUDA kernels in a process of its own."""
+
+    def arguments(context: Context) -> Sequence[str]:
+        ours = "eager" if context.dry else "fastvae-cuda"
+        command = ["-m", "fastvae.app.cli", "bench", "mixture", "--overwrite", "--out", str(context.out / name)]
+        command += ["--peers", f"{ours},{name}"]
+        if context.dry:
+            return [*command, "--quick", "--device", "cpu", "--shapes", "16,40,8"]
+        return [*command, "--device", "cuda", *(part for shape in shapes for part in ("--shapes", _written(shape)))]
+
+    def why_not(context: Context) -> str | None:
+        if context.dry and name == "flash-gmm":
+            return "it runs on GPUs alone"
+        return None if importlib.util.find_spec(module) else f"there is no module {module}"
+
+    return Stage(name, seconds, arguments, why_not=why_not)
+
+
+def _written(shape: tuple[int, int, int]) -> str:
+    return ",".join(map(str, shape))
+
+
+def _train(context: Context) -> Sequence[str]:
+    """Two epochs by the command line, as a user trains: on images made here, at MNIST's sizes or in a dry run small."""
+    return ["-m", "tools.gpu.train", "--out", str(context.out / "train"), *(["--dry-run"] if context.dry else [])]
+
+
+def _sanitize(context: Context) -> Sequence[str]:
+    return ["-m", "tools.gpu.sanitize", *(["--dry-run"] if context.dry else [])]
+
+
 def _without_sanitizer(context: Context) -> str | None:
-    if context.dry:
-        return "a dry run has no GPU"
-    found = shutil.which("compute-sanitizer")
-    return None if found else "compute-sanitizer is not there; it comes with the CUDA toolkit"
+    if context.dry or shutil.which("compute-sanitizer"):
+        return None
+    return "compute-sanitizer is not there; it comes with the CUDA toolkit"
 
 
 def _figures(context: Context) -> Sequence[str]:
@@ -73,26 +104,37 @@ def _figures(context: Context) -> Sequence[str]:
     return ["-m", "tools.figures", str(record), "--out", str(context.out)]
 
 
-def _measuring(module: str) -> Stage:
+def _measuring(module: str, seconds: float) -> Stage:
     """A module of this folder that measures by the Triton kernels, interpreted in a dry run."""
 
     def arguments(context: Context) -> Sequence[str]:
         return ["-m", f"tools.gpu.{module}", "--out", str(context.out), *(["--dry-run"] if context.dry else [])]
 
-    return Stage(module, 75, arguments, variables=_interpreted_if_dry)
+    return Stage(module, seconds, arguments, variables=_interpreted_if_dry)
 
 
 def _interpreted_if_dry(context: Context) -> dict[str, str | None]:
     return {"TRITON_INTERPRET": "1" if context.dry else None}
 
 
+def _of_tests(context: Context) -> dict[str, str | None]:
+    """One thread for each of the processes, which are as many as there are cores."""
+    return _interpreted_if_dry(context) | {"OMP_NUM_THREADS": "1"}
+
+
+# What is worth most comes first: a machine that is lent for a quarter of an hour may be gone before the end.  Together
+# they are below TOTAL, so that one command of at most ten minutes runs them all, and some can be run again.
+TOTAL = 570.0
 STAGES = (
     Stage("build", 70, _build),
-    Stage("static", 40, _static, variables=lambda context: {"TRITON_INTERPRET": None}),
-    Stage("test", 90, _test, variables=_interpreted_if_dry),
-    _measuring("measure"),
-    _measuring("tune"),
-    Stage("bench", 70, _bench, variables=_interpreted_if_dry),
-    Stage("sanitize", 40, lambda context: ["-m", "tools.gpu.sanitize"], why_not=_without_sanitizer),
+    _measuring("measure", 100),
+    Stage("test", 110, _test, variables=_of_tests),
+    Stage("train", 40, _train),
+    Stage("bench", 60, _bench, variables=_interpreted_if_dry),
+    Stage("sanitize", 45, _sanitize, why_not=_without_sanitizer),
+    _measuring("tune", 45),
+    _peer("keops", "pykeops", 25, SHAPES),
+    _peer("flash-gmm", "flash_gmm_diag_h100", 45, SHAPES[1:]),
+    Stage("static", 15, _static, variables=lambda context: {"TRITON_INTERPRET": None}),
     Stage("figures", 10, _figures),
 )

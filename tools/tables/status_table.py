@@ -33,6 +33,10 @@ FIGURES = {
     "rsample": ("triton, highest", "gaussian_rsample"),
     "rsample cuda": ("cuda", "gaussian_rsample"),
     "KL graph": ("triton, highest", "mixture_kl, backward"),
+    "KL graph cuda": ("cuda", "mixture_kl, backward"),
+    "step cuda 500": ("cuda", "VampPrior step"),
+    "step triton 500": ("triton, highest", "VampPrior step"),
+    "step composite 500": ("composite", "VampPrior step"),
 }
 
 

@@ -1,0 +1,59 @@
+"""A training step of a VAE with a VampPrior, at MNIST's sizes: by an eager prior, by ours, from a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import fastvae
+from fastvae.benchmarks import train_step_cases
+from fastvae.benchmarks.train_step_cases import MNIST, Sizes
+
+Step = Callable[[], object]
+SMALL = Sizes(pixels=16, hidden=8, latent=4, batch=5)
+
+
+class Training:
+    """A model and its optimiser on a device, from the same weights each time.
+
+    Args:
+        prior: "eager", or the `impl` that computes a VampPrior.
+        components: its pseudo-inputs, K.
+    """
+
+    def __init__(self, prior: str, components: int, device: str, sizes: Sizes = MNIST) -> None:
+        self._impl = None if prior == "eager" else prior
+        self._vae = train_step_cases._model("fastvae" if self._impl else "eager", components, sizes, device)
+        # so slow that it stays the same problem; a graph replays the step's count too
+        self._optimizer = torch.optim.Adam(self._vae.parameters(), lr=1e-5, capturable=device == "cuda")
+        self._x = torch.rand(sizes.batch, sizes.pixels, generator=torch.Generator().manual_seed(2)).round().to(device)
+
+    def step(self) -> Tensor:
+        """One step, as a loop would write it; its loss."""
+        self._optimizer.zero_grad()
+        return self._forward_backward_update()
+
+    def captured(self) -> Step:
+        """What replays a step from a CUDA graph; on a device that has none, the step."""
+        if self._x.device.type != "cuda":
+            return self.step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._optimizer.zero_grad()  # so that backward makes the gradients in the graph's memory
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._forward_backward_update()
+        return graph.replay
+
+    def _forward_backward_update(self) -> Tensor:
+        with fastvae.use_backend(self._impl):
+            loss = self._vae(self._x).loss
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
