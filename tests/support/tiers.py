@@ -21,7 +21,7 @@ _BACKEND_OF_FIXTURE = {"triton": "triton", "small_triton": "triton-small", "emul
 _MARK_OF_FOLDER = {"machine_code": "machine_code"}
 _MARK_OF_FILE = {
     "test_static_report": "machine_code",
-    **dict.fromkeys(("test_ddp", "test_memory", "test_notebooks", "test_packaging"), "slow"),
+    **dict.fromkeys(("test_ddp", "test_gpu_dry_run", "test_memory", "test_notebooks", "test_packaging"), "slow"),
 }
 
 

@@ -33,27 +33,20 @@ class Training:
     def step(self) -> Tensor:
         """One step, as a loop would write it; its loss."""
         self._optimizer.zero_grad()
-        return self._forward_backward_update()
-
-    def captured(self) -> Step:
-        """What replays a step from a CUDA graph; on a device that has none, the step."""
-        if self._x.device.type != "cuda":
-            return self.step
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step()
-        torch.cuda.current_stream().wait_stream(side)
-        self._optimizer.zero_grad()  # so that backward makes the gradients in the graph's memory
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._forward_backward_update()
-        return graph.replay
-
-    def _forward_backward_update(self) -> Tensor:
         with fastvae.use_backend(self._impl):
             loss = self._vae(self._x).loss
         loss.backward()
         self._optimizer.step()
         return loss.detach()
+
+    def captured(self) -> Step:
+        """The step as a `TrainingStep` replays it from a CUDA graph; on the CPU it runs as usual."""
+        step = fastvae.TrainingStep(self._vae, self._optimizer, capture=True if self._x.is_cuda else None)
+
+        def call() -> Tensor:
+            with fastvae.use_backend(self._impl):
+                return step(self._x).loss
+
+        for _ in range(2):  # as usual, then captured
+            call()
+        return call
