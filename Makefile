@@ -25,6 +25,7 @@ test-all: test test-slow
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find benchmarks csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.tables --check

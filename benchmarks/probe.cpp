@@ -22,9 +22,7 @@ typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 // operands still fit the sixteen registers of AVX2.
 constexpr int kChains = 12;
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Runs `work(thread)` on all threads at once and adds up the rates that they report.
 template <class Work>

@@ -74,8 +74,7 @@ Wide<T> roots(Wide<T> v) {
 #define _mm512_maskz_max_pd(mask, a, b) larger_of<double>((Wide<double>)(a), (Wide<double>)(b))
 #define _mm512_maskz_min_ps(mask, a, b) smaller_of<float>((Wide<float>)(a), (Wide<float>)(b))
 #define _mm512_maskz_min_pd(mask, a, b) smaller_of<double>((Wide<double>)(a), (Wide<double>)(b))
-#define _mm512_maskz_mul_epu32(mask, a, b) \
-  (((Wide<uint64_t>)(a) & 0xFFFFFFFFu) * ((Wide<uint64_t>)(b) & 0xFFFFFFFFu))
+#define _mm512_maskz_mul_epu32(mask, a, b) (((Wide<uint64_t>)(a) & 0xFFFFFFFFu) * ((Wide<uint64_t>)(b) & 0xFFFFFFFFu))
 #define _mm512_maskz_permutexvar_epi32(mask, index, table) \
   looked_up((Wide<uint32_t>)(index), (Wide<uint32_t>)(table), (Wide<uint32_t>)(table))
 #define _mm512_permutex2var_epi32(low, index, high) \

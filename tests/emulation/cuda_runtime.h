@@ -219,7 +219,6 @@ inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
   const std::tuple<P...> given(arguments...);
-  emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                      [&] { std::apply(kernel, given); });
+  emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { std::apply(kernel, given); });
   return cudaSuccess;
 }

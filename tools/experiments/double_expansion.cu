@@ -6,7 +6,8 @@
 // lane and 4 x 4 x 2 products of 16 x 8 x 4.
 constexpr int kDepth = 8, kRows = 64, kColumns = 32;  // kDepth: of the inner dimension, 2 D
 
-__global__ void __launch_bounds__(256, 1) double_expansion(const double* left, const double* right, double* out, int n) {
+__global__ void __launch_bounds__(256, 1)
+    double_expansion(const double* left, const double* right, double* out, int n) {
   __shared__ double a[kDepth][kRows + 4], b[kDepth][kColumns + 4];
   const int lane = threadIdx.x % 32, group = lane / 4, within = lane % 4;
   double sum[4][4][4] = {};
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(256, 1) double_expansion(const double* left, c
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          double(&c)[4] = sum[i][j];
+          double (&c)[4] = sum[i][j];
           asm("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
               : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
               : "d"(x[i][0]), "d"(x[i][1]), "d"(y[j]));
