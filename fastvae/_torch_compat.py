@@ -34,6 +34,10 @@ def has_tangent(value: object) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
+# () -> bool, whether this process was forked from one that had used CUDA, and so cannot use it.
+forked_from_cuda = torch.cuda._is_in_bad_fork
+
+
 def has_kernel(operator: str, dispatch_key: str) -> bool:
     """Whether an operator ("fastvae::mixture_log_prob") has a kernel of its own for a dispatch key ("CUDA")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)

@@ -48,6 +48,8 @@ def missing_on_cpu(device: torch.device) -> str | None:
 @_torch_compat.constant_in_graphs
 def missing_on_cuda(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot run on a device, and what would make them; or None."""
+    if _torch_compat.forked_from_cuda():
+        return "this process was forked from one that had used CUDA; start it by the 'spawn' method instead"
     return cuda_not_built() or _unusable_on(device.index or 0)
 
 

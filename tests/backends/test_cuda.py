@@ -50,6 +50,13 @@ def test_impl_cuda_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert internals.choose("cuda", torch.device("cuda")) == "cuda"
 
 
+def test_a_forked_process_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first call would end in "initialization error"."""
+    monkeypatch.setattr("fastvae._torch_compat.forked_from_cuda", lambda: True)
+    with pytest.raises(RuntimeError, match=r"impl='cuda' cannot run: this process was forked.*'spawn'"):
+        fastvae.gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), impl="cuda")
+
+
 @pytest.mark.usefixtures("compiled")
 def test_without_a_gpu_they_say_so() -> None:
     """Built or not, what is missing is named, and so is what to do."""
