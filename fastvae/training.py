@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -22,7 +23,7 @@ class TrainingStep:
 
     On a CUDA device the first call with a shape runs as usual, the second is captured in a CUDA graph, and from then on
     every call with that shape replays the graph.  Elsewhere, and where a step cannot be captured, every call runs as
-    usual; `why_not_captured` says which it is.  The numbers are the same either way.
+    usual.  The numbers are the same either way.
 
     The weight `beta`, the optimiser's learning rates and the random numbers are new in every step, captured or not.
 
@@ -34,8 +35,12 @@ class TrainingStep:
             numbers that are assigned later are copied.
         prepare: called with x within the step, for the model's input: to binarise images, or to pick them by their
             indices from a data set that is on the device.
-        capture: False never captures; True raises RuntimeError where a step cannot be captured.
+        capture: False never captures; True raises RuntimeError where a step cannot be captured; None captures where it
+            can, unless FASTVAE_CAPTURE=0 is in the environment.
         options: arguments of :meth:`fastvae.VAE.forward`: num_samples, kl, bound, gradient, chunk_size.
+
+    Attributes:
+        why_not_captured: the reason why steps are not captured; None where they are.
 
     Example::
 
@@ -55,7 +60,10 @@ class TrainingStep:
         **options: Any,
     ) -> None:
         self.vae, self.optimizer, self.prepare, self.options = vae, optimizer, prepare, options
-        self.why_not_captured = "capture=False" if capture is False else self._why_not()
+        if capture is None and os.environ.get("FASTVAE_CAPTURE") == "0":
+            self.why_not_captured: str | None = "FASTVAE_CAPTURE=0"
+        else:
+            self.why_not_captured = "capture=False" if capture is False else self._why_not()
         if capture and self.why_not_captured is not None:
             raise RuntimeError(f"capture=True, but the step cannot be captured: {self.why_not_captured}")
         self._learning_rates: list[Tensor] = []

@@ -170,6 +170,15 @@ def test_what_cannot_be_captured_says_so_and_trains(why: str, prior: dict[str, A
         TrainingStep(vae, adam(vae), capture=True, **options)
 
 
+def test_the_environment_can_forbid_it(captures: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVAE_CAPTURE", "0")
+    step = TrainingStep(model(), adam(model()))
+    assert step.why_not_captured == "FASTVAE_CAPTURE=0"
+    for _ in range(3):
+        step(DATA[:8])
+    assert not captures
+
+
 def test_a_subset_cannot_be_captured() -> None:
     encoder = Encoder()
     vae = VAE(encoder, Decoder(), ExemplarPrior(encoder, DATA, subset=4))
