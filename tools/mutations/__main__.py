@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fastvae.benchmarks.record import code, write_record
+
 from .table import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +114,7 @@ def judge(folder: Path, mutation: Mutation) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="a regular expression that names must match")
+    parser.add_argument("--record", type=Path, help="a JSON file to write what was found to, for the tables")
     parser.add_argument("--check", action="store_true", help="only whether each mutation can be applied")
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if re.search(options.only, m.name)]
@@ -120,7 +123,7 @@ def main() -> int:
     if options.check or not chosen:
         print(f"{len(chosen)} mutations can be applied")
         return int(not chosen)
-    missed = 0
+    found: dict[str, dict[str, str]] = {}
     print("| mutation | file | why it is wrong | tier | test |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="mutations") as scratch:
         folder = Path(scratch, "tree")
@@ -129,9 +132,11 @@ def main() -> int:
             build(folder)
         for mutation in chosen:
             tier, test = judge(folder, mutation)
-            missed += tier == "none"
+            found[mutation.name] = {"file": mutation.file, "why": mutation.why, "tier": tier, "test": test}
             print(f"| {mutation.name} | {mutation.file} | {mutation.why} | {tier} | {test} |", flush=True)
-    return int(missed > 0)
+    if options.record:
+        write_record(options.record, {"code": {"commit": code("cpu")["commit"]}, "mutations": found})
+    return int(any(one["tier"] == "none" for one in found.values()))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from . import (  # noqa: F401  register tables
     gpu_tables,
     machine_code_tables,
     model_tables,
+    mutation_table,
     status_table,
 )
 from .pages import nowhere, update
