@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,19 @@ def has_tangent(value: object) -> bool:
 
 # () -> bool, whether this process was forked from one that had used CUDA, and so cannot use it.
 forked_from_cuda = torch.cuda._is_in_bad_fork
+
+
+@cache
+def no_cuda_device() -> str | None:
+    """That there is no NVIDIA GPU that PyTorch can use, in words, or None.  AMD's are "cuda" to PyTorch, too."""
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    return "this PyTorch is for AMD's GPUs" if torch.version.hip else None
+
+
+def index_of(device: torch.device) -> int:
+    """The number of a CUDA device, of the current one where the device has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:

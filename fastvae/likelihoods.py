@@ -81,7 +81,7 @@ class _OnUnitInterval(Likelihood):
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        low, high = (float(v) for v in x.aminmax())
+        low, high = (float(v) for v in x.detach().aminmax())
         if low < 0 or high > 1:
             raise ValueError(
                 f"x must be in [0, 1] for {type(self).__name__}, but it spans {low:.4g} ... {high:.4g}: "

@@ -106,6 +106,8 @@ class VAE(nn.Module):
     Source: Kingma and Welling, Auto-encoding variational Bayes (ICLR 2014).
     """
 
+    backend_options = choice.NO_OPTIONS
+
     def __init__(
         self,
         encoder: nn.Module,

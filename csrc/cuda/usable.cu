@@ -12,9 +12,14 @@ __global__ void any_kernel() {}
 }  // namespace
 
 const char* why_unusable(int device) {
+  int before;
   cudaFuncAttributes attributes;
-  cudaError_t status = cudaSetDevice(device);
-  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, any_kernel);
+  cudaError_t status = cudaGetDevice(&before);
+  if (status == cudaSuccess) status = cudaSetDevice(device);
+  if (status == cudaSuccess) {
+    status = cudaFuncGetAttributes(&attributes, any_kernel);
+    cudaSetDevice(before);
+  }
   if (status == cudaSuccess) return "";
   cudaGetLastError();  // else the next call would report this failure
   return cudaGetErrorString(status);

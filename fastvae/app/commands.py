@@ -74,7 +74,8 @@ def train_command(
 
     The folder --out gets config.json, checkpoint.pt (the last epoch and the best model so far), results.json
     and the pictures. Ctrl-C keeps the last checkpoint, and --resume goes on from it as if there had been no
-    stop; with --resume, options need not be said again, and --epochs may be raised.
+    stop. With --resume, --epochs may be raised, and other options need not be said again, but for --device, --threads
+    and those of the kernels, which are no part of a run.
     """
     folder, given = RunFolder(out), options.given(context)
 
@@ -90,7 +91,7 @@ def train_command(
     settings()
     if not (resume or overwrite):
         folder.refuse_run()
-    with interruptible(console, lambda: _how_to_resume(folder)), locked(out):
+    with interruptible(console, lambda: _how_to_resume(folder, impl, precision, dense_backward)), locked(out):
         import_library()
         from fastvae.app.data.named_sets import load
         from fastvae.app.run.device import pick_device, use_kernels, use_threads
@@ -279,8 +280,11 @@ def _check_run(run_dir: Path, data: str | None, data_dir: Path | None, device: s
     check_name(moved_data(config, data, data_dir), data_dir or config.data_dir, binarize=config.binarize)
 
 
-def _how_to_resume(folder: RunFolder) -> str:
+def _how_to_resume(folder: RunFolder, impl: str | None, precision: str | None, dense_backward: bool) -> str:
     command = f"fastvae train --out {shlex.quote(str(folder.path))} --resume"
+    command += f" --impl {impl}" if impl else ""
+    command += f" --precision {precision}" if precision else ""
+    command += " --dense-backward" if dense_backward else ""
     if not folder.holds_run():
         return "No epoch was finished, and nothing was written."
     return f"{folder.checkpoint} keeps what was trained; go on with: {command}"

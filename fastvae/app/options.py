@@ -226,7 +226,7 @@ Impl = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="highest, high or medium: how inexact tensor cores may be, where the kernels have a choice. "
+        help="highest, high or medium: the lowest precision that is allowed, where the kernels have a choice. "
         "(default PyTorch's setting, highest)",
         rich_help_panel=KERNELS,
     ),

@@ -17,7 +17,7 @@ class BackendOptions(TypedDict, total=False):
     Attributes:
         impl: "cpu", "cuda", "triton", "composite" or "reference", see :func:`fastvae.mixture_log_prob`.
         precision: "highest", "high" or "medium".
-        dense_backward: whether backward computes every term.
+        dense_backward: whether backward computes every term, which by default it does not.
     """
 
     impl: str | None
@@ -33,9 +33,12 @@ class Choice(NamedTuple):
     dense_backward: bool | None = None
 
 
-# Of the innermost `use_backend`.  For the whole process, as PyTorch's own settings are: torch.compile guards a global
-# and compiles anew where it has changed, which it does not do for what belongs to a thread or a context.
-_current = Choice()
+NO_OPTIONS: BackendOptions = {"impl": None, "precision": None, "dense_backward": None}
+
+# What the open blocks of `use_backend` say, the innermost last.  For the whole process, as PyTorch's own settings are:
+# torch.compile guards a global by its value and compiles anew where that has changed, which it does not do for what
+# belongs to a thread or a context.
+_blocks: tuple[Choice, ...] = ()
 
 
 def choose(
@@ -44,9 +47,9 @@ def choose(
     """The name in BACKENDS of the backend that runs, or "reference".
 
     Args:
-        impl: the backend's word.  None is what :func:`fastvae.use_backend` says, if it does.  Else it takes, of those
-            that are a default on the device and can run there, the first in BACKENDS that has the precision, or the
-            first of all where none has it.
+        impl: the backend's word.  None means what :func:`fastvae.use_backend` says.  If that says nothing, the first
+            in BACKENDS is taken that is a default on the device, can run there and has the precision; where none has
+            the precision, the first that is a default and can run.
         device: where the tensors are.
         dtype: what is computed with.
         precision: for float32.  A backend that has no such precision computes with the highest, as all do in float64.
@@ -58,15 +61,15 @@ def choose(
         RuntimeError: the backend named cannot run here; the message says what would make it run.
     """
     if impl is None:
-        impl = _current.impl
+        impl = current().impl
     if precision is None:
-        precision = _current.precision
+        precision = current().precision
     return registry.choose(impl, device, dtype, precision)
 
 
 def dense(dense_backward: bool | None) -> bool:
     """Whether backward computes every term: None is what `use_backend` says, if it does, else False."""
-    return bool(_current.dense_backward if dense_backward is None else dense_backward)
+    return bool(current().dense_backward if dense_backward is None else dense_backward)
 
 
 def checked(owner: str, options: BackendOptions) -> BackendOptions:
@@ -91,31 +94,35 @@ def checked(owner: str, options: BackendOptions) -> BackendOptions:
 
 def current() -> Choice:
     """What `use_backend` says here."""
-    return _current
+    return _blocks[-1] if _blocks else Choice()
 
 
 @contextmanager
 def exactly(wanted: Choice) -> Iterator[None]:
     """Have `current()` be this choice inside, whatever is said outside."""
-    global _current
-    outside, _current = _current, wanted
+    global _blocks
+    _blocks = (*_blocks, wanted)
     try:
         yield
-    finally:
-        _current = outside
+    finally:  # of its own entry alone: blocks of several threads need not end in the order of a stack
+        at = len(_blocks) - 1 - _blocks[::-1].index(wanted)
+        _blocks = _blocks[:at] + _blocks[at + 1 :]
 
 
-@contextmanager
 def use_backend(
     impl: str | None = None, *, precision: str | None = None, dense_backward: bool | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Choose the backend of all operations inside, where a call, a prior or a model does not choose itself.
 
     Args:
         impl, precision, dense_backward: as of :func:`fastvae.mixture_log_prob`.  None leaves what was said outside.
 
-    Backward runs where forward ran, also after the block has ended.  The choice holds for the whole process: other
-    threads see it while the block lasts.  It also serves as a decorator.
+    Returns:
+        A context manager, which also decorates functions (but not generators).
+
+    Backward runs where forward ran, also after the block has ended.  Only what `torch.utils.checkpoint` computes again
+    in backward follows what is said then.  The choice holds for the whole process: other threads see it while the block
+    lasts.
 
     Raises:
         TypeError, ValueError: as :func:`fastvae.mixture_log_prob`, at once for a name that there is not.
@@ -126,7 +133,12 @@ def use_backend(
             loss = vae(x).loss
     """
     checked("use_backend", {"impl": impl, "precision": precision, "dense_backward": dense_backward})
-    outside = _current
+    return _inside(impl, precision, dense_backward)
+
+
+@contextmanager
+def _inside(impl: str | None, precision: str | None, dense_backward: bool | None) -> Iterator[None]:
+    outside = current()
     inside = Choice(
         outside.impl if impl is None else impl,
         outside.precision if precision is None else precision,

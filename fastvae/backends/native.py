@@ -50,7 +50,7 @@ def missing_on_cuda(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot run on a device, and what would make them; or None."""
     if _torch_compat.forked_from_cuda():
         return "this process was forked from one that had used CUDA; start it by the 'spawn' method instead"
-    return cuda_not_built() or _unusable_on(device.index or 0)
+    return cuda_not_built() or _torch_compat.no_cuda_device() or _unusable_on(_torch_compat.index_of(device))
 
 
 def cuda_not_built() -> str | None:
@@ -65,8 +65,6 @@ def cuda_not_built() -> str | None:
 @cache
 def _unusable_on(index: int) -> str | None:
     """Why the kernels that were built do not run on a CUDA device: its driver or the device may be too old; or None."""
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device"
     why = torch.ops.fastvae.cuda_unusable(index)
     return f"they do not run on cuda:{index} ({why}); {_BUILD_CUDA}" if why else None
 

@@ -19,6 +19,8 @@ from fastvae.backends import from_parts
 from fastvae.backends.backend import Backend
 from fastvae.operators import SCHEMAS, Operators, define, library
 
+MIN_CAPABILITY = 8, 0
+
 
 def load(module: str) -> ModuleType:
     """A module of the kernels."""
@@ -40,7 +42,18 @@ def missing(device: torch.device) -> str | None:
             "on the CPU they run only in Triton's interpreter, which is slow and for tests: set TRITON_INTERPRET=1 "
             "before Python starts"
         )
+    if device.type == "cuda":
+        return _torch_compat.no_cuda_device() or _too_old(_torch_compat.index_of(device))
     return None
+
+
+@cache
+def _too_old(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) >= MIN_CAPABILITY:
+        return None
+    needed = ".".join(map(str, MIN_CAPABILITY))
+    return f"they are made for GPUs of compute capability {needed} and newer, and cuda:{index} has {major}.{minor}"
 
 
 def _launcher(module: str, name: str, *leading: Any) -> Callable[..., Any]:

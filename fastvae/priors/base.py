@@ -54,6 +54,7 @@ class Prior(nn.Module):
     """
 
     has_closed_form_kl: ClassVar[bool] = False
+    backend_options = choice.NO_OPTIONS  # of a subclass that calls nn.Module.__init__ alone
 
     def __init__(self, **backend: Unpack[BackendOptions]) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import Case, Result, allowance, assert_within, difference, diffuse_case, hard_case, run
+from support import internals
 from support.backend import device_of, use_backend
 from support.internals import NAMES, choose, interpreted, operators_of, triton_module
 from support.interpreter import patch_once
@@ -299,6 +300,23 @@ def test_compiled_kernels_refuse_the_cpu() -> None:
         CALL + "try:\n    fastvae.gaussian_kl(z, z, impl='triton')\nexcept RuntimeError as error:\n    print(error)\n"
     )
     assert "TRITON_INTERPRET=1" in told and "impl='composite'" in told
+
+
+@pytest.mark.parametrize(("capability", "told"), [((7, 5), "8.0 and newer, and cuda:0 has 7.5"), ((8, 0), None)])
+def test_old_gpus_are_left_to_composite(
+    capability: tuple[int, int], told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On them Triton fails with an error of its own compiler."""
+    monkeypatch.setattr("fastvae._torch_compat.no_cuda_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    internals.forget_capabilities()
+    try:
+        why = internals.BACKENDS["triton"].missing(torch.device("cuda:0"))
+        assert why is None if told is None else told in str(why)
+        internals.pretend(monkeypatch, "cuda", "not here")
+        assert choose(None, torch.device("cuda:0")) == ("triton" if told is None else "composite")
+    finally:
+        internals.forget_capabilities()
 
 
 def test_without_triton() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 
-from fastvae import VAE, ExemplarPrior, MixturePrior, TrainingStep, VampPrior
+import fastvae
+from fastvae import VAE, ExemplarPrior, MixturePrior, TrainingStep, VampPrior, training
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DATA = torch.rand(20, 6)
@@ -68,7 +69,7 @@ def by_hand(vae: VAE, optimizer: Any, batches: list[Tensor], betas: list[float],
 
 def compare(device: str, encoder: type[Encoder] = Encoder, capture: bool | None = None, **options: Any) -> None:
     """Two epochs of batches of 8, 8 and 4, with a beta of their own each; losses and weights, to the bit."""
-    batches, betas = 2 * list(DATA.to(device).split(8)), [0.1, 0.2, 0.3, 0.4, 0.5, 1.0]
+    batches, betas = 2 * list(DATA.to(device).split(8)), [0.1, 0.2, 0.3, 0.99, 0.97, 1.0]
     ours, theirs = model(device, encoder), model(device, encoder)
     theirs_adam = adam(theirs)
     if capture is not False:
@@ -154,7 +155,7 @@ def test_the_output_has_no_graph_and_is_written_anew(captures: list[list[int]]) 
     [
         ("chunk_size recomputes", {}, {"chunk_size": 2, "num_samples": 4}),
         ("the prior's chunk_size", {"chunk_size": 2}, {}),
-        ("its refresh", {"refresh": 0.5}, {}),
+        ("the prior's refresh", {"refresh": 0.5}, {}),
         ("not on a CUDA device", {}, {}),
     ],
 )
@@ -196,3 +197,93 @@ def test_another_prior_of_ones_own() -> None:
     step = TrainingStep(vae, adam(vae), capture=False)
     losses = [float(step(DATA).loss) for _ in range(40)]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_what_a_graph_depends_on_makes_a_graph_of_its_own(captures: list[list[int]]) -> None:
+    """Whatever changes what a step computes: a graph made before would go on with what was."""
+    vae = model()
+    optimizer = adam(vae)
+    step = TrainingStep(vae, optimizer)
+
+    def captured() -> int:
+        before = len(captures)
+        for _ in range(3):
+            step(DATA[:8])
+        return len(captures) - before
+
+    assert captured() == 1 and captured() == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert captured() == 1
+    with fastvae.use_backend("composite"):
+        assert captured() == 1
+    vae.encoder.eval()
+    assert captured() == 1
+    vae.encoder.train()
+    assert captured() == 0
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert captured() == 1
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert captured() == 1
+
+
+@pytest.mark.usefixtures("captures")
+def test_a_capture_casts_the_weights_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast keeps weights that it has cast; a graph would read those of its capture forever."""
+    kept: list[bool] = []
+    real = training._captured
+
+    def captured(*arguments: Any) -> Any:
+        kept.append(torch.is_autocast_cache_enabled())
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "_captured", captured)
+    step = TrainingStep(model(), adam(model()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(3):
+            step(DATA[:8])
+        assert kept == [False] and torch.is_autocast_cache_enabled()
+
+
+def test_a_failure_before_a_capture_leaves_no_trace(captures: list[list[int]]) -> None:
+    vae = model(encoder=NormalisingEncoder)
+    failing = False
+
+    def prepare(x: Tensor) -> Tensor:
+        if failing:
+            raise ZeroDivisionError
+        return x
+
+    step = TrainingStep(vae, adam(vae), prepare=prepare)
+    step(DATA[:8])
+    before = [value.clone() for value in vae.buffers()]
+    failing = True
+    with pytest.raises(ZeroDivisionError):
+        step(DATA[:8])
+    assert all(torch.equal(a, b) for a, b in zip(before, vae.buffers(), strict=True))
+    failing = False
+    step(DATA[:8])
+    assert captures == [[8, 6]]
+
+
+@pytest.mark.usefixtures("captures")
+def test_x_may_come_from_a_graph() -> None:
+    step = TrainingStep(model(), adam(model()))
+    weight = torch.ones((), requires_grad=True)
+    for _ in range(3):
+        assert bool(step(DATA[:8] * weight).loss.isfinite())
+
+
+def test_a_prior_within_a_prior_is_asked_too() -> None:
+    class Wrapped(MixturePrior):
+        def __init__(self, inner: VampPrior) -> None:
+            super().__init__(torch.zeros(1, 3))
+            self.inner = inner
+
+    encoder = Encoder()
+    vae = VAE(encoder, Decoder(), Wrapped(VampPrior(encoder, torch.rand(5, 6), refresh=0.5)))
+    assert "refresh" in str(TrainingStep(vae, adam(vae)).why_not_captured)
+
+
+def test_an_unknown_argument_is_told_at_once() -> None:
+    with pytest.raises(TypeError, match=r"TrainingStep.*unexpected keyword argument 'num_sample'"):
+        TrainingStep(model(), adam(model()), num_sample=3)

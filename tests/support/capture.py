@@ -26,9 +26,12 @@ def capture_in_name(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         shapes.append(list(x.shape))
         return real(step, x, *others) if x.is_cuda else _in_name(step, x, *others)
 
+    def why_not(step: TrainingStep) -> str | None:
+        return reason(step) if next(step.vae.parameters()).is_cuda else None
+
+    reason = TrainingStep._why_not
     monkeypatch.setattr(training, "_captured", captured)
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(TrainingStep, "_why_not", lambda self: None)
+    monkeypatch.setattr(TrainingStep, "_why_not", why_not)
     return shapes
 
 

@@ -141,6 +141,11 @@ def triton_module(name: str) -> ModuleType:
     return triton.load(name)
 
 
+def forget_capabilities() -> None:
+    """Ask every device anew what it can do."""
+    triton._too_old.cache_clear()
+
+
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU."""
     return triton_module("launch").INTERPRETED

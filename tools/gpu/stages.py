@@ -13,7 +13,7 @@ PEERS = [*OURS, "fastvae-cuda", "eager", "expansion", "expansion-compile", "expa
 SHAPES = ((4096, 50_000, 64), (100, 500, 40))
 
 # opcheck of every operator would take the time of the others; test_gpu.py has it of the density's.
-GPU_TESTS = ["tests", "-k", "((triton or cuda-emulated) and not opcheck) or gpu"]
+GPU_TESTS = ["tests", "-k", "((triton or cuda-emulated) and not opcheck) or gpu or training_step"]
 GPU_TESTS += ["--ignore=tests/bench", "--ignore=tests/machine_code"]
 DRY_TESTS = ["-k", "gpu or precision_follows or stream"]
 
