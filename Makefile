@@ -11,7 +11,8 @@ demo: .venv/ready
 	$(BIN)/fastvae compare --data digits --priors standard,vamp --seeds 3 --out runs/demo
 
 # test: the fast tier, without what tests/support/tiers.py marks
-PYTEST := FASTVAE_TEST_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := FASTVAE_TEST_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+	--durations 20 --durations-min 10
 
 test: .venv/ready
 	$(PYTEST) --fast

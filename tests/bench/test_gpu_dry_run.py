@@ -1,4 +1,4 @@
-"""`make gpu DRY=1`, whole."""
+"""`make gpu DRY=1`: its measurements, and all of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from fastvae.backends import native
+from tools.gpu import gpu_targets as targets
 from tools.gpu.__main__ import main
 from tools.gpu.delivery import KEPT, REST
+from tools.gpu.measure import main as measure
 from tools.gpu.stage import LEFT_OUT, PASSED
 from tools.gpu.stages import STAGES
 
@@ -31,3 +33,25 @@ def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
     assert {file.name for file in out.iterdir()} <= {*KEPT, REST} and len({*KEPT, REST}) <= 8
     with tarfile.open(out / REST) as tar:
         assert {"measure.log", "tune.json", "cpu.json", "train/run/results.json"} <= set(tar.getnames())
+
+
+def test_a_dry_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure, and no target judged by any of them; one that fails costs no other."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("interprets, which it does not where there is a GPU")
+
+    def broken(*arguments: object) -> float:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("tools.gpu.ceilings.copy_rate", broken)
+    assert measure(["--dry-run", "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "measure.json").read_text())
+    assert found["dry"] and found["failed"] == {"copy rate": "RuntimeError: no memory"}
+    assert {"multiply-add rate", "both high", "forward expansion tf32", "rsample"} <= set(found["figures"])
+    assert found["figures"]["error highest"] < 1e-4 < found["figures"]["error medium"] < 0.1
+    told = (tmp_path / "targets.md").read_text()
+    assert told.count(targets.NEVER_RUN) == len(targets.TARGETS)
+    assert {"step cuda captured 7, call", "step eager 7, call", "KL graph cuda"} <= set(found["figures"])
+    (row,) = [line for line in told.splitlines() if line.startswith("| step cuda captured 7 |")]
+    assert row.count("s |") == 2  # a time by each clock

@@ -20,7 +20,6 @@ from tools.gpu import build, delivery, pytest_log, sanitize, stages, tune
 from tools.gpu import gpu_targets as targets
 from tools.gpu.__main__ import main
 from tools.gpu.clocks import KernelClock
-from tools.gpu.measure import main as measure
 from tools.gpu.stage import FAILED, LEFT_OUT, OVERTIME, PASSED, Context, Stage, run
 from tools.gpu.stages import STAGES
 from tools.gpu.training import SMALL, Training
@@ -169,28 +168,6 @@ def test_targets_are_met_missed_or_never_run() -> None:
     slow = fast | {name: 2 * fast[name] for name in ours} | {name: 3 * seconds for name, seconds in cuda.items()}
     slow |= {"step cuda captured 500, call": 2e-3, "step cuda 500, call": 7e-3}
     assert [target.verdict(slow)[1] for target in targets.TARGETS] == [targets.MISSED] * len(targets.TARGETS)
-
-
-def test_a_dry_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every figure, and no target judged by any of them; one that fails costs no other."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("interprets, which it does not where there is a GPU")
-
-    def broken(*arguments: object) -> float:
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr("tools.gpu.ceilings.copy_rate", broken)
-    assert measure(["--dry-run", "--out", str(tmp_path)]) == 1
-    found = json.loads((tmp_path / "measure.json").read_text())
-    assert found["dry"] and found["failed"] == {"copy rate": "RuntimeError: no memory"}
-    assert {"multiply-add rate", "both high", "forward expansion tf32", "rsample"} <= set(found["figures"])
-    assert found["figures"]["error highest"] < 1e-4 < found["figures"]["error medium"] < 0.1
-    told = (tmp_path / "targets.md").read_text()
-    assert told.count(targets.NEVER_RUN) == len(targets.TARGETS)
-    assert {"step cuda captured 7, call", "step eager 7, call", "KL graph cuda"} <= set(found["figures"])
-    (row,) = [line for line in told.splitlines() if line.startswith("| step cuda captured 7 |")]
-    assert row.count("s |") == 2  # a time by each clock
 
 
 def test_a_dry_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ MARKS = {
     "triton": "runs Triton's interpreter, where there is no GPU",
     "emulated": "runs kernels for another machine on this one",
     "machine_code": "compiles GPU kernels and looks at their machine code",
-    "slow": "builds wheels, runs notebooks or several processes, or measures the memory of large problems",
+    "slow": "builds wheels, runs notebooks, whole benchmarks or several processes, or measures memory",
 }
 
 # A parameter names the backend, or one of these fixtures.
@@ -21,7 +21,8 @@ _BACKEND_OF_FIXTURE = {"triton": "triton", "small_triton": "triton-small", "emul
 _MARK_OF_FOLDER = {"machine_code": "machine_code"}
 _MARK_OF_FILE = {
     "test_static_report": "machine_code",
-    **dict.fromkeys(("test_ddp", "test_gpu_dry_run", "test_memory", "test_notebooks", "test_packaging"), "slow"),
+    **dict.fromkeys(("test_ddp", "test_memory", "test_notebooks", "test_packaging"), "slow"),
+    **dict.fromkeys(("test_gpu_dry_run", "test_studies", "test_whole_runs"), "slow"),
 }
 
 
