@@ -85,9 +85,14 @@ def test_the_archive_has_the_sources(source: Path) -> None:
         assert files and not missing
 
 
-def test_a_wheel_works_elsewhere(source: Path, tmp_path: Path) -> None:
-    """Without CUDA, which the installation that is tested has been built with where there is nvcc."""
-    tags, files = install(source, tmp_path, FASTVAE_CUDA="0")
+@pytest.fixture
+def installed(source: Path, tmp_path: Path) -> tuple[str, set[str]]:
+    """The tags and files of a wheel that is built and installed here; without CUDA, whose build takes longer."""
+    return install(source, tmp_path, FASTVAE_CUDA="0")
+
+
+def test_a_wheel_works_elsewhere(installed: tuple[str, set[str]], tmp_path: Path) -> None:
+    tags, files = installed
     assert tags.startswith("cp310-abi3-linux_")
     assert files == library() | {"fastvae/_C.abi3.so"}
     assert use(tmp_path).startswith("compiled kernels (")

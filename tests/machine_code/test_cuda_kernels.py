@@ -28,7 +28,13 @@ def compiled_for(arch: int) -> list[tuple[Kernel, Code]]:
     return [(kernel, disassembly.read(kernel)) for kernel in cuda_family.kernels(arch, re.compile(""))]
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.fixture(params=ARCHES)
+def arch(request: pytest.FixtureRequest) -> int:
+    """An architecture that all kernels were compiled for."""
+    compiled_for(request.param)
+    return int(request.param)
+
+
 def test_every_kernel_compiles_without_spills(arch: int) -> None:
     """The compiler stops at a spill: it is told that warnings are errors."""
     wanted = ("forward<", "backward<rows", "backward<components", "pack_rows", "rsample<", "rsample_backward", "kl<")
@@ -47,7 +53,6 @@ def test_every_kernel_compiles_without_spills(arch: int) -> None:
             assert limits.blocks_at_once(arch, code.registers, kernel.threads, kernel.shared) >= 1 + two, kernel.name
 
 
-@pytest.mark.parametrize("arch", ARCHES)
 def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
     """Of the innermost loop, at any D; what it loads, it loads 16 bytes at a time."""
     for kernel, code in compiled_for(arch):
@@ -62,7 +67,6 @@ def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
             assert any(k.kinds["LDG.128"] for k in code.loops), kernel.name
 
 
-@pytest.mark.parametrize("arch", ARCHES)
 def test_small_problems_and_samples_move_16_bytes_at_a_time(arch: int) -> None:
     for kernel, code in compiled_for(arch):
         if kernel.name in ("rsample<float, true>", "rsample_backward<float, true>", "kl<float, true>"):
