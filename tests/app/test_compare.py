@@ -67,6 +67,15 @@ def test_compare_and_compare_again(cli: Cli, tmp_path: Path, tiny_npz: Path) -> 
     assert code == 0 and (tmp_path / "compare-test-first-1.json").exists(), error
     assert json.loads((tmp_path / "compare.json").read_text()) == summary
 
+
+def test_compare_with_other_settings(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    """Refused where there are runs, unless they are to be replaced."""
+    command = ["compare", "--data", tiny_npz, "--out", tmp_path, "--seeds", 1, *TINY, "--samples", 10]
+    code, _, error = cli(*command)
+    assert code == 0, error
+    checkpoints = sorted(tmp_path.glob("*-seed*/checkpoint.pt"))
+    times = [path.stat().st_mtime_ns for path in checkpoints]
+    assert len(checkpoints) == 2
     code, _, error = cli(*command, "--hidden", 17)
     assert code == 1 and "standard-seed0" in error and "--hidden is 17" in error
     code, _, error = cli(*command, "--hidden", 17, "--overwrite")
