@@ -5,7 +5,6 @@ The dispatcher of PyTorch takes the kernel by the device of the tensors.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -62,11 +61,17 @@ def cuda_not_built() -> str | None:
     return None
 
 
-@cache
+_usable: set[int] = set()  # devices; of others it is asked at every call, since a reason may pass, such as no memory
+
+
 def _unusable_on(index: int) -> str | None:
     """Why the kernels that were built do not run on a CUDA device: its driver or the device may be too old; or None."""
-    why = torch.ops.fastvae.cuda_unusable(index)
-    return f"they do not run on cuda:{index} ({why}); {_BUILD_CUDA}" if why else None
+    if index in _usable:
+        return None
+    if why := torch.ops.fastvae.cuda_unusable(index):
+        return f"they do not run on cuda:{index} ({why}); {_BUILD_CUDA}"
+    _usable.add(index)
+    return None
 
 
 CPU = Backend(

@@ -57,6 +57,18 @@ def test_a_forked_process_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
         fastvae.gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), impl="cuda")
 
 
+def test_a_reason_that_passes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But that the kernels run is: to ask the driver takes as long as a small kernel."""
+    answers = ["out of memory", ""]
+    monkeypatch.setattr("fastvae._torch_compat.no_cuda_device", lambda: None)
+    monkeypatch.setattr(internals.native, "cuda_not_built", lambda: None)
+    monkeypatch.setattr(internals.native, "_usable", set())
+    monkeypatch.setattr(torch.ops.fastvae, "cuda_unusable", lambda index: answers.pop(0), raising=False)
+    missing, device = internals.native.missing_on_cuda, torch.device("cuda:3")
+    assert "do not run on cuda:3 (out of memory)" in str(missing(device))
+    assert missing(device) is None and missing(device) is None and not answers
+
+
 @pytest.mark.usefixtures("compiled")
 def test_without_a_gpu_they_say_so() -> None:
     """Built or not, what is missing is named, and so is what to do."""
