@@ -13,30 +13,8 @@ namespace FASTVAE_ISA {
 constexpr int kBytes = FASTVAE_BYTES;  // the width of a vector
 
 template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(kBytes)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(kBytes)));
-};
-template <>
-struct VectorOf<int32_t> {
-  typedef int32_t type __attribute__((vector_size(kBytes)));
-};
-template <>
-struct VectorOf<int64_t> {
-  typedef int64_t type __attribute__((vector_size(kBytes)));
-};
-template <>
-struct VectorOf<uint32_t> {
-  typedef uint32_t type __attribute__((vector_size(kBytes)));
-};
-template <>
-struct VectorOf<uint64_t> {
-  typedef uint64_t type __attribute__((vector_size(kBytes)));
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
 };
 
 template <class T>
