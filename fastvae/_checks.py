@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastvae import _torch_compat
-from fastvae.backends import PRECISIONS
 
 
 def tensor(name: str, value: object) -> None:
@@ -144,12 +143,6 @@ def count(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an integer or None, not {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
-
-
-def precision(value: str | None) -> None:
-    """ValueError for a word that is not PyTorch's."""
-    if value is not None and value not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))} or None, not {value!r}")
 
 
 def shape_of(value: Tensor) -> list[int]:

@@ -13,6 +13,7 @@ from fastvae import _checks, reference
 from fastvae._noise import draw_seed
 from fastvae.autograd import GaussianKL, GaussianRsample, MixtureKL, MixtureLogProb, MixtureLogProbAndScore
 from fastvae.backends.choice import choose, dense
+from fastvae.backends.registry import PRECISIONS, check_name
 from fastvae.dispatch import call
 
 
@@ -65,7 +66,7 @@ def mixture_log_prob(
 
     Source: the prior of Tomczak and Welling, VAE with a VampPrior (AISTATS 2018), eq. 8 and 9.
     """
-    _checks.precision(precision)
+    check_name("precision", precision, PRECISIONS)
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
     backend = choose(impl, z.device, z.dtype, precision)
     if backend == "reference":
@@ -97,7 +98,7 @@ def mixture_log_prob_and_score(
 
         log_prob = mixture_log_prob(z, ...);  score, = torch.autograd.grad(log_prob.sum(), z)
     """
-    _checks.precision(precision)
+    check_name("precision", precision, PRECISIONS)
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
     backend = choose(impl, z.device, z.dtype, precision)
     if backend == "reference":
@@ -221,7 +222,7 @@ def mixture_kl(
 
         z, log_q = gaussian_rsample(mu, logvar, num_samples);  kl = log_q - mixture_log_prob(z, prior_mu, ...)
     """
-    _checks.precision(precision)
+    check_name("precision", precision, PRECISIONS)
     dtype = _checks.result_dtype(mu=mu, logvar=logvar)
     wide = _checks.compute_dtype(
         _checks.result_dtype(

@@ -84,9 +84,8 @@ def checked(owner: str, options: BackendOptions) -> BackendOptions:
         if name not in known:
             raise TypeError(f"{owner}() got an unexpected keyword argument {name!r}")
     impl, precision, dense_backward = options.get("impl"), options.get("precision"), options.get("dense_backward")
-    for argument, value, names in (("impl", impl, registry.IMPLS), ("precision", precision, registry.PRECISIONS)):
-        if value is not None and value not in names:
-            raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))} or None, not {value!r}")
+    registry.check_name("impl", impl, registry.IMPLS)
+    registry.check_name("precision", precision, registry.PRECISIONS)
     if dense_backward is not None and not isinstance(dense_backward, bool):
         raise TypeError(f"dense_backward must be True, False or None, not {dense_backward!r}")
     return {"impl": impl, "precision": precision, "dense_backward": dense_backward}

@@ -51,9 +51,14 @@ def _default(device: torch.device, precision: str) -> str:
     return first
 
 
+def check_name(argument: str, value: str | None, names: tuple[str, ...]) -> None:
+    """ValueError for what is neither one of the names nor None."""
+    if value is not None and value not in names:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, names))} or None, not {value!r}")
+
+
 def _check(impl: str, device: torch.device) -> None:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))} or None, not {impl!r}")
+    check_name("impl", impl, IMPLS)
     backend = BACKENDS[impl]
     if (why := backend.missing(device)) is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {why}; impl='composite' runs on {device}")
