@@ -46,6 +46,11 @@ def largest_shared() -> int:
     return _ask("emulated_largest_shared")
 
 
+def matrix_bank_conflicts() -> int:
+    """How many times 128 bytes of shared memory were read so far in addition to once for each matrix loaded."""
+    return _ask("emulated_matrix_bank_conflicts")
+
+
 def _ask(name: str) -> int:
     question = getattr(_loaded()[1], name)
     question.restype = ctypes.c_int64

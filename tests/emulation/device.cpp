@@ -1,5 +1,6 @@
 // In place of csrc/cuda/device.cpp: the CPU is the device.
 #include <cuda_runtime.h>
+#include <emulated_tensor_cores.h>
 
 #include <utility>
 
@@ -13,3 +14,4 @@ OnDeviceOf::OnDeviceOf(const Tensor&) : stream_(nullptr) {}
 
 extern "C" int64_t emulated_launches() { return emulation::launches; }
 extern "C" int64_t emulated_largest_shared() { return int64_t(std::exchange(emulation::largest_shared, 0)); }
+extern "C" int64_t emulated_matrix_bank_conflicts() { return emulation::matrix_bank_conflicts; }
