@@ -10,8 +10,6 @@ struct __half {
 struct alignas(4) __half2 {
   __half x, y;
 };
-using half = __half;
-using half2 = __half2;
 
 // To the nearest, ties to even; 65520 and more becomes infinity.
 inline __half __float2half_rn(float x) {

@@ -76,8 +76,17 @@ enum class State { ready, at_barrier, at_warp, done };
 
 // Of a warp.
 enum class Operation {
-  sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, any, all,
-  load_matrices, load_transposed, multiply_add,
+  sync,
+  shuffle,
+  shuffle_up,
+  shuffle_down,
+  shuffle_xor,
+  ballot,
+  any,
+  all,
+  load_matrices,
+  load_transposed,
+  multiply_add,
 };
 
 struct Copy {
@@ -268,9 +277,7 @@ T __shfl_xor_sync(unsigned mask, T value, int with) {
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return emulation::votes(mask, emulation::Operation::ballot, vote);
 }
-inline int __any_sync(unsigned mask, bool vote) {
-  return emulation::votes(mask, emulation::Operation::any, vote) != 0;
-}
+inline int __any_sync(unsigned mask, bool vote) { return emulation::votes(mask, emulation::Operation::any, vote) != 0; }
 inline int __all_sync(unsigned mask, bool vote) {
   return emulation::votes(mask, emulation::Operation::all, vote) == 0xFFFFFFFFu;
 }

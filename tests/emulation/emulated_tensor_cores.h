@@ -5,27 +5,30 @@
 //
 // How a tensor core rounds is not documented.  FASTVAE_EMULATION_SUMS says what multiply_add does:
 //
-//   truncating  the default, what is known of the hardware, at its worst.  Fasi, Higham, Mikaitis and Pranesh,
-//               "Numerical behavior of NVIDIA tensor cores", found that the old sum and some products are aligned to
-//               the largest of them, cut off towards zero, added exactly, and the result cut off again to fp32.
-//               Devices since the A100 add 8 products at a time with one bit more than fp32 has, or 16 with two bits
-//               more.  Here they are 8, so that a sum is cut off twice, with no bits more.
+//   truncating  the default: what was found out about the hardware, at its worst.  The old sum and some products are
+//               aligned to the largest of them, cut off towards zero and added exactly; the result is cut off to fp32.
+//               Of all devices since the A100, some add 8 products at a time and align to one bit more than fp32 has;
+//               others add 16 or more and align to two bits more.  Here they are 8 and no bits more: two additions, of
+//               which each cuts off the most.  A subnormal factor counts in full, but the product is aligned as if
+//               the factor were the least normal number.  See Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior
+//               of NVIDIA tensor cores", and Khattak and Mikaitis, "Accurate models of NVIDIA tensor cores".
 //   exact       the sum rounded to fp32 once, to the nearest.  A product of fp16 numbers is exact in double, and their
-//               sum in double is wrong by less than 17 units of 2^-53 of the largest partial sum.  So the fp32 number
-//               is another only if the exact sum is that close to a tie, or if nearly all of it cancels.
+//               sum in double is wrong by at most 16 units of 2^-53 of the largest partial sum.  So the fp32 number is
+//               another only if the exact sum is that close to a tie, or if nearly all of it cancels.
 #pragma once
 
 #include <cuda_fp16.h>
 
 namespace emulation {
 
-inline int64_t matrix_bank_conflicts = 0;  // so far
+inline int64_t matrix_bank_conflicts = 0;  // wavefronts beyond one for each matrix, so far
 
 // What the lanes of a warp show each other.
 struct WarpMatrices {
   bool done;  // by the lane that goes on first
   float a[16][16], b[16][8], sum[16][8];
-  const unsigned char* rows[4][8];  // of the matrices to load
+  float a_size[16][16], b_size[16][8];  // what a and b are aligned as
+  const unsigned char* rows[4][8];      // of the matrices to load
   uint16_t loaded[4][8][8];
 };
 inline WarpMatrices warp_matrices[2][1024 / 32];  // in turn, as slots are
@@ -44,9 +47,9 @@ void warp_work(Operation operation, const Show& show, const Work& work, const Se
   see(matrices, lane);
 }
 
-// Shared memory gives 128 bytes at once, each 16 of them from one place modulo 128.  So the rows of a matrix take as
-// many turns as there are different rows at one such place.
-inline int turns(const unsigned char* const (&rows)[8]) {
+// How many wavefronts load a matrix.  One has 128 bytes, each 16 of them from one place modulo 128: so there are as many
+// as there are different rows at one place.
+inline int wavefronts(const unsigned char* const (&rows)[8]) {
   int most = 0;
   for (int i = 0; i < 8; ++i) {
     int same_place = 1;
@@ -67,69 +70,72 @@ inline void load_rows(WarpMatrices& matrices) {
       if (offset % 16) fail("a matrix's row is misaligned");
       std::memcpy(matrices.loaded[i][row], matrices.rows[i][row], 16);
     }
-    matrix_bank_conflicts += turns(matrices.rows[i]) - 1;
+    matrix_bank_conflicts += wavefronts(matrices.rows[i]) - 1;
   }
 }
 
 template <class T>
 using Eight __attribute__((vector_size(8 * sizeof(T)))) = T;  // one for each column; a cast keeps the bits
 
-// sum[j] += a[0] b[0][j] + ... + a[15] b[15][j]
-inline void add_exactly(float (&sum)[8], const float (&a)[16], const float (&b)[16][8]) {
+// sum[i][j] += a[i][0] b[0][j] + ... + a[i][15] b[15][j]
+inline void add_exactly(WarpMatrices& matrices, int i) {
   Eight<float> row;
-  std::memcpy(&row, sum, sizeof(row));
+  std::memcpy(&row, matrices.sum[i], sizeof(row));
   Eight<double> exact = __builtin_convertvector(row, Eight<double>);
   for (int k = 0; k < 16; ++k) {
-    std::memcpy(&row, b[k], sizeof(row));
-    exact += __builtin_convertvector(row * a[k], Eight<double>);  // a product is exact in float as well
+    std::memcpy(&row, matrices.b[k], sizeof(row));
+    exact += __builtin_convertvector(row * matrices.a[i][k], Eight<double>);  // a product is exact in float as well
   }
   row = __builtin_convertvector(exact, Eight<float>);
-  std::memcpy(sum, &row, sizeof(row));
+  std::memcpy(matrices.sum[i], &row, sizeof(row));
 }
 
-// sum[j] += a[0] b[0][j] + ... + a[7] b[7][j]
-inline void add_truncating(float (&sum)[8], const float* a, const float (*b)[8]) {
-  constexpr uint32_t kExponent = 0x7F800000;  // of a float, 127 more than that of 2
+// sum[i][j] += a[i][k] b[k][j] + ... + a[i][k + 7] b[k + 7][j]
+inline void add_truncating(WarpMatrices& matrices, int i, int k) {
+  constexpr uint32_t kExponent = 0x7F800000;
   Eight<float> old, products[8];
-  std::memcpy(&old, sum, sizeof(old));
+  std::memcpy(&old, matrices.sum[i], sizeof(old));
   Eight<float> simple = old;
-  Eight<uint32_t> of_products{};  // the largest exponent
-  for (int k = 0; k < 8; ++k) {
-    std::memcpy(&products[k], b[k], sizeof(old));
-    products[k] *= a[k];  // is exact: 22 bits at most
-    simple += products[k];
-    const Eight<uint32_t> exponent = Eight<uint32_t>(products[k]) & kExponent;
-    of_products = exponent > of_products ? exponent : of_products;
+  Eight<uint32_t> size{};  // the largest, whose order is that of its bits
+  for (int n = 0; n < 8; ++n) {
+    Eight<float> of_product;
+    std::memcpy(&products[n], matrices.b[k + n], sizeof(old));
+    std::memcpy(&of_product, matrices.b_size[k + n], sizeof(old));
+    products[n] *= matrices.a[i][k + n];  // is exact: 22 bits at most
+    of_product *= matrices.a_size[i][k + n];
+    simple += products[n];
+    size = Eight<uint32_t>(of_product) > size ? Eight<uint32_t>(of_product) : size;
   }
-  const Eight<uint32_t> of_old = Eight<uint32_t>(old) & kExponent;
+  const Eight<uint32_t> of_products = size & kExponent, of_old = Eight<uint32_t>(old) & kExponent;
   const Eight<uint32_t> largest = of_old > of_products ? of_old : of_products;
-  // A product is 0 or at least 2^-48, so that neither leaves the range of floats where some product is not 0.
-  const Eight<float> unit = Eight<float>(largest - (23u << 23));  // the last of 24 bits
-  const Eight<float> units = Eight<float>((277u << 23) - largest);  // 1 / unit, since 277 = 127 + 127 + 23
+  // The size of a product is 0 or at least 2^-28, so that these are floats wherever they are used.
+  const Eight<float> unit = Eight<float>(largest - (23u << 23));                // the last of 24 bits
+  const Eight<float> units = Eight<float>((277u << 23) - largest);              // 1 / unit, since 277 = 127 + 127 + 23
   Eight<int32_t> total = __builtin_convertvector(old * units, Eight<int32_t>);  // towards zero
-  for (int k = 0; k < 8; ++k) total += __builtin_convertvector(products[k] * units, Eight<int32_t>);
+  for (int n = 0; n < 8; ++n) total += __builtin_convertvector(products[n] * units, Eight<int32_t>);
 
   const Eight<float> nearest = __builtin_convertvector(total, Eight<float>);
   const Eight<int32_t> back = __builtin_convertvector(nearest, Eight<int32_t>);
   const Eight<int32_t> away = (total < 0 ? -back : back) > (total < 0 ? -total : total);  // -1 where it is so
   const Eight<float> result = Eight<float>(Eight<int32_t>(nearest) + away) * unit;
-  const Eight<float> sums = (largest == kExponent) | (of_products == 0) ? simple : result;  // infinity and NaN; old + 0
-  std::memcpy(sum, &sums, sizeof(sums));
+  const Eight<int32_t> not_finite = largest == kExponent, nothing_new = of_products == 0;
+  const Eight<float> sum = not_finite | nothing_new ? simple : result;
+  std::memcpy(matrices.sum[i], &sum, sizeof(sum));
 }
 
 inline void multiply_add(WarpMatrices& matrices) {
   for (int i = 0; i < 16; ++i)
     if (exact_sums) {
-      add_exactly(matrices.sum[i], matrices.a[i], matrices.b);
+      add_exactly(matrices, i);
     } else {
-      add_truncating(matrices.sum[i], matrices.a[i], matrices.b);
-      add_truncating(matrices.sum[i], matrices.a[i] + 8, matrices.b + 8);
+      add_truncating(matrices, i, 0);
+      add_truncating(matrices, i, 8);
     }
 }
 
-// Two fp16 numbers of a register.
-inline float2 numbers(uint32_t bits) {
-  return {__half2float({uint16_t(bits)}), __half2float({uint16_t(bits >> 16)})};
+inline void show(uint16_t bits, float& number, float& size) {
+  number = __half2float({bits});
+  size = number == 0 ? 0.0f : fabsf(number) < 0x1p-14f ? 0x1p-14f : fabsf(number);
 }
 
 template <class See>
@@ -165,18 +171,17 @@ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
 inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const auto show = [&](emulation::WarpMatrices& matrices, unsigned lane) {
     const unsigned group = lane / 4, pair = lane % 4 * 2;
-    for (int i = 0; i < 2; ++i)
+    for (int e = 0; e < 2; ++e)  // of the two numbers in a register
       for (int j = 0; j < 2; ++j) {
-        const float2 x = emulation::numbers(a[2 * j + i]);
-        matrices.a[group + 8 * i][pair + 8 * j] = x.x;
-        matrices.a[group + 8 * i][pair + 8 * j + 1] = x.y;
-        matrices.sum[group + 8 * i][pair + j] = sum[2 * i + j];
+        const unsigned k = pair + 8 * j + e;
+        for (int i = 0; i < 2; ++i) {
+          const unsigned row = group + 8 * i;
+          emulation::show(uint16_t(a[2 * j + i] >> 16 * e), matrices.a[row][k], matrices.a_size[row][k]);
+        }
+        emulation::show(uint16_t((j ? b1 : b0) >> 16 * e), matrices.b[k][group], matrices.b_size[k][group]);
       }
-    for (int j = 0; j < 2; ++j) {
-      const float2 x = emulation::numbers(j ? b1 : b0);
-      matrices.b[pair + 8 * j][group] = x.x;
-      matrices.b[pair + 8 * j + 1][group] = x.y;
-    }
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j) matrices.sum[group + 8 * i][pair + j] = sum[2 * i + j];
   };
   const auto see = [&](const emulation::WarpMatrices& matrices, unsigned lane) {
     for (int i = 0; i < 2; ++i)

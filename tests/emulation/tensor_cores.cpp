@@ -1,7 +1,9 @@
-// Kernels of the tests of the emulated tensor cores, each of one block.
+// Kernels that show what is emulated, each of one block: see tests/backends/test_emulated_tensor_cores.py.
 #include "tensor_cores.cuh"
 
-#include <utility>
+#include <cuda_pipeline.h>
+
+#include <iterator>
 
 #include "launch.cuh"
 
@@ -51,6 +53,31 @@ void load(const unsigned char* bytes, int size, const int* offsets, bool transpo
   for (int i = 0; i < 4; ++i) out[lane() * 4 + i] = own[i];
 }
 
+// sum [48, 16] = a [48, 64] b [64, 16], as kernels do it.  Each of three warps has 16 rows.
+void shared_product(const __half* a, const __half* b, float* sum) {
+  constexpr int K = 64, N = 16;
+  __half* const own_a = reinterpret_cast<__half*>(shared_memory);  // [48, 64], pieces of 8 at other places in each row
+  __half* const own_b = own_a + 48 * K;                            // [64, 16]: rows r and r + 4 conflict
+  const auto place = [](int row, int piece) { return row * K + (piece ^ (row & 7)) * 8; };
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  for (int i = thread; i < 48 * K / 8; i += 96) __pipeline_memcpy_async(own_a + place(i / 8, i % 8), a + i * 8, 16);
+  for (int i = thread; i < K * N / 8; i += 96) __pipeline_memcpy_async(own_b + i * 8, b + i * 8, 16);
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  float own[N / 8][4] = {};
+  for (int k = 0; k < K; k += 16) {
+    uint32_t some_a[4], some_b[4];
+    load_matrices(some_a, own_a + place(warp * 16 + lane % 16, k / 8 + lane / 16));
+    load_matrices_transposed(some_b, own_b + (k + lane % 16) * N + lane / 16 * 8);
+    for (int n = 0; n < N / 8; ++n) multiply_add(own[n], some_a, some_b[2 * n], some_b[2 * n + 1]);
+  }
+  for (int n = 0; n < N / 8; ++n)
+    for (int i = 0; i < 2; ++i)
+      *reinterpret_cast<float2*>(sum + (warp * 16 + lane / 4 + 8 * i) * N + n * 8 + lane % 4 * 2) =
+          make_float2(own[n][2 * i], own[n][2 * i + 1]);
+}
+
 void meet_at_different_operations() {
   float sum[4] = {};
   uint32_t a[4] = {};
@@ -60,7 +87,7 @@ void meet_at_different_operations() {
     multiply_add(sum, a, 0, 0);
 }
 
-// out [9, 32]: what each lane got of each operation.
+// out [7, 32]: what each lane got of each operation.
 void exchanges(const int* values, int by, int* out) {
   const unsigned all = 0xFFFFFFFFu;
   const int own = values[lane()];
@@ -76,6 +103,18 @@ void exchanges(const int* values, int by, int* out) {
   for (int i = 0; i < int(std::size(got)); ++i) out[i * 32 + lane()] = got[i];
 }
 
+// combined [3]: the sum, the largest or 0, and the bits of any; out [4, 64] of each value.
+void rest(const int* values, int* combined, int* out) {
+  const int i = int(threadIdx.x), own = __ldg(values + i);
+  atomicAdd(combined, own);
+  atomicMax(combined + 1, own);
+  atomicOr(reinterpret_cast<unsigned*>(combined + 2), unsigned(own));
+  out[i] = __popc(unsigned(own));
+  out[64 + i] = __ffs(own);
+  __stcs(out + 128 + i, __float_as_int(__int_as_float(own)));
+  __stcg(out + 192 + i, int(__float_as_uint(__uint_as_float(unsigned(own)))));
+}
+
 }  // namespace
 
 extern "C" {
@@ -86,6 +125,15 @@ void run_product(const __half* a, const __half* b, int n, float* sum) {
 
 void run_load(const unsigned char* bytes, int size, const int* offsets, int transposed, uint32_t* out) {
   launch(nullptr, 1, 1, 32, size_t(size), load, bytes, size, offsets, bool(transposed), out);
+}
+
+void run_shared_product(const __half* a, const __half* b, float* sum) {
+  launch(nullptr, 1, 1, 96, (48 * 64 + 64 * 16) * sizeof(__half), shared_product, a, b, sum);
+}
+
+void run_rest(const int* values, int* combined, int* out) {
+  cudaMemsetAsync(combined, 0, 3 * sizeof(int));
+  launch(nullptr, 1, 1, 64, 0, rest, values, combined, out);
 }
 
 void run_meet_at_different_operations() { launch(nullptr, 1, 1, 32, 1024, meet_at_different_operations); }
