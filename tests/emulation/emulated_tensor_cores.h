@@ -8,10 +8,11 @@
 //   truncating  the default: what was found out about the hardware, at its worst.  The old sum and some products are
 //               aligned to the largest of them, cut off towards zero and added exactly; the result is cut off to fp32.
 //               Of all devices since the A100, some add 8 products at a time and align to one bit more than fp32 has;
-//               others add 16 or more and align to two bits more.  Here they are 8 and no bits more: two additions, of
-//               which each cuts off the most.  A subnormal factor counts in full, but the product is aligned as if
-//               the factor were the least normal number.  See Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior
-//               of NVIDIA tensor cores", and Khattak and Mikaitis, "Accurate models of NVIDIA tensor cores".
+//               others add 16 or more and align to two bits more.  Here they are 8 and no bits more: two additions,
+//               each of which cuts off at least as much as any device's.  A subnormal factor counts in full, but the
+//               product is aligned as if the factor were the least normal number.  See Fasi, Higham, Mikaitis and
+//               Pranesh, "Numerical behavior of NVIDIA tensor cores", and Khattak and Mikaitis, "Accurate models of
+//               NVIDIA tensor cores".
 //   exact       the sum rounded to fp32 once, to the nearest.  A product of fp16 numbers is exact in double, and their
 //               sum in double is wrong by at most 16 units of 2^-53 of the largest partial sum.  So the fp32 number is
 //               another only if the exact sum is that close to a tie, or if nearly all of it cancels.
@@ -25,7 +26,7 @@ inline int64_t matrix_bank_conflicts = 0;  // wavefronts beyond one for each mat
 
 // What the lanes of a warp show each other.
 struct WarpMatrices {
-  bool done;  // by the lane that goes on first
+  bool done;  // the work, by the lane that goes on first
   float a[16][16], b[16][8], sum[16][8];
   float a_size[16][16], b_size[16][8];  // what a and b are aligned as
   const unsigned char* rows[4][8];      // of the matrices to load
@@ -47,8 +48,8 @@ void warp_work(Operation operation, const Show& show, const Work& work, const Se
   see(matrices, lane);
 }
 
-// How many wavefronts load a matrix.  One has 128 bytes, each 16 of them from one place modulo 128: so there are as many
-// as there are different rows at one place.
+// How many wavefronts a matrix takes.  One has 128 bytes, each 16 of them from one place modulo 128, so that there are
+// as many as there are different rows at one place.
 inline int wavefronts(const unsigned char* const (&rows)[8]) {
   int most = 0;
   for (int i = 0; i < 8; ++i) {
@@ -109,10 +110,10 @@ inline void add_truncating(WarpMatrices& matrices, int i, int k) {
   const Eight<uint32_t> of_products = size & kExponent, of_old = Eight<uint32_t>(old) & kExponent;
   const Eight<uint32_t> largest = of_old > of_products ? of_old : of_products;
   // The size of a product is 0 or at least 2^-28, so that these are floats wherever they are used.
-  const Eight<float> unit = Eight<float>(largest - (23u << 23));                // the last of 24 bits
-  const Eight<float> units = Eight<float>((277u << 23) - largest);              // 1 / unit, since 277 = 127 + 127 + 23
-  Eight<int32_t> total = __builtin_convertvector(old * units, Eight<int32_t>);  // towards zero
-  for (int n = 0; n < 8; ++n) total += __builtin_convertvector(products[n] * units, Eight<int32_t>);
+  const Eight<float> unit = Eight<float>(largest - (23u << 23));       // the last of 24 bits
+  const Eight<float> per_unit = Eight<float>((277u << 23) - largest);  // 1 / unit, since 277 = 127 + 127 + 23
+  Eight<int32_t> total = __builtin_convertvector(old * per_unit, Eight<int32_t>);  // towards zero
+  for (int n = 0; n < 8; ++n) total += __builtin_convertvector(products[n] * per_unit, Eight<int32_t>);
 
   const Eight<float> nearest = __builtin_convertvector(total, Eight<float>);
   const Eight<int32_t> back = __builtin_convertvector(nearest, Eight<int32_t>);
@@ -133,7 +134,7 @@ inline void multiply_add(WarpMatrices& matrices) {
     }
 }
 
-inline void show(uint16_t bits, float& number, float& size) {
+inline void decode(uint16_t bits, float& number, float& size) {
   number = __half2float({bits});
   size = number == 0 ? 0.0f : fabsf(number) < 0x1p-14f ? 0x1p-14f : fabsf(number);
 }
@@ -176,9 +177,9 @@ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, u
         const unsigned k = pair + 8 * j + e;
         for (int i = 0; i < 2; ++i) {
           const unsigned row = group + 8 * i;
-          emulation::show(uint16_t(a[2 * j + i] >> 16 * e), matrices.a[row][k], matrices.a_size[row][k]);
+          emulation::decode(uint16_t(a[2 * j + i] >> 16 * e), matrices.a[row][k], matrices.a_size[row][k]);
         }
-        emulation::show(uint16_t((j ? b1 : b0) >> 16 * e), matrices.b[k][group], matrices.b_size[k][group]);
+        emulation::decode(uint16_t((j ? b1 : b0) >> 16 * e), matrices.b[k][group], matrices.b_size[k][group]);
       }
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < 2; ++j) matrices.sum[group + 8 * i][pair + j] = sum[2 * i + j];
