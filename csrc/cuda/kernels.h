@@ -82,6 +82,18 @@ void mixture_forward(const Mixture<T>&, T* scratch, T* log_prob, Stream);
 template <class T>
 void mixture_backward(const Mixture<T>&, const Gradients<T>&, T* scratch, Stream);
 
+// In the product form (product.h), on tensor cores: kParts = 2 is precision "high", 1 is "medium".  Backward takes at
+// most kMaxProductDimensions, and writes log_prob as well, unless it is null, where dz is wanted.
+constexpr int64_t kMaxProductDimensions = 64;
+template <int kParts>
+int64_t product_forward_scratch(const Mixture<float>&);
+template <int kParts>
+int64_t product_backward_scratch(const Mixture<float>&, const Gradients<float>&);
+template <int kParts>
+void mixture_product_forward(const Mixture<float>&, float* scratch, float* log_prob, Stream);
+template <int kParts>
+void mixture_product_backward(const Mixture<float>&, const Gradients<float>&, float* log_prob, float* scratch, Stream);
+
 // Of a small problem (is_small in plan.h).  Where `sample` is not null, z is drawn first, into sample->z, which is
 // mix.z, and kl = log q - log p.  The score is null where it is not wanted.
 template <class T>

@@ -1,4 +1,7 @@
 // mixture_log_prob, its score, its gradients and mixture_kl on CUDA devices: checks, allocation, registration.
+//
+// The operators are the same at every precision.  kParts is 0 for "highest", where all is computed in the difference
+// form; 2 and 1 are "high" and "medium", where the product form is taken for large problems in float32.
 #include "host.h"
 #include "plan.h"
 
@@ -26,28 +29,52 @@ void with_scratch(const Tensor& like, int64_t numbers, const F& f) {
   f(output<T>(scratch));
 }
 
-template <class T>
+// Whether a gradient is computed in the product form.
+template <int kParts, class T>
+bool by_products(const Mixture<T>& mix) {
+  return kParts > 0 && sizeof(T) == 4 && mix.D <= kMaxProductDimensions && !is_small(mix.M, mix.K, mix.D);
+}
+
+template <int kParts, class T>
 void backward(const Mixture<T>& mix, const Gradients<T>& wanted, const Tensor& like, const OnDeviceOf& device) {
+  if constexpr (kParts > 0 && sizeof(T) == 4)
+    if (by_products<kParts>(mix))
+      return with_scratch<T>(like, product_backward_scratch<kParts>(mix, wanted), [&](T* scratch) {
+        mixture_product_backward<kParts>(mix, wanted, nullptr, scratch, device.stream());
+      });
   with_scratch<T>(like, backward_scratch(mix, wanted),
                   [&](T* scratch) { mixture_backward(mix, wanted, scratch, device.stream()); });
 }
 
 // The score is the gradient in z for an upstream gradient of one.
 template <class T>
-void make_score(const Mixture<T>& mix, const Tensor& log_prob, T* score, const OnDeviceOf& device) {
-  backward(mix, {input<T>(log_prob), nullptr, false, false, score, nullptr, nullptr, nullptr}, log_prob, device);
+Gradients<T> score_of(const Tensor& log_prob, T* score) {
+  return {input<T>(log_prob), nullptr, false, false, score, nullptr, nullptr, nullptr};
 }
 
 // Computes log p, and the score unless it is null.
-template <class T>
+template <int kParts, class T>
 void forward(const Mixture<T>& mix, const Tensor& log_prob, T* score, const OnDeviceOf& device) {
   if (is_small(mix.M, mix.K, mix.D))
     return small_forward<T>({mix, nullptr, nullptr, output<T>(log_prob), score}, device.stream());
-  with_scratch<T>(log_prob, forward_scratch(mix),
-                  [&](T* scratch) { mixture_forward(mix, scratch, output<T>(log_prob), device.stream()); });
-  if (score) make_score(mix, log_prob, score, device);
+  if constexpr (kParts > 0 && sizeof(T) == 4) {
+    if (score && by_products<kParts>(mix)) {  // both in one pass
+      const Gradients<T> wanted = score_of(log_prob, score);
+      return with_scratch<T>(log_prob, product_backward_scratch<kParts>(mix, wanted), [&](T* scratch) {
+        mixture_product_backward<kParts>(mix, wanted, output<T>(log_prob), scratch, device.stream());
+      });
+    }
+    with_scratch<T>(log_prob, product_forward_scratch<kParts>(mix), [&](T* scratch) {
+      mixture_product_forward<kParts>(mix, scratch, output<T>(log_prob), device.stream());
+    });
+  } else {
+    with_scratch<T>(log_prob, forward_scratch(mix),
+                    [&](T* scratch) { mixture_forward(mix, scratch, output<T>(log_prob), device.stream()); });
+  }
+  if (score) backward<kParts>(mix, score_of(log_prob, score), log_prob, device);
 }
 
+template <int kParts>
 Tensor log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar, const OptionalTensor& log_weights,
                 const OptionalTensor& exclude) {
   check(z, mu, logvar, log_weights, exclude);
@@ -55,11 +82,12 @@ Tensor log_prob(const Tensor& z, const Tensor& mu, const Tensor& logvar, const O
   Tensor result = empty(z, {z.size(0)});
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    forward<T>(mixture_of<T>(z, mu, logvar, log_weights, exclude), result, nullptr, device);
+    forward<kParts, T>(mixture_of<T>(z, mu, logvar, log_weights, exclude), result, nullptr, device);
   });
   return result;
 }
 
+template <int kParts>
 std::tuple<Tensor, Tensor> log_prob_and_score(const Tensor& z, const Tensor& mu, const Tensor& logvar,
                                               const OptionalTensor& log_weights, const OptionalTensor& exclude) {
   check(z, mu, logvar, log_weights, exclude);
@@ -67,7 +95,7 @@ std::tuple<Tensor, Tensor> log_prob_and_score(const Tensor& z, const Tensor& mu,
   Tensor result = empty(z, {z.size(0)}), score = torch::stable::empty_like(z);
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    forward(mixture_of<T>(z, mu, logvar, log_weights, exclude), result, output<T>(score), device);
+    forward<kParts>(mixture_of<T>(z, mu, logvar, log_weights, exclude), result, output<T>(score), device);
   });
   return {result, score};
 }
@@ -85,6 +113,7 @@ struct Wanted {
   }
 };
 
+template <int kParts>
 std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad, const Tensor& log_prob,
                                                              const Tensor& z, const Tensor& mu, const Tensor& logvar,
                                                              const OptionalTensor& log_weights,
@@ -100,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad,
       dweights(z, need_log_weights, {K});
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
-    backward<T>(mixture_of<T>(z, mu, logvar, log_weights, exclude),
+    backward<kParts, T>(mixture_of<T>(z, mu, logvar, log_weights, exclude),
                 {input<T>(log_prob), input<T>(grad), false, dense, dz.data<T>(), dmu.data<T>(), dlogvar.data<T>(),
                  dweights.data<T>()},
                 z, device);
@@ -111,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad,
 // Samples as the rows of a mixture: [S, M, D] -> [S M, D].
 Tensor flat(const Tensor& z) { return torch::stable::view(z, {z.size(0) * z.size(1), z.size(2)}); }
 
+template <int kParts>
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl(const Tensor& mu, const Tensor& logvar, const Tensor& seed,
                                                       int64_t num_samples, const Tensor& prior_mu,
                                                       const Tensor& prior_logvar, const OptionalTensor& log_weights,
@@ -131,12 +161,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixture_kl(const Tensor& mu, const Te
     if (is_small(mix.M, mix.K, mix.D))
       return small_forward<T>({mix, &sample, output<T>(kl), output<T>(log_prob), score.data<T>()}, device.stream());
     gaussian_rsample(sample, device.stream());
-    forward(mix, log_prob, score.data<T>(), device);
+    forward<kParts>(mix, log_prob, score.data<T>(), device);
     kl = torch::stable::subtract(kl, torch::stable::view(log_prob, {num_samples, M}));
   });
   return {z, kl, log_prob, score.tensor};
 }
 
+template <int kParts>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
     const OptionalTensor& grad_z, const Tensor& grad_kl, const Tensor& logvar, const Tensor& seed, bool path_derivative,
     const Tensor& z, const Tensor& log_prob, const Tensor& score, const Tensor& prior_mu, const Tensor& prior_logvar,
@@ -158,13 +189,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
     const Mixture<T> mix = mixture_of<T>(rows, prior_mu, prior_logvar, log_weights, exclude);
-    if (own_score.needed) make_score(mix, log_prob, own_score.data<T>(), device);
+    if (own_score.needed) backward<kParts>(mix, score_of(log_prob, own_score.data<T>()), log_prob, device);
     if (need_q)
       gaussian_rsample_backward<T>(
           {input<T>(grad_z), input<T>(grad_kl), input<T>(own_score.needed ? own_score.tensor : score), input<T>(logvar),
            seed_of(seed), path_derivative, S, M, D, output<T>(dmu.tensor), output<T>(dlogvar.tensor)},
           device.stream());
-    backward<T>(mix,
+    backward<kParts, T>(mix,
                 {input<T>(log_prob), input<T>(grad_kl), true, dense, nullptr, dprior_mu.data<T>(),
                  dprior_logvar.data<T>(), dlog_weights.data<T>()},
                 z, device);
@@ -175,11 +206,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
 }  // namespace
 
 FASTVAE_REGISTER(FASTVAE_CUDA_LIBRARY, FASTVAE_CUDA_KEY, m) {
-  m.impl("mixture_log_prob", TORCH_BOX(&log_prob));
-  m.impl("mixture_log_prob_and_score", TORCH_BOX(&log_prob_and_score));
-  m.impl("mixture_log_prob_backward", TORCH_BOX(&log_prob_backward));
-  m.impl("mixture_kl", TORCH_BOX(&mixture_kl));
-  m.impl("mixture_kl_backward", TORCH_BOX(&mixture_kl_backward));
+  m.impl("mixture_log_prob", TORCH_BOX(&log_prob<0>));
+  m.impl("mixture_log_prob_and_score", TORCH_BOX(&log_prob_and_score<0>));
+  m.impl("mixture_log_prob_backward", TORCH_BOX(&log_prob_backward<0>));
+  m.impl("mixture_kl", TORCH_BOX(&mixture_kl<0>));
+  m.impl("mixture_kl_backward", TORCH_BOX(&mixture_kl_backward<0>));
+  m.impl("cuda_high_mixture_log_prob", TORCH_BOX(&log_prob<2>));
+  m.impl("cuda_high_mixture_log_prob_and_score", TORCH_BOX(&log_prob_and_score<2>));
+  m.impl("cuda_high_mixture_log_prob_backward", TORCH_BOX(&log_prob_backward<2>));
+  m.impl("cuda_high_mixture_kl", TORCH_BOX(&mixture_kl<2>));
+  m.impl("cuda_high_mixture_kl_backward", TORCH_BOX(&mixture_kl_backward<2>));
+  m.impl("cuda_medium_mixture_log_prob", TORCH_BOX(&log_prob<1>));
+  m.impl("cuda_medium_mixture_log_prob_and_score", TORCH_BOX(&log_prob_and_score<1>));
+  m.impl("cuda_medium_mixture_log_prob_backward", TORCH_BOX(&log_prob_backward<1>));
+  m.impl("cuda_medium_mixture_kl", TORCH_BOX(&mixture_kl<1>));
+  m.impl("cuda_medium_mixture_kl_backward", TORCH_BOX(&mixture_kl_backward<1>));
 }
 
 }  // namespace fastvae::cuda

@@ -1,0 +1,119 @@
+// The product form of the density, for tensor cores (precision "high" and "medium"): features, layout and plans.
+//
+// With an origin o near the components, z' = z - o, mu' = mu - o, v = 1 / sigma^2, and in each dimension v_min the
+// smallest v of any component, the exponent of a pair is
+//
+//   a_mk = R_m + c'_k + sum_d [z'_d (mu'_d v_d) - z'_d^2 (v_d - v_min_d) / 2]
+//   R_m = -1/2 sum_d z'_d^2 v_min_d      c'_k = c_k - 1/2 sum_d mu'_d^2 v_d
+//
+// so rows and components have features, x = [z', z'^2] and y = [mu' v, -(v - v_min) / 2], and a = R + c' + x y^T.  Where
+// all components share sigma, the squares' features of the components are 0, and forward leaves them out.
+//
+// Tensor cores take numbers in fp16, with 11 binary digits and a narrow range.  In "high" a feature is the sum of two
+// such numbers, hi + lo, and the products hi hi + hi lo + lo hi are added; in "medium" it is hi alone.  For the range,
+// features are scaled by powers of two, which are undone exactly: each feature by a power from the components' typical
+// sigma, and then each row and each component by one that brings its largest feature to between 2^13 and 2^14.
+//
+// Exponents are in units of log 2 here: y and c' have the factor log2 e.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace fastvae::cuda {
+
+// An item is a row or a component.  The features of an item lie in lines of 128 bytes, eight units of 16 bytes: 32
+// features with hi in the first four units and lo in the others, or 64 features with hi alone.
+constexpr int kLineBytes = 128;
+constexpr int kStep = 16;        // features that one instruction of the tensor cores takes
+constexpr int kOwnItems = 128;   // of a block
+
+template <int kParts>            // 2: hi and lo; 1: hi alone
+constexpr int kLineFeatures = kLineBytes / 2 / kParts;
+
+struct FeatureShape {
+  int width;      // where the squares begin: D rounded up to a multiple of 8
+  bool squares;   // whether there are features of squares
+  int steps;      // of kStep features
+  int lines;      // of an item
+};
+
+template <int kParts>
+FeatureShape feature_shape(int64_t D, bool squares) {
+  const int width = int(round_up(D, 8)), features = int(round_up(squares ? 2 * width : width, kStep));
+  return {width, squares, features / kStep, (features + kLineFeatures<kParts> - 1) / kLineFeatures<kParts>};
+}
+
+// What a kernel must know of an item beside its features.  scale is the power of two that undoes the item's own.
+struct alignas(16) ItemTerms {
+  float constant;        // of a component: c'.  Of a row: the limit of b in product_sums.cuh, without c'
+  float scale;
+  float weighted;        // the other side's constant in the sums of weighted features (product_sums.cuh)
+  float inverse_scale;   // in those sums; there a row's has the sign of its upstream gradient
+};
+
+// What all components together decide, [D] each.
+struct Survey {
+  float *origin, *max_logvar;
+  float *unit, *square_unit;  // powers of two: x = [z' unit, (z' unit)^2 square_unit]
+};
+
+struct Items {
+  int64_t count = 0;            // padded to whole blocks and to whole panels
+  uint4* lines = nullptr;       // [count, lines], of 8 uint4 each
+  ItemTerms* terms = nullptr;   // [count]
+};
+
+// A component's features and terms; a row's, and R.  Laid out in scratch memory of floats.
+struct Features {
+  FeatureShape shape;
+  Survey survey;
+  float* partial;    // of the survey
+  int64_t parts;
+  Items rows, components;
+  float* row_term;   // [rows.count]: R, in nats
+
+  template <int kParts>
+  static Features plan(const Mixture<float>& mix, bool squares, Scratch<float>& scratch) {
+    Features f;
+    f.shape = feature_shape<kParts>(mix.D, squares);
+    f.parts = survey_parts(mix.K);
+    f.survey = {scratch.take(mix.D), scratch.take(mix.D), scratch.take(mix.D), scratch.take(mix.D)};
+    f.partial = scratch.take(f.parts * kSurveySums * mix.D);
+    f.rows = items(mix.M, f.shape, scratch);
+    f.components = items(mix.K, f.shape, scratch);
+    f.row_term = scratch.take(f.rows.count);
+    return f;
+  }
+
+  static constexpr int kSurveySums = 6;
+
+  // How many parts of the components are surveyed at the same time.
+  static int64_t survey_parts(int64_t K) { return std::min<int64_t>((K + 63) / 64, 2 * kMultiprocessors); }
+
+ private:
+  static Items items(int64_t n, const FeatureShape& shape, Scratch<float>& scratch) {
+    Items items;
+    items.count = std::max(round_up(n, kOwnItems), round_up(n, 96));
+    items.lines = reinterpret_cast<uint4*>(scratch.take(items.count * shape.lines * (kLineBytes / 4)));
+    items.terms = reinterpret_cast<ItemTerms*>(scratch.take(items.count * 4));
+    return items;
+  }
+};
+
+// For the parameters' gradients.
+struct RowWeights {
+  const float* log_prob = nullptr;  // [M]; null where only forward is wanted
+  const float* grad = nullptr;      // [M], or null: all ones
+  bool negated = false;
+};
+
+// Fills `features`.
+template <int kParts>
+void pack_features(const Mixture<float>&, const RowWeights&, const Features&, Stream);
+
+}  // namespace fastvae::cuda

@@ -1,0 +1,239 @@
+// log p(z) in the product form (product.h): kernel, plan and launch.
+//
+// A block has 128 rows and goes through panels of components.  A warp has 32 rows x half a panel, with the sums in
+// registers.  The block's rows stay in shared memory where their lines are few; while one line of a panel is
+// worked on, the next one is copied there.  Two blocks run at a time on a multiprocessor with enough shared memory, so
+// that the exponentials of one overlap with the products of the other.
+#include "product_tile.cuh"
+
+namespace fastvae::cuda {
+namespace {
+
+constexpr int kRows = kOwnItems;
+// The components of a panel, and those of it that a warp has.  In "high" they are fewer, because the parts of a product
+// need registers as well.
+template <int kParts>
+constexpr int kWarpColumns = kParts == 2 ? 48 : 64;
+template <int kParts>
+constexpr int kPanel = 2 * kWarpColumns<kParts>;
+template <int kParts>
+constexpr int kResidentLines = kParts == 2 ? 4 : 3;  // of the rows, at most: there is memory for 99 KiB
+
+struct ComponentTerms {  // the first two of ItemTerms
+  float constant, scale;
+};
+
+template <int kParts, bool kResident>
+int64_t shared_bytes(int lines) {
+  const int64_t row_tiles = kResident ? lines : 2;
+  return (2 * kPanel<kParts> + row_tiles * kRows) * kLineBytes + 2 * kPanel<kParts> * sizeof(ComponentTerms) +
+         kRows * (2 * sizeof(BinaryLogSum) + sizeof(float));
+}
+
+// A pair that is 2^-extra / K of the largest term so far does not count: K of them are less than a quarter of a rounding.
+inline float negligible_bits(int64_t K) { return 26.0f + std::log2(float(K)); }
+
+// partial [splits, M]; null where there is one split, which writes log_prob itself.
+template <int kParts, bool kResident>
+__global__ void __launch_bounds__(kThreads, 2)
+    product_forward(Mixture<float> mix, Features features, float negligible, int splits, BinaryLogSum* partial,
+                    float* log_prob) {
+  constexpr int kSteps = kLineFeatures<kParts> / kStep;  // of a line
+  constexpr int kColumns = kPanel<kParts>, kTiles = kWarpColumns<kParts> / 8;
+  const int lines = features.shape.lines;
+  // Two stages of a panel's line, the rows' lines (all, or those of the two stages), two panels' terms, the sums of the
+  // rows, [2, kRows] for the two halves of a panel, and the rows' scales.
+  uint4* const stages = reinterpret_cast<uint4*>(shared_memory);
+  uint4* const row_lines = stages + 2 * kColumns * 8;
+  ComponentTerms* const panel_terms =
+      reinterpret_cast<ComponentTerms*>(row_lines + (kResident ? lines : 2) * kRows * 8);
+  BinaryLogSum* const row_sums = reinterpret_cast<BinaryLogSum*>(panel_terms + 2 * kColumns);
+  float* const row_scales = reinterpret_cast<float*>(row_sums + 2 * kRows);
+  const int panels = int((mix.K + kColumns - 1) / kColumns);
+  const int begin = part_begin(panels, splits, int(blockIdx.y)), end = part_begin(panels, splits, int(blockIdx.y) + 1);
+  const int first_row = int(blockIdx.x) * kRows;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warp_row = warp / 2 * 32;
+  const int warp_column = warp % 2 * kWarpColumns<kParts>;
+
+  const auto copy = [&](int panel, int line, int stage) {
+    const int64_t first = int64_t(panel) * kColumns;
+    copy_lines<kColumns>(stages + stage * kColumns * 8, features.components, first, lines, line);
+    if (!kResident) copy_lines<kRows>(row_lines + stage * kRows * 8, features.rows, first_row, lines, line);
+    if (line == 0 && int(threadIdx.x) < kColumns)
+      __pipeline_memcpy_async(panel_terms + panel % 2 * kColumns + threadIdx.x,
+                              features.components.terms + first + threadIdx.x, sizeof(ComponentTerms));
+    __pipeline_commit();
+  };
+  if (kResident)
+    for (int line = 0; line < lines; ++line)
+      copy_lines<kRows>(row_lines + line * kRows * 8, features.rows, first_row, lines, line);
+  if (begin < end) copy(begin, 0, 0);
+
+  // A lane has a quarter of the columns of rows 16 i + 8 half + lane / 4 of its warp's, for i, half = 0, 1.
+  const int lane_row = warp_row + lane / 4;
+  row_sums[threadIdx.x] = {};
+  if (int(threadIdx.x) < kRows) row_scales[threadIdx.x] = features.rows.terms[first_row + threadIdx.x].scale;
+
+  float a[2][kTiles][4] = {};
+  int stage = 0;
+  for (int panel = begin, line = 0; panel < end;) {
+    const bool last_line = line + 1 == lines;
+    const int next_panel = last_line ? panel + 1 : panel, next_line = last_line ? 0 : line + 1;
+    __pipeline_wait_prior(0);
+    __syncthreads();  // every thread's copies have arrived, and no thread reads the other stage any more
+    if (next_panel < end) copy(next_panel, next_line, 1 - stage);
+    const uint4* rows = row_lines + (kResident ? line : stage) * kRows * 8;
+    const uint4* columns = stages + stage * kColumns * 8;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (line * kSteps + step >= features.shape.steps) break;
+      uint32_t x[2][kParts][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          load_as_rows(x[i][part], rows, warp_row + 16 * i, 4 * part + 2 * step);
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles / 2; ++j) {
+        uint32_t y[4];
+        if constexpr (kParts == 1) {
+          load_as_columns(y, columns, warp_column + 16 * j, 2 * step);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) multiply_add(a[n / 2][2 * j + n % 2], x[n / 2][0], y[n % 2 * 2], y[n % 2 * 2 + 1]);
+        } else {
+          float part[4][4] = {};
+          load_as_columns(y, columns, warp_column + 16 * j, 4 + 2 * step);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) multiply_add(part[n], x[n / 2][0], y[n % 2 * 2], y[n % 2 * 2 + 1]);
+          load_as_columns(y, columns, warp_column + 16 * j, 2 * step);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) multiply_add(part[n], x[n / 2][1], y[n % 2 * 2], y[n % 2 * 2 + 1]);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) multiply_add(part[n], x[n / 2][0], y[n % 2 * 2], y[n % 2 * 2 + 1]);
+#pragma unroll
+          for (int n = 0; n < 16; ++n) a[n / 8][2 * j + n / 4 % 2][n % 4] += part[n / 4][n % 4];
+        }
+      }
+    }
+    if (last_line) {
+      const ComponentTerms* terms = panel_terms + panel % 2 * kColumns + warp_column + lane % 4 * 2;
+      float scale[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = row_scales[lane_row + 8 * i];
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const float4 two = *reinterpret_cast<const float4*>(terms + 8 * j);  // of two components
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float* pair = &a[i][j][2 * half];
+            pair[0] = fma(pair[0], scale[i][half] * two.y, two.x);
+            pair[1] = fma(pair[1], scale[i][half] * two.w, two.z);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t m = first_row + lane_row + 16 * i + 8 * half;
+          if (mix.exclude && m < mix.M) {
+            const int64_t excluded = mix.exclude[m] - (panel * kColumns + warp_column + lane % 4 * 2);
+#pragma unroll
+            for (int j = 0; j < 2 * kTiles; ++j)
+              if (excluded == j / 2 * 8 + j % 2) a[i][j / 2][2 * half + j % 2] = -INFINITY;
+          }
+          float largest = -INFINITY;
+#pragma unroll
+          for (int j = 0; j < 2 * kTiles; ++j) largest = fmaxf(largest, a[i][j / 2][2 * half + j % 2]);
+          largest = quad_max(largest);
+          BinaryLogSum& sum = row_sums[warp % 2 * kRows + lane_row + 16 * i + 8 * half];
+          const float before = sum.max, max = fmaxf(before, largest);
+          // Of eight rows against all the warp's components all may be negligible, which in a trained mixture is the rule.
+          if (__any_sync(0xFFFFFFFFu, !(largest < max - negligible))) {
+            float total = 0;
+#pragma unroll
+            for (int j = 0; j < 2 * kTiles; ++j) total += exp2_term(a[i][j / 2][2 * half + j % 2] - max);
+            total = quad_sum(total);
+            if (lane % 4 == 0) sum = {max, sum.total * exp2_term(before - max) + total};
+          }
+#pragma unroll
+          for (int j = 0; j < 2 * kTiles; ++j) a[i][j / 2][2 * half + j % 2] = 0;
+        }
+      }
+    }
+    stage = 1 - stage;
+    panel = next_panel, line = next_line;
+  }
+
+  __syncthreads();
+  const int64_t m = first_row + threadIdx.x;
+  if (int(threadIdx.x) >= kRows || m >= mix.M) return;
+  BinaryLogSum sum = row_sums[threadIdx.x];
+  sum.merge(row_sums[kRows + threadIdx.x]);
+  if (partial)
+    partial[int64_t(blockIdx.y) * mix.M + m] = sum;
+  else
+    log_prob[m] = sum.log(features.row_term[m]);
+}
+
+// A warp for each row.
+__global__ void __launch_bounds__(kThreads)
+    merge_product_splits(const BinaryLogSum* partial, const float* row_term, int64_t M, int64_t splits,
+                         float* log_prob) {
+  const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  BinaryLogSum sum;
+  if (m < M)
+    for (int64_t i = threadIdx.x % 32; i < splits; i += 32) sum.merge(partial[i * M + m]);
+  for (int step = 1; step < 32; step *= 2)
+    sum.merge({__shfl_xor_sync(0xFFFFFFFFu, sum.max, step), __shfl_xor_sync(0xFFFFFFFFu, sum.total, step)});
+  if (m < M && threadIdx.x % 32 == 0) log_prob[m] = sum.log(row_term[m]);
+}
+
+template <int kParts>
+struct ForwardPlan {
+  Scratch<float> scratch;
+  Features features;
+  int64_t splits;
+  BinaryLogSum* partial;
+
+  ForwardPlan(const Mixture<float>& mix, float* memory) : scratch(memory) {
+    features = Features::plan<kParts>(mix, !mix.shared, scratch);
+    splits = plan_splits(blocks_for(mix.K, kPanel<kParts>), features.rows.count / kRows, 2 * kMultiprocessors);
+    partial = reinterpret_cast<BinaryLogSum*>(scratch.take(splits > 1 ? 2 * splits * mix.M : 0));
+  }
+};
+
+}  // namespace
+
+template <int kParts>
+int64_t product_forward_scratch(const Mixture<float>& mix) {
+  return ForwardPlan<kParts>(mix, nullptr).scratch.size();
+}
+
+template <int kParts>
+void mixture_product_forward(const Mixture<float>& mix, float* scratch, float* log_prob, Stream stream) {
+  const ForwardPlan<kParts> plan(mix, scratch);
+  const Features& features = plan.features;
+  pack_features<kParts>(mix, {}, features, stream);
+  const auto run = [&](auto kernel, int64_t bytes) {
+    launch(stream, features.rows.count / kRows, plan.splits, kThreads, size_t(bytes), kernel, mix, features,
+           negligible_bits(mix.K), plan.splits, plan.partial, log_prob);
+  };
+  if (features.shape.lines <= kResidentLines<kParts>)
+    run(product_forward<kParts, true>, shared_bytes<kParts, true>(features.shape.lines));
+  else
+    run(product_forward<kParts, false>, shared_bytes<kParts, false>(features.shape.lines));
+  if (plan.partial)
+    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, merge_product_splits, plan.partial,
+           features.row_term, mix.M, plan.splits, log_prob);
+}
+
+template int64_t product_forward_scratch<1>(const Mixture<float>&);
+template int64_t product_forward_scratch<2>(const Mixture<float>&);
+template void mixture_product_forward<1>(const Mixture<float>&, float*, float*, Stream);
+template void mixture_product_forward<2>(const Mixture<float>&, float*, float*, Stream);
+
+}  // namespace fastvae::cuda

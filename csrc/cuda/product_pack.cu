@@ -1,0 +1,230 @@
+// Makes the features of rows and components for the product form (product.h).  These kernels do O((M + K) D) work.
+#include "../common/skipping.h"
+#include "product.h"
+#include "tile.cuh"
+
+namespace fastvae::cuda {
+namespace {
+
+constexpr int kMaxExponent = 60;  // of a power of two that scales
+
+__device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// floor(log2 x) of a normal x > 0.
+__device__ __forceinline__ int exponent_of(float x) { return (__float_as_int(x) >> 23) - 127; }
+
+// The exponent of log2 x, to the nearest whole number within the limits; 0 where x is no positive finite number.
+__device__ __forceinline__ int nearest_exponent(float log2_x) {
+  if (!(fabs(log2_x) < INFINITY)) return 0;
+  return int(rintf(fminf(fmaxf(log2_x, -float(kMaxExponent)), float(kMaxExponent))));
+}
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+  return group_sum(x, 32);
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+  return x;
+}
+
+__device__ __forceinline__ float logvar_of(const Mixture<float>& mix, int64_t k, int64_t d) {
+  return mix.logvar[(mix.shared ? 0 : k * mix.D) + d];
+}
+
+// The sums of the survey over some components, in one dimension.  delta is mu less the mean of the first component, so
+// that the spread does not cancel; with the weight s = 1 / sigma.
+struct SurveySums {
+  float max_logvar = Limits<float>::kLowest, s = 0, s_delta = 0, s_delta_squared = 0, logvar = 0, count = 0;
+
+  __device__ void add(float mu, float reference, float lv) {
+    const float weight = exp(-0.5f * bounded(lv)), delta = mu - reference;
+    max_logvar = fmaxf(max_logvar, lv);
+    s += weight;
+    s_delta += weight * delta;
+    s_delta_squared += weight * delta * delta;
+    logvar += lv;
+    count += 1.0f;
+  }
+  __device__ void merge(const SurveySums& other) {
+    max_logvar = fmaxf(max_logvar, other.max_logvar);
+    s += other.s, s_delta += other.s_delta, s_delta_squared += other.s_delta_squared;
+    logvar += other.logvar, count += other.count;
+  }
+};
+static_assert(sizeof(SurveySums) == Features::kSurveySums * sizeof(float));
+
+__device__ __forceinline__ float reference_of(const Mixture<float>& mix, int64_t d) {
+  const float mu = is_present(mix, 0) ? mix.mu[d] : 0.0f;
+  return fabs(mu) < INFINITY ? mu : 0.0f;
+}
+
+// Of part blockIdx.x of the components, dimensions from blockIdx.y kThreads on.  `across` threads share the dimensions.
+__global__ void __launch_bounds__(kThreads) survey_parts(Mixture<float> mix, int across, SurveySums* partial) {
+  SurveySums* shared = reinterpret_cast<SurveySums*>(shared_memory);
+  const int64_t begin = mix.K * blockIdx.x / gridDim.x, end = mix.K * (int64_t(blockIdx.x) + 1) / gridDim.x;
+  const int groups = kThreads / across, group = int(threadIdx.x) / across;
+  const int64_t d = int64_t(blockIdx.y) * kThreads + int(threadIdx.x) % across;
+  SurveySums sums;
+  if (d < mix.D) {
+    const float reference = reference_of(mix, d);
+    for (int64_t k = begin + group; k < end; k += groups)
+      if (is_present(mix, k)) sums.add(mix.mu[k * mix.D + d], reference, logvar_of(mix, k, d));
+  }
+  shared[threadIdx.x] = sums;
+  __syncthreads();
+  if (group != 0 || d >= mix.D) return;
+  for (int other = 1; other < groups; ++other) sums.merge(shared[other * across + int(threadIdx.x)]);
+  partial[blockIdx.x * mix.D + d] = sums;
+}
+
+// The optimal scale of a feature balances its size in rows and components.  Take rows as spread like the components,
+// S about their mean, with the typical sigma: then x = z' has the size sqrt(S^2 + sigma^2) and y = mu' v about S v, so
+// that the balance is at about 1 / sigma.  x = z'^2 has about sqrt(3) (S^2 + sigma^2), and y about v / 2.
+__global__ void __launch_bounds__(kThreads)
+    merge_survey(Mixture<float> mix, const SurveySums* partial, int64_t parts, Survey survey) {
+  const int64_t d = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  SurveySums sums;
+  if (d < mix.D)
+    for (int64_t part = threadIdx.x % 32; part < parts; part += 32) sums.merge(partial[part * mix.D + d]);
+  sums.max_logvar = warp_max(sums.max_logvar);
+  sums.s = warp_sum(sums.s);
+  sums.s_delta = warp_sum(sums.s_delta);
+  sums.s_delta_squared = warp_sum(sums.s_delta_squared);
+  sums.logvar = warp_sum(sums.logvar);
+  sums.count = warp_sum(sums.count);
+  if (d >= mix.D || threadIdx.x % 32 != 0) return;
+  const float mean = sums.s_delta / sums.s, variance = sums.s_delta_squared / sums.s - mean * mean;
+  const float origin = reference_of(mix, d) + mean, log2_v = -float(kLog2E) * (sums.logvar / sums.count);
+  const int unit = nearest_exponent(0.5f * log2_v);
+  const float spread = fmaxf(variance, 0.0f) * power_of_two(unit) * power_of_two(unit);  // S^2 / sigma^2
+  survey.origin[d] = fabs(origin) < INFINITY ? origin : 0.0f;
+  survey.max_logvar[d] = sums.max_logvar;
+  survey.unit[d] = power_of_two(unit);
+  survey.square_unit[d] = power_of_two(nearest_exponent(-0.5f * log2f(3.5f * (spread + 1.0f))));
+}
+
+// x y and what is left of x: two numbers in fp16 whose sum has 22 digits.
+__device__ __forceinline__ void store_feature(uint4* lines, int parts, int feature, float x) {
+  x = fminf(fmaxf(x, -65504.0f), 65504.0f);
+  const int per_line = kLineBytes / 2 / parts;
+  __half* line = reinterpret_cast<__half*>(lines) + feature / per_line * (kLineBytes / 2);
+  const __half hi = __float2half_rn(x);
+  line[feature % per_line] = hi;
+  if (parts == 2) line[per_line + feature % per_line] = __float2half_rn(x - __half2float(hi));
+}
+
+// Stores the features of an item, which value(feature) gives in the common scale, in the item's own; returns the
+// exponent of the power of two that undoes that.  A warp does this together.
+template <int kParts, class Value>
+__device__ __forceinline__ int store_features(uint4* lines, const FeatureShape& shape, const Value& value) {
+  const int lane = int(threadIdx.x) % 32, all = shape.lines * kLineFeatures<kParts>;
+  float largest = 0;
+  for (int f = lane; f < all; f += 32) largest = fmaxf(largest, fabs(value(f)));
+  largest = fminf(warp_max(largest), Limits<float>::kLowest * -1.0f);
+  int exponent = largest > 1e-37f ? exponent_of(largest) - 13 : 0;
+  exponent = exponent < -kMaxExponent ? -kMaxExponent : exponent > kMaxExponent ? kMaxExponent : exponent;
+  const float to_own = power_of_two(-exponent);
+  for (int f = lane; f < all; f += 32) store_feature(lines, kParts, f, value(f) * to_own);
+  return exponent;
+}
+
+// A warp for each row, those of the padding included.
+template <int kParts>
+__global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWeights weights, Features features) {
+  const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int lane = int(threadIdx.x) % 32;
+  const FeatureShape& shape = features.shape;
+  const Survey& survey = features.survey;
+  const float* z = mix.z + m * mix.D;
+
+  float term = 0;
+  for (int64_t d = lane; d < mix.D && m < mix.M; d += 32) {
+    const float centred = z[d] - survey.origin[d];
+    term += centred * centred * exp(-bounded(survey.max_logvar[d]));
+  }
+  term = -0.5f * warp_sum(term);  // not finite if a coordinate is not: then the row has no features
+  const float log_prob = weights.log_prob && m < mix.M ? weights.log_prob[m] : 0.0f;
+  const bool has_features = m < mix.M && fabs(term) < INFINITY && log_prob != -INFINITY;
+  const auto value = [&](int feature) {
+    const int d = feature < shape.width ? feature : feature - shape.width;
+    if (!has_features || d >= mix.D || (feature >= shape.width && !shape.squares)) return 0.0f;
+    const float scaled = (z[d] - survey.origin[d]) * survey.unit[d];
+    return feature < shape.width ? scaled : scaled * scaled * survey.square_unit[d];
+  };
+  const int exponent = store_features<kParts>(features.rows.lines + m * shape.lines * 8, shape, value);
+  if (lane != 0) return;
+  ItemTerms terms = {0.0f, power_of_two(exponent), -INFINITY, 0.0f};
+  if (weights.log_prob && m < mix.M && log_prob != -INFINITY) {
+    const float upstream = weights.grad ? weights.grad[m] : 1.0f, grad = weights.negated ? -upstream : upstream;
+    // w 2^exponent, so that with the row's own features the sums have the common scale
+    const float log2_grad = log2f(fabs(grad)) + float(exponent);
+    terms.weighted = log2_grad - (log_prob - term) * float(kLog2E);
+    terms.constant = log2_grad + log_negligible<float>(mix.K) * float(kLog2E);
+    terms.inverse_scale = grad < 0.0f ? -power_of_two(-exponent) : power_of_two(-exponent);
+  }
+  features.rows.terms[m] = terms;
+  features.row_term[m] = term;
+}
+
+// A warp for each component, those of the padding included.  uniform_log_weight is -log K.
+template <int kParts>
+__global__ void __launch_bounds__(kThreads)
+    pack_components(Mixture<float> mix, double uniform_log_weight, Features features) {
+  const int64_t k = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int lane = int(threadIdx.x) % 32;
+  const FeatureShape& shape = features.shape;
+  const Survey& survey = features.survey;
+  const bool present = is_present(mix, k);
+
+  CompensatedSum<float> logvar_sum, square_sum;
+  for (int64_t d = lane; d < mix.D && present; d += 32) {
+    const float lv = logvar_of(mix, k, d), scaled = (mix.mu[k * mix.D + d] - survey.origin[d]) * survey.unit[d];
+    logvar_sum.add(lv);
+    square_sum.add(scaled * scaled * (exp(-bounded(lv)) / (survey.unit[d] * survey.unit[d])));
+  }
+  const double log_determinant = warp_sum(total_of(logvar_sum.sum, logvar_sum.compensation));
+  const double squares = warp_sum(total_of(square_sum.sum, square_sum.compensation));
+  const auto value = [&](int feature) {
+    const int d = feature < shape.width ? feature : feature - shape.width;
+    if (!present || d >= mix.D || (feature >= shape.width && !shape.squares)) return 0.0f;
+    const float lv = logvar_of(mix, k, d), max_lv = survey.max_logvar[d], unit = survey.unit[d];
+    const float v = exp(-bounded(lv)) / (unit * unit);
+    if (feature < shape.width) return (mix.mu[k * mix.D + d] - survey.origin[d]) * unit * v * float(kLog2E);
+    const float v_min = exp(-bounded(max_lv)) / (unit * unit);
+    const float excess = max_lv - lv < 1.0f ? v_min * float(expm1(max_lv - lv)) : v - v_min;  // of v over v_min
+    return excess * (-0.5f * float(kLog2E)) / survey.square_unit[d];
+  };
+  const int exponent = store_features<kParts>(features.components.lines + k * shape.lines * 8, shape, value);
+  if (lane != 0) return;
+  ItemTerms terms = {-INFINITY, 1.0f, -INFINITY, 0.0f};
+  if (present) {
+    const double log_weight = mix.log_weights ? double(mix.log_weights[k]) : uniform_log_weight;
+    const double c = log_weight - 0.5 * (log_determinant + double(mix.D) * kLog2Pi) - 0.5 * squares;
+    terms = {float(c * kLog2E), power_of_two(exponent), float(c * kLog2E + exponent), power_of_two(-exponent)};
+  }
+  features.components.terms[k] = terms;
+}
+
+}  // namespace
+
+template <int kParts>
+void pack_features(const Mixture<float>& mix, const RowWeights& weights, const Features& features, Stream stream) {
+  int across = 8;  // threads that share the dimensions of a block
+  while (across < kThreads && across < mix.D) across *= 2;
+  SurveySums* partial = reinterpret_cast<SurveySums*>(features.partial);
+  launch(stream, features.parts, blocks_for(mix.D, kThreads), kThreads, kThreads * sizeof(SurveySums), survey_parts,
+         mix, across, partial);
+  launch(stream, blocks_for(mix.D, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features.parts,
+         features.survey);
+  launch(stream, blocks_for(features.components.count, kThreads / 32), 1, kThreads, 0, pack_components<kParts>, mix,
+         -std::log(double(mix.K)), features);
+  launch(stream, blocks_for(features.rows.count, kThreads / 32), 1, kThreads, 0, pack_rows<kParts>, mix, weights,
+         features);
+}
+
+template void pack_features<1>(const Mixture<float>&, const RowWeights&, const Features&, Stream);
+template void pack_features<2>(const Mixture<float>&, const RowWeights&, const Features&, Stream);
+
+}  // namespace fastvae::cuda

@@ -1,0 +1,232 @@
+// Sums of weighted features: the score, and the gradients of the parameters, in the product form (product.h).
+//
+// The kernel has two sides.  Own items i are the rows and other items j the components for the score, and the reverse
+// for the parameters.  With b_ij the logarithm (base 2) of a pair's weight times the scale of the other item's features,
+//
+//   b_ij = acc_ij scale_i scale_j + weighted_j      acc_ij: the product of the items' own features
+//   total_i = sum_j 2^b_ij inverse_scale_j          sums_i = sum_j sign_j 2^b_ij x_j
+//
+// with x_j the other item's own features.  The largest b_ij so far is subtracted from the exponents, and where a larger
+// one appears, what was summed is scaled down, as in flash attention.  So no exponent is too large, for whatever scales
+// the items have.
+//
+// A block has 128 own items and goes through the others, 64 at a time.  A warp has 16 own items: their features stay in
+// registers, the weights go from one product to the other in registers, and so do the sums.
+#pragma once
+
+#include "product_tile.cuh"
+
+namespace fastvae::cuda {
+
+constexpr int kOthers = 64, kStages = 3;
+constexpr int kMaxSteps = 8;  // D <= 64: the sums of more features would not fit into the registers
+
+// Weights lie below 2^kWeightBits: as fp16 numbers are precise above 2^-14 only.
+constexpr float kWeightBits = 14.0f;
+
+struct SumsTask {
+  Items own, other;
+  FeatureShape shape;
+  int64_t others;             // without the padding
+  const int64_t* exclude;     // [M], or null
+  int64_t M;
+  bool own_are_rows;
+  bool limited;               // pairs below the skipping rule's limit have no weight: on the components' side alone
+  float negligible;           // bits below the largest weight so far at which a pair does not count in the sums
+  int splits;
+  float* max;                 // [splits, own.count]
+  float* total;               // [splits, own.count]
+  float* sums;                // [splits, own.count, shape.steps kStep]; null where only totals are wanted
+};
+
+// The largest shared memory, of kMaxSteps features, is that of the stages.
+template <int kParts>
+int64_t sums_shared_bytes(int lines) {
+  return kStages * kOthers * (int64_t(lines) * kLineBytes + sizeof(ItemTerms));
+}
+
+template <int kParts>
+__global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
+  constexpr int kLineSteps = kLineFeatures<kParts> / kStep;
+  const int lines = task.shape.lines, steps = task.shape.steps, stage_units = kOthers * 8 * lines;
+  uint4* const stages = reinterpret_cast<uint4*>(shared_memory);
+  ItemTerms* const stage_terms = reinterpret_cast<ItemTerms*>(stages + kStages * stage_units);
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int64_t first_own = int64_t(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
+  const int all = int((task.others + kOthers - 1) / kOthers);
+  const int begin = part_begin(all, task.splits, int(blockIdx.y)), end = part_begin(all, task.splits, int(blockIdx.y) + 1);
+
+  // The own items' features, by way of the stages' memory.
+  uint32_t own[kMaxSteps][kParts][4];
+  for (int line = 0; line < lines; ++line) {
+    copy_lines<kOwnItems>(stages, task.own, first_own, lines, line);
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < kMaxSteps; ++step) {
+      if (step / kLineSteps != line) continue;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        load_as_rows(own[step][part], stages, warp * 16, 4 * part + 2 * (step % kLineSteps));
+    }
+    __syncthreads();
+  }
+  const float own_scale[2] = {task.own.terms[lane_own].scale, task.own.terms[lane_own + 8].scale};
+  const float own_constant[2] = {task.own.terms[lane_own].constant, task.own.terms[lane_own + 8].constant};
+
+  const auto copy = [&](int step) {
+    if (step < end) {
+      const int stage = (step - begin) % kStages;
+      for (int line = 0; line < lines; ++line)
+        copy_lines<kOthers>(stages + stage * stage_units + line * kOthers * 8, task.other, int64_t(step) * kOthers,
+                            lines, line);
+      if (int(threadIdx.x) < kOthers)
+        __pipeline_memcpy_async(stage_terms + stage * kOthers + threadIdx.x,
+                                task.other.terms + int64_t(step) * kOthers + threadIdx.x, sizeof(ItemTerms));
+    }
+    __pipeline_commit();  // an empty group, where nothing is left to copy
+  };
+  copy(begin);
+  copy(begin + 1);
+
+  float sums[2 * kMaxSteps][4] = {}, total[2] = {};
+  float max[2] = {Limits<float>::kLowest, Limits<float>::kLowest};
+  for (int now = begin; now < end; ++now) {
+    __pipeline_wait_prior(1);
+    __syncthreads();  // every thread's copies have arrived, and no thread reads the stage that is copied to next
+    copy(now + 2);
+    const int stage = (now - begin) % kStages;
+    const uint4* others = stages + stage * stage_units;
+    const ItemTerms* terms = stage_terms + stage * kOthers + lane % 4 * 2;
+
+    float b[kOthers / 8][4] = {};
+#pragma unroll
+    for (int step = 0; step < kMaxSteps; ++step) {
+      if (step >= steps) break;
+      const uint4* line = others + step / kLineSteps * kOthers * 8;
+#pragma unroll
+      for (int j = 0; j < kOthers / 16; ++j) {
+        uint32_t y[kParts][4];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          load_as_columns(y[part], line, 16 * j, 4 * part + 2 * (step % kLineSteps));
+        add_product<kParts>(b[2 * j], own[step], y, 0);
+        add_product<kParts>(b[2 * j + 1], own[step], y, 1);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kOthers / 8; ++j) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const ItemTerms& other = terms[8 * j + column];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          b[j][2 * half + column] = fma(b[j][2 * half + column], own_scale[half] * other.scale, other.weighted);
+      }
+    }
+    if (task.limited) {
+#pragma unroll
+      for (int j = 0; j < kOthers / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (b[j][i] < terms[8 * j + i % 2].constant - own_constant[i / 2]) b[j][i] = -INFINITY;
+      }
+    }
+    if (task.exclude) {
+#pragma unroll
+      for (int j = 0; j < kOthers / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t o = lane_own + i / 2 * 8, other = int64_t(now) * kOthers + 8 * j + lane % 4 * 2 + i % 2;
+          const int64_t m = task.own_are_rows ? o : other, k = task.own_are_rows ? other : o;
+          if (m < task.M && task.exclude[m] == k) b[j][i] = -INFINITY;
+        }
+      }
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = max[half];
+#pragma unroll
+      for (int j = 0; j < kOthers / 8; ++j) largest = fmaxf(largest, fmaxf(b[j][2 * half], b[j][2 * half + 1]));
+      largest = quad_max(largest);
+      if (__any_sync(0xFFFFFFFFu, largest > max[half])) {
+        const float shrink = exp2_term(max[half] - largest);
+        total[half] *= shrink;
+#pragma unroll
+        for (int j = 0; j < 2 * kMaxSteps; ++j) sums[j][2 * half] *= shrink, sums[j][2 * half + 1] *= shrink;
+        max[half] = largest;
+      }
+    }
+
+    // The weights, in the places of an operand of the second product: hi, and lo.
+    uint32_t weights[kOthers / 16][kParts][4];
+    unsigned active = 0;  // the groups of 16 others that have a weight which counts
+#pragma unroll
+    for (int j = 0; j < kOthers / 8; ++j) {
+      const ItemTerms &first = terms[8 * j], &second = terms[8 * j + 1];
+      bool counts = false;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float subtracted = max[half] - kWeightBits;
+        counts |= !(fmaxf(b[j][2 * half], b[j][2 * half + 1]) < max[half] - task.negligible);
+        float w[2] = {exp2_term(b[j][2 * half] - subtracted), exp2_term(b[j][2 * half + 1] - subtracted)};
+        total[half] = fma(w[0], first.inverse_scale, fma(w[1], second.inverse_scale, total[half]));
+        w[0] = copysignf(w[0], first.inverse_scale), w[1] = copysignf(w[1], second.inverse_scale);
+        const __half2 hi = __floats2half2_rn(w[0], w[1]);
+        uint32_t(&group)[kParts][4] = weights[j / 2];
+        memcpy(&group[0][j % 2 * 2 + half], &hi, sizeof hi);
+        if constexpr (kParts == 2) {
+          const float2 back = __half22float2(hi);
+          const __half2 lo = __floats2half2_rn(w[0] - back.x, w[1] - back.y);
+          memcpy(&group[1][j % 2 * 2 + half], &lo, sizeof lo);
+        }
+      }
+      if (__any_sync(0xFFFFFFFFu, counts)) active |= 1u << j / 2;
+    }
+    if (!task.sums || !active) continue;
+#pragma unroll
+    for (int step = 0; step < kMaxSteps; ++step) {
+      if (step >= steps) break;
+      const uint4* line = others + step / kLineSteps * kOthers * 8;
+      float part[2][4] = {};  // from 0, as in add_product
+#pragma unroll
+      for (int group = 0; group < kOthers / 16; ++group) {
+        if (!(active >> group & 1)) continue;
+        uint32_t x[kParts][4];
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+          const int unit = (4 * p + 2 * (step % kLineSteps)) ^ (lane / 16) ^ (lane % 8);
+          load_matrices_transposed(x[p], line + (16 * group + lane % 16) * 8 + unit);
+        }
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          if constexpr (kParts == 2) {
+            multiply_add(part[column], weights[group][1], x[0][2 * column], x[0][2 * column + 1]);
+            multiply_add(part[column], weights[group][0], x[1][2 * column], x[1][2 * column + 1]);
+          }
+          multiply_add(part[column], weights[group][0], x[0][2 * column], x[0][2 * column + 1]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[2 * step + i / 4][i % 4] += part[i / 4][i % 4];
+    }
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t own_item = lane_own + 8 * half, to = int64_t(blockIdx.y) * task.own.count + own_item;
+    const float sum = quad_sum(total[half]);
+    if (lane % 4 == 0) task.max[to] = max[half], task.total[to] = sum;
+    if (!task.sums) continue;
+#pragma unroll
+    for (int j = 0; j < 2 * kMaxSteps; ++j) {
+      if (j >= 2 * steps) break;
+      float2* out = reinterpret_cast<float2*>(task.sums + to * steps * kStep + 8 * j + lane % 4 * 2);
+      *out = make_float2(sums[j][2 * half], sums[j][2 * half + 1]);
+    }
+  }
+}
+
+}  // namespace fastvae::cuda
