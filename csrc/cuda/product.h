@@ -76,6 +76,7 @@ struct Features {
   int64_t parts;
   Items rows, components;
   float* row_term;   // [rows.count]: R, in nats
+  float* doubtful;   // [rows.count]: not 0 where log_prob - R, in the rows' terms, is too inexact
 
   template <int kParts>
   static Features plan(const Mixture<float>& mix, bool squares, Scratch<float>& scratch) {
@@ -87,6 +88,7 @@ struct Features {
     f.rows = items(mix.M, f.shape, scratch);
     f.components = items(mix.K, f.shape, scratch);
     f.row_term = scratch.take(f.rows.count);
+    f.doubtful = scratch.take(f.rows.count);
     return f;
   }
 

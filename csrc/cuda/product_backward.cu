@@ -4,23 +4,25 @@
 // features under a row's responsibilities, all in the units of z:
 //
 //   score = G1 + 2 z' G2 - z' v_min      dmu = v (S1 - mu' S0)      dlogvar = 1/2 (v (S2 - 2 mu' S1 + mu'^2 S0) - S0)
+#include "../common/skipping.h"
 #include "product_sums.cuh"
 #include "reductions.cuh"
 
 namespace fastvae::cuda {
 namespace {
 
-// The splits of an item's sums, merged: the largest exponent, and the factor of each split.
+// The splits of an item's sums, merged: the largest reference, and the factor of each split.
 struct Merged {
-  float max = Limits<float>::kLowest, total = 0;
+  float reference = Limits<float>::kLowest, total = 0;
 
   __device__ Merged(const SumsTask& task, int64_t item) {
-    for (int split = 0; split < task.splits; ++split) max = fmaxf(max, task.max[split * task.own.count + item]);
+    for (int split = 0; split < task.splits; ++split)
+      reference = fmaxf(reference, task.reference[split * task.own.count + item]);
     for (int split = 0; split < task.splits; ++split)
       total += factor(task, item, split) * task.total[split * task.own.count + item];
   }
   __device__ float factor(const SumsTask& task, int64_t item, int split) const {
-    return exp2_term(task.max[split * task.own.count + item] - max);
+    return exp2_term(task.reference[split * task.own.count + item] - reference);
   }
   __device__ float sum(const SumsTask& task, int64_t item, int feature) const {
     float sum = 0;
@@ -40,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
   if (m >= mix.M) return;
   const Merged merged(task, m);
   const float term = features.row_term[m];
-  const float l = BinaryLogSum{merged.max - kWeightBits, merged.total}.log(term);
+  const float l = BinaryLogSum{merged.reference, merged.total}.log(term);
   if (log_prob && lane == 0) log_prob[m] = l;
   const Survey& survey = features.survey;
   const float upstream = upstream_gradient(grad, negated, m);
@@ -54,6 +56,16 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The logarithm of a row's density without R, l - R, is rounded as much as l and R are.  Where both are large and nearly
+// cancel, or just large, the weights made of it would be off by a large factor.  There it is made anew, by the sums.
+__global__ void __launch_bounds__(kThreads) correct_rows(int64_t M, float limit, Features features, SumsTask task) {
+  const int64_t m = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (m >= M || task.doubtful[m] == 0.0f) return;
+  const Merged merged(task, m);
+  ItemTerms& terms = features.rows.terms[m];
+  terms.weighted = terms.constant - limit - (merged.reference + log2f(merged.total));
+}
+
 // A warp for each component.  dlogvar is [K, D], also where the components share logvar.
 __global__ void __launch_bounds__(kThreads)
     finish_components(Mixture<float> mix, Features features, SumsTask task, float* dmu, float* dlogvar,
@@ -62,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = int(threadIdx.x) % 32;
   if (k >= mix.K) return;
   const Merged merged(task, k);
-  const float scale = exp2(merged.max - kWeightBits + features.components.terms[k].constant), s0 = merged.total * scale;
+  const float scale = exp2(merged.reference + features.components.terms[k].constant), s0 = merged.total * scale;
   if (dweights && lane == 0) dweights[k] = s0;
   if (!task.sums) return;
   const bool present = is_present(mix, k);
@@ -78,33 +90,59 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// with_sums: false where totals alone are wanted.
+SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own_are_rows, bool with_sums, bool dense,
+                   Scratch<float>& scratch) {
+  SumsTask task;
+  task.own = own_are_rows ? features.rows : features.components;
+  task.other = own_are_rows ? features.components : features.rows;
+  task.shape = features.shape;
+  task.others = own_are_rows ? mix.K : mix.M;
+  task.exclude = mix.exclude;
+  task.M = mix.M;
+  task.own_are_rows = own_are_rows;
+  task.limited = !own_are_rows && !dense;
+  // So many pairs of so small a weight are together less than a quarter of a rounding of the largest one.
+  task.negligible = dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
+  task.doubtful = nullptr;
+  const int64_t blocks = task.own.count / kOwnItems;
+  task.splits = plan_splits(blocks_for(task.others, kOthers), blocks, kMultiprocessors);
+  task.reference = scratch.take(task.splits * task.own.count);
+  task.total = scratch.take(task.splits * task.own.count);
+  task.sums = scratch.take(with_sums ? task.splits * task.own.count * task.shape.steps * kStep : 0);
+  return task;
+}
+
+void launch_sums(int parts, const SumsTask& task, Stream stream) {
+  launch(stream, task.own.count / kOwnItems, task.splits, kThreads, size_t(sums_shared_bytes(task.shape.lines)),
+         parts == 2 ? weighted_sums<2> : weighted_sums<1>, task);
+}
+
 template <int kParts>
-struct SumsPlan {
+struct RowsPlan {
   Scratch<float> scratch;
   Features features;
   SumsTask task;
+
+  RowsPlan(const Mixture<float>& mix, bool dense, float* memory) : scratch(memory) {
+    features = Features::plan<kParts>(mix, !mix.shared, scratch);
+    task = plan_sums(mix, features, true, true, dense, scratch);
+  }
+};
+
+template <int kParts>
+struct ParametersPlan {
+  Scratch<float> scratch;
+  Features features;
+  SumsTask task, doubtful_rows;
   float* dlogvar = nullptr;  // [K, D], where its sum over the components is wanted
   float* columns = nullptr;  // scratch memory of sum_columns
 
-  SumsPlan(const Mixture<float>& mix, const Gradients<float>& wanted, float* memory) : scratch(memory) {
-    const bool rows = wanted.dz;
+  ParametersPlan(const Mixture<float>& mix, const Gradients<float>& wanted, float* memory) : scratch(memory) {
     features = Features::plan<kParts>(mix, !mix.shared || wanted.dlogvar, scratch);
-    task.own = rows ? features.rows : features.components;
-    task.other = rows ? features.components : features.rows;
-    task.shape = features.shape;
-    task.others = rows ? mix.K : mix.M;
-    task.exclude = mix.exclude;
-    task.M = mix.M;
-    task.own_are_rows = rows;
-    task.limited = !rows && !wanted.dense;
-    task.negligible = wanted.dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
-    const int64_t blocks = task.own.count / kOwnItems;
-    task.splits = plan_splits(blocks_for(task.others, kOthers), blocks, kMultiprocessors);
-    task.max = scratch.take(task.splits * task.own.count);
-    task.total = scratch.take(task.splits * task.own.count);
-    task.sums = rows || wanted.dmu || wanted.dlogvar
-                    ? scratch.take(task.splits * task.own.count * task.shape.steps * kStep)
-                    : nullptr;
+    task = plan_sums(mix, features, false, wanted.dmu || wanted.dlogvar, wanted.dense, scratch);
+    doubtful_rows = plan_sums(mix, features, true, false, true, scratch);
+    doubtful_rows.doubtful = features.doubtful;
     if (!mix.shared || !wanted.dlogvar) return;
     dlogvar = scratch.take(mix.K * mix.D);
     columns = scratch.take(columns_scratch(mix.K, mix.D));
@@ -112,44 +150,42 @@ struct SumsPlan {
 };
 
 template <int kParts>
-void add_up(const Mixture<float>& mix, const RowWeights& weights, const SumsPlan<kParts>& plan, Stream stream) {
-  pack_features<kParts>(mix, weights, plan.features, stream);
-  launch(stream, plan.task.own.count / kOwnItems, plan.task.splits, kThreads,
-         size_t(sums_shared_bytes<kParts>(plan.features.shape.lines)), weighted_sums<kParts>, plan.task);
+void rows_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* log_prob, float* scratch,
+                   Stream stream) {
+  const RowsPlan<kParts> plan(mix, wanted.dense, scratch);
+  pack_features<kParts>(mix, {}, plan.features, stream);
+  launch_sums(kParts, plan.task, stream);
+  launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
+         wanted.grad, wanted.negated, log_prob, wanted.dz);
 }
 
-// The gradients of the parameters alone, and the one in z alone: they are made one after the other in the same memory.
-Gradients<float> of_parameters(Gradients<float> wanted) {
-  wanted.dz = nullptr;
-  return wanted;
-}
-Gradients<float> of_rows(const Gradients<float>& wanted) {
-  return {wanted.log_prob, wanted.grad, wanted.negated, wanted.dense, wanted.dz, nullptr, nullptr, nullptr};
+template <int kParts>
+void parameters_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* scratch, Stream stream) {
+  const ParametersPlan<kParts> plan(mix, wanted, scratch);
+  const Features& features = plan.features;
+  pack_features<kParts>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
+  launch_sums(kParts, plan.doubtful_rows, stream);
+  launch(stream, blocks_for(mix.M, kThreads), 1, kThreads, 0, correct_rows, mix.M,
+         log_negligible<float>(mix.K) * float(kLog2E), features, plan.doubtful_rows);
+  launch_sums(kParts, plan.task, stream);
+  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components, mix, features, plan.task,
+         wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights);
+  if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
 }
 
 }  // namespace
 
 template <int kParts>
 int64_t product_backward_scratch(const Mixture<float>& mix, const Gradients<float>& wanted) {
-  const int64_t rows = wanted.dz ? SumsPlan<kParts>(mix, of_rows(wanted), nullptr).scratch.size() : 0;
-  return std::max(rows, SumsPlan<kParts>(mix, of_parameters(wanted), nullptr).scratch.size());
+  const int64_t rows = wanted.dz ? RowsPlan<kParts>(mix, wanted.dense, nullptr).scratch.size() : 0;
+  return std::max(rows, ParametersPlan<kParts>(mix, wanted, nullptr).scratch.size());
 }
 
 template <int kParts>
 void mixture_product_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* log_prob,
                               float* scratch, Stream stream) {
-  if (wanted.dz) {
-    const SumsPlan<kParts> plan(mix, of_rows(wanted), scratch);
-    add_up<kParts>(mix, {}, plan, stream);
-    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
-           wanted.grad, wanted.negated, log_prob, wanted.dz);
-  }
-  if (!wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
-  const SumsPlan<kParts> plan(mix, of_parameters(wanted), scratch);
-  add_up<kParts>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, plan, stream);
-  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components, mix, plan.features, plan.task,
-         wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights);
-  if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
+  if (wanted.dz) rows_backward<kParts>(mix, wanted, log_prob, scratch, stream);
+  if (wanted.dmu || wanted.dlogvar || wanted.dweights) parameters_backward<kParts>(mix, wanted, scratch, stream);
 }
 
 template int64_t product_backward_scratch<1>(const Mixture<float>&, const Gradients<float>&);

@@ -8,6 +8,9 @@ namespace {
 
 constexpr int kMaxExponent = 60;  // of a power of two that scales
 
+// |l| + |R| beyond which a row's weights are not made from l - R, which is rounded by 2^-24 of that: by 2^-14.
+constexpr float kDoubtful = 1024.0f;
+
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // floor(log2 x) of a normal x > 0.
@@ -166,6 +169,7 @@ __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWei
   }
   features.rows.terms[m] = terms;
   features.row_term[m] = term;
+  features.doubtful[m] = has_features && weights.log_prob && fabs(log_prob) + fabs(term) > kDoubtful;
 }
 
 // A warp for each component, those of the padding included.  uniform_log_weight is -log K.

@@ -6,9 +6,9 @@
 //   b_ij = acc_ij scale_i scale_j + weighted_j      acc_ij: the product of the items' own features
 //   total_i = sum_j 2^b_ij inverse_scale_j          sums_i = sum_j sign_j 2^b_ij x_j
 //
-// with x_j the other item's own features.  The largest b_ij so far is subtracted from the exponents, and where a larger
-// one appears, what was summed is scaled down, as in flash attention.  So no exponent is too large, for whatever scales
-// the items have.
+// with x_j the other item's own features.  A reference near the largest b_ij so far is subtracted from the exponents, and
+// where a larger b_ij appears, what was summed is scaled down, as in flash attention.  So no exponent is too large, for
+// whatever scales the items have.
 //
 // A block has 128 own items and goes through the others, 64 at a time.  A warp has 16 own items: their features stay in
 // registers, the weights go from one product to the other in registers, and so do the sums.
@@ -21,8 +21,9 @@ namespace fastvae::cuda {
 constexpr int kOthers = 64, kStages = 3;
 constexpr int kMaxSteps = 8;  // D <= 64: the sums of more features would not fit into the registers
 
-// Weights lie below 2^kWeightBits: as fp16 numbers are precise above 2^-14 only.
-constexpr float kWeightBits = 14.0f;
+// What is subtracted from exponents whose largest is `max`.  Weights then reach 2^14, as fp16 numbers are precise above
+// 2^-14 only.  Where |max| is so large that the difference would be rounded, they reach 1.
+__device__ __forceinline__ float reference_below(float max) { return fabs(max) < 16777216.0f ? max - 14.0f : max; }
 
 struct SumsTask {
   Items own, other;
@@ -33,15 +34,13 @@ struct SumsTask {
   bool own_are_rows;
   bool limited;               // pairs below the skipping rule's limit have no weight: on the components' side alone
   float negligible;           // bits below the largest weight so far at which a pair does not count in the sums
+  const float* doubtful;      // [own.count] or null: blocks whose own items are all 0 here have nothing to do
   int splits;
-  float* max;                 // [splits, own.count]
-  float* total;               // [splits, own.count]
+  float *reference, *total;   // [splits, own.count]
   float* sums;                // [splits, own.count, shape.steps kStep]; null where only totals are wanted
 };
 
-// The largest shared memory, of kMaxSteps features, is that of the stages.
-template <int kParts>
-int64_t sums_shared_bytes(int lines) {
+inline int64_t sums_shared_bytes(int lines) {
   return kStages * kOthers * (int64_t(lines) * kLineBytes + sizeof(ItemTerms));
 }
 
@@ -53,6 +52,11 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
   ItemTerms* const stage_terms = reinterpret_cast<ItemTerms*>(stages + kStages * stage_units);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t first_own = int64_t(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
+  if (task.doubtful) {
+    bool any = false;
+    for (int i = lane; i < kOwnItems; i += 32) any |= task.doubtful[first_own + i] != 0.0f;
+    if (!__any_sync(0xFFFFFFFFu, any)) return;
+  }
   const int all = int((task.others + kOthers - 1) / kOthers);
   const int begin = part_begin(all, task.splits, int(blockIdx.y)), end = part_begin(all, task.splits, int(blockIdx.y) + 1);
 
@@ -152,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
       for (int j = 0; j < kOthers / 8; ++j) largest = fmaxf(largest, fmaxf(b[j][2 * half], b[j][2 * half + 1]));
       largest = quad_max(largest);
       if (__any_sync(0xFFFFFFFFu, largest > max[half])) {
-        const float shrink = exp2_term(max[half] - largest);
+        const float shrink = exp2_term(reference_below(max[half]) - reference_below(largest));
         total[half] *= shrink;
 #pragma unroll
         for (int j = 0; j < 2 * kMaxSteps; ++j) sums[j][2 * half] *= shrink, sums[j][2 * half + 1] *= shrink;
@@ -169,9 +173,9 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
       bool counts = false;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float subtracted = max[half] - kWeightBits;
+        const float reference = reference_below(max[half]);
         counts |= !(fmaxf(b[j][2 * half], b[j][2 * half + 1]) < max[half] - task.negligible);
-        float w[2] = {exp2_term(b[j][2 * half] - subtracted), exp2_term(b[j][2 * half + 1] - subtracted)};
+        float w[2] = {exp2_term(b[j][2 * half] - reference), exp2_term(b[j][2 * half + 1] - reference)};
         total[half] = fma(w[0], first.inverse_scale, fma(w[1], second.inverse_scale, total[half]));
         w[0] = copysignf(w[0], first.inverse_scale), w[1] = copysignf(w[1], second.inverse_scale);
         const __half2 hi = __floats2half2_rn(w[0], w[1]);
@@ -218,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
   for (int half = 0; half < 2; ++half) {
     const int64_t own_item = lane_own + 8 * half, to = int64_t(blockIdx.y) * task.own.count + own_item;
     const float sum = quad_sum(total[half]);
-    if (lane % 4 == 0) task.max[to] = max[half], task.total[to] = sum;
+    if (lane % 4 == 0) task.reference[to] = reference_below(max[half]), task.total[to] = sum;
     if (!task.sums) continue;
 #pragma unroll
     for (int j = 0; j < 2 * kMaxSteps; ++j) {
