@@ -8,6 +8,7 @@ namespace {
 // as zeros, since an infinite coordinate times a weight of zero would be NaN.
 template <class T>
 __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<T> mix, const T* log_prob, Packed<T> packed) {
+  if (is_off(packed.only_if)) return;
   constexpr int side = Tile<T>::kSide;
   const int64_t first = int64_t(blockIdx.x) * side;
   const auto number = [&](int row, int d) {
@@ -43,6 +44,7 @@ __device__ T block_max(T x, T* shared) {
 template <class T>
 __global__ void __launch_bounds__(Tile<T>::kSide)
     pack_components(Mixture<T> mix, double uniform_log_weight, const T* max_logvar, Packed<T> packed) {
+  if (is_off(packed.only_if)) return;
   constexpr int side = Tile<T>::kSide;
   T* shared = reinterpret_cast<T*>(shared_memory);
   const int64_t panel = blockIdx.x, first = panel * side, k = first + threadIdx.x;

@@ -62,10 +62,18 @@ struct Survey {
   float *unit, *square_unit;  // powers of two: x = [z' unit, (z' unit)^2 square_unit]
 };
 
+// What the certificate of a pair is made of (certificate.cuh).
+struct alignas(16) ItemBounds {
+  float linear, square;  // norms of the item's features: of z', or mu' v, and of the squares
+  float allowed;         // of a component: what a may be off at its mean, and its slope times c
+  float shift;           // of a row: the part of the error that is the row's, and the slope times R; of a component: c
+};
+
 struct Items {
-  int64_t count = 0;            // padded to whole blocks and to whole panels
-  uint4* lines = nullptr;       // [count, lines], of 8 uint4 each
-  ItemTerms* terms = nullptr;   // [count]
+  int64_t count = 0;             // padded to whole blocks and to whole panels
+  uint4* lines = nullptr;        // [count, lines], of 8 uint4 each
+  ItemTerms* terms = nullptr;    // [count]
+  ItemBounds* bounds = nullptr;  // [count], or null
 };
 
 // A component's features and terms; a row's, and R.  Laid out in scratch memory of floats.
@@ -78,8 +86,10 @@ struct Features {
   float* row_term;   // [rows.count]: R, in nats
   float* doubtful;   // [rows.count]: not 0 where log_prob - R, in the rows' terms, is too inexact
 
+  int* uncertain = nullptr;  // not 0 where the difference form has to compute all; null without a certificate
+
   template <int kParts>
-  static Features plan(const Mixture<float>& mix, bool squares, Scratch<float>& scratch) {
+  static Features plan(const Mixture<float>& mix, bool squares, bool certified, Scratch<float>& scratch) {
     Features f;
     f.shape = feature_shape<kParts>(mix.D, squares);
     f.parts = survey_parts(mix.K);
@@ -89,6 +99,10 @@ struct Features {
     f.components = items(mix.K, f.shape, scratch);
     f.row_term = scratch.take(f.rows.count);
     f.doubtful = scratch.take(f.rows.count);
+    if (!certified) return f;
+    f.rows.bounds = reinterpret_cast<ItemBounds*>(scratch.take(f.rows.count * 4));
+    f.components.bounds = reinterpret_cast<ItemBounds*>(scratch.take(f.components.count * 4));
+    f.uncertain = reinterpret_cast<int*>(scratch.take(1));
     return f;
   }
 

@@ -4,6 +4,7 @@
 // registers.  The block's rows stay in shared memory where their lines are few; while one line of a panel is
 // worked on, the next one is copied there.  Two blocks run at a time on a multiprocessor with enough shared memory, so
 // that the exponentials of one overlap with the products of the other.
+#include "certificate.cuh"
 #include "product_tile.cuh"
 
 namespace fastvae::cuda {
@@ -11,11 +12,11 @@ namespace {
 
 constexpr int kRows = kOwnItems;
 // The components of a panel, and those of it that a warp has.  In "high" they are fewer, because the parts of a product
-// need registers as well.
-template <int kParts>
-constexpr int kWarpColumns = kParts == 2 ? 48 : 64;
-template <int kParts>
-constexpr int kPanel = 2 * kWarpColumns<kParts>;
+// need registers as well, and so does the certificate.
+template <int kParts, bool kCertified>
+constexpr int kWarpColumns = kCertified ? 32 : kParts == 2 ? 48 : 64;
+template <int kParts, bool kCertified>
+constexpr int kPanel = 2 * kWarpColumns<kParts, kCertified>;
 template <int kParts>
 constexpr int kResidentLines = kParts == 2 ? 4 : 3;  // of the rows, at most: there is memory for 99 KiB
 
@@ -23,37 +24,56 @@ struct ComponentTerms {  // the first two of ItemTerms
   float constant, scale;
 };
 
-template <int kParts, bool kResident>
+template <int kParts, bool kResident, bool kCertified>
 int64_t shared_bytes(int lines) {
   const int64_t row_tiles = kResident ? lines : 2;
-  return (2 * kPanel<kParts> + row_tiles * kRows) * kLineBytes + 2 * kPanel<kParts> * sizeof(ComponentTerms) +
-         kRows * (2 * sizeof(BinaryLogSum) + sizeof(float));
+  return (2 * kPanel<kParts, kCertified> + row_tiles * kRows) * kLineBytes + 2 * kPanel<kParts, kCertified> * sizeof(ComponentTerms) +
+         kRows * (2 * sizeof(BinaryLogSum) + sizeof(float)) +
+         (kCertified ? (2 * kPanel<kParts, kCertified> + kRows) * sizeof(ItemBounds) + 16 : 0);
 }
 
 // A pair that is 2^-extra / K of the largest term so far does not count: K of them are less than a quarter of a rounding.
 inline float negligible_bits(int64_t K) { return 26.0f + std::log2(float(K)); }
 
+// Of the pairs of a warp and a panel, how many may be computed in the difference form, on average: where they are more,
+// the kernel for the difference form alone is as fast.
+constexpr int kMaxUncertain = 32;
+
 // partial [splits, M]; null where there is one split, which writes log_prob itself.
-template <int kParts, bool kResident>
+// kCertified: pairs that are not certified are computed in the difference form.  Where they are many, the kernel says so
+// in features.uncertain and ends, and what it has written does not count.
+template <int kParts, bool kResident, bool kCertified>
 __global__ void __launch_bounds__(kThreads, 2)
     product_forward(Mixture<float> mix, Features features, float negligible, int splits, BinaryLogSum* partial,
                     float* log_prob) {
   constexpr int kSteps = kLineFeatures<kParts> / kStep;  // of a line
-  constexpr int kColumns = kPanel<kParts>, kTiles = kWarpColumns<kParts> / 8;
+  constexpr int kColumns = kPanel<kParts, kCertified>, kTiles = kWarpColumns<kParts, kCertified> / 8;
   const int lines = features.shape.lines;
   // Two stages of a panel's line, the rows' lines (all, or those of the two stages), two panels' terms, the sums of the
-  // rows, [2, kRows] for the two halves of a panel, and the rows' scales.
+  // rows, [2, kRows] for the two halves of a panel, the rows' scales, and what the certificate needs.
   uint4* const stages = reinterpret_cast<uint4*>(shared_memory);
   uint4* const row_lines = stages + 2 * kColumns * 8;
   ComponentTerms* const panel_terms =
       reinterpret_cast<ComponentTerms*>(row_lines + (kResident ? lines : 2) * kRows * 8);
   BinaryLogSum* const row_sums = reinterpret_cast<BinaryLogSum*>(panel_terms + 2 * kColumns);
   float* const row_scales = reinterpret_cast<float*>(row_sums + 2 * kRows);
+  ItemBounds* const row_bounds = reinterpret_cast<ItemBounds*>(row_scales + kRows);
+  ItemBounds* const panel_bounds = row_bounds + kRows;
+  int* const given_up = reinterpret_cast<int*>(panel_bounds + 2 * kColumns);
   const int panels = int((mix.K + kColumns - 1) / kColumns);
   const int begin = part_begin(panels, splits, int(blockIdx.y)), end = part_begin(panels, splits, int(blockIdx.y) + 1);
   const int first_row = int(blockIdx.x) * kRows;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warp_row = warp / 2 * 32;
-  const int warp_column = warp % 2 * kWarpColumns<kParts>;
+  const int warp_column = warp % 2 * kWarpColumns<kParts, kCertified>;
+
+  if constexpr (kCertified) {
+    if (is_hopeless(features.survey, mix.D)) {
+      if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *features.uncertain = 1;
+      return;
+    }
+    if (int(threadIdx.x) < kRows) row_bounds[threadIdx.x] = features.rows.bounds[first_row + threadIdx.x];
+  }
+  int uncertain_pairs = 0;
 
   const auto copy = [&](int panel, int line, int stage) {
     const int64_t first = int64_t(panel) * kColumns;
@@ -62,6 +82,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (line == 0 && int(threadIdx.x) < kColumns)
       __pipeline_memcpy_async(panel_terms + panel % 2 * kColumns + threadIdx.x,
                               features.components.terms + first + threadIdx.x, sizeof(ComponentTerms));
+    if (kCertified && line == 0 && int(threadIdx.x) < kColumns)
+      __pipeline_memcpy_async(panel_bounds + panel % 2 * kColumns + threadIdx.x,
+                              features.components.bounds + first + threadIdx.x, sizeof(ItemBounds));
     __pipeline_commit();
   };
   if (kResident)
@@ -81,6 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int next_panel = last_line ? panel + 1 : panel, next_line = last_line ? 0 : line + 1;
     __pipeline_wait_prior(0);
     __syncthreads();  // every thread's copies have arrived, and no thread reads the other stage any more
+    if (kCertified && line == 0 && panel > begin && given_up[(panel - 1) % 2]) return;
     if (next_panel < end) copy(next_panel, next_line, 1 - stage);
     const uint4* rows = row_lines + (kResident ? line : stage) * kRows * 8;
     const uint4* columns = stages + stage * kColumns * 8;
@@ -134,17 +158,65 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
+      if (mix.exclude) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t m = first_row + lane_row + 8 * i;
+          const int64_t excluded = m < mix.M ? mix.exclude[m] - (panel * kColumns + warp_column + lane % 4 * 2) : -1;
+#pragma unroll
+          for (int j = 0; j < 2 * kTiles; ++j)
+            if (excluded == j / 2 * 8 + j % 2) a[i / 2][j / 2][i % 2 * 2 + j % 2] = -INFINITY;
+        }
+      }
+      if constexpr (kCertified) {
+        unsigned uncertain = 0;  // a bit for each of the lane's pairs
+        const ItemBounds* bounds = panel_bounds + panel % 2 * kColumns + warp_column + lane % 4 * 2;
+        const float slope = allowed_slope(mix.D);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const ItemBounds row = row_bounds[lane_row + 8 * i];
+          const float counts = row_sums[warp % 2 * kRows + lane_row + 8 * i].max - negligible;
+#pragma unroll
+          for (int j = 0; j < 2 * kTiles; ++j) {
+            const ItemBounds& component = bounds[j / 2 * 8 + j % 2];
+            const float x = a[i / 2][j / 2][i % 2 * 2 + j % 2];
+            const float error = fma(row.linear, component.linear, row.square * component.square);
+            const bool certified = fma(slope, x, error + row.shift) <= component.allowed || x + error < counts;
+            uncertain |= unsigned(!certified) << (2 * kTiles * i + j);
+          }
+        }
+        if (__any_sync(0xFFFFFFFFu, uncertain != 0)) {
+          uncertain_pairs += warp_count(uncertain);
+          if (uncertain_pairs > kMaxUncertain * (panel - begin + 2)) {
+            if (lane == 0) *features.uncertain = 1;
+          } else {
+#pragma unroll 1
+            for (int bit = 0; bit < 8 * kTiles; ++bit) {
+              unsigned lanes = __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1);
+              const int64_t m = first_row + lane_row + bit / (2 * kTiles) * 8;
+              const int j = bit % (2 * kTiles), k = panel * kColumns + warp_column + lane % 4 * 2 + j / 2 * 8 + j % 2;
+              while (lanes) {
+                unsigned others = lanes;  // from the group's own on
+                for (int group = 0; group < lane / 8; ++group) others &= others - 1;
+                const float exact = exact_exponent(mix, features, m, k, others ? __ffs(int(others)) - 1 : lane);
+                const int rank = __popc(lanes & ((1u << lane) - 1));
+                const float own = __shfl_sync(0xFFFFFFFFu, exact, rank % 4 * 8);
+                if ((lanes >> lane & 1) && rank < 4) {
+#pragma unroll
+                  for (int n = 0; n < 8 * kTiles; ++n)
+                    if (n == bit) a[n / (4 * kTiles)][n % (2 * kTiles) / 2][n / (2 * kTiles) % 2 * 2 + n % 2] = own;
+                }
+                for (int taken = 0; taken < 4; ++taken) lanes &= lanes - 1;
+              }
+            }
+          }
+        }
+        if (threadIdx.x == 0) given_up[panel % 2] = *static_cast<volatile int*>(features.uncertain);
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t m = first_row + lane_row + 16 * i + 8 * half;
-          if (mix.exclude && m < mix.M) {
-            const int64_t excluded = mix.exclude[m] - (panel * kColumns + warp_column + lane % 4 * 2);
-#pragma unroll
-            for (int j = 0; j < 2 * kTiles; ++j)
-              if (excluded == j / 2 * 8 + j % 2) a[i][j / 2][2 * half + j % 2] = -INFINITY;
-          }
           float largest = -INFINITY;
 #pragma unroll
           for (int j = 0; j < 2 * kTiles; ++j) largest = fmaxf(largest, a[i][j / 2][2 * half + j % 2]);
@@ -192,7 +264,7 @@ __global__ void __launch_bounds__(kThreads)
   if (m < M && threadIdx.x % 32 == 0) log_prob[m] = sum.log(row_term[m]);
 }
 
-template <int kParts>
+template <int kParts, bool kCertified>
 struct ForwardPlan {
   Scratch<float> scratch;
   Features features;
@@ -200,35 +272,50 @@ struct ForwardPlan {
   BinaryLogSum* partial;
 
   ForwardPlan(const Mixture<float>& mix, float* memory) : scratch(memory) {
-    features = Features::plan<kParts>(mix, !mix.shared, scratch);
-    splits = plan_splits(blocks_for(mix.K, kPanel<kParts>), features.rows.count / kRows, 2 * kMultiprocessors);
+    features = Features::plan<kParts>(mix, !mix.shared, kCertified, scratch);
+    splits = plan_splits(blocks_for(mix.K, kPanel<kParts, kCertified>), features.rows.count / kRows, 2 * kMultiprocessors);
     partial = reinterpret_cast<BinaryLogSum*>(scratch.take(splits > 1 ? 2 * splits * mix.M : 0));
   }
 };
+
+template <int kParts, bool kCertified>
+const int* run(const Mixture<float>& mix, float* scratch, float* log_prob, Stream stream) {
+  const ForwardPlan<kParts, kCertified> plan(mix, scratch);
+  const Features& features = plan.features;
+  pack_features<kParts>(mix, {}, features, stream);
+  const auto start = [&](auto kernel, int64_t bytes) {
+    launch(stream, features.rows.count / kRows, plan.splits, kThreads, size_t(bytes), kernel, mix, features,
+           negligible_bits(mix.K), plan.splits, plan.partial, log_prob);
+  };
+  const int lines = features.shape.lines;
+  if (lines <= kResidentLines<kParts>)
+    start(product_forward<kParts, true, kCertified>, shared_bytes<kParts, true, kCertified>(lines));
+  else
+    start(product_forward<kParts, false, kCertified>, shared_bytes<kParts, false, kCertified>(lines));
+  if (plan.partial)
+    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, merge_product_splits, plan.partial,
+           features.row_term, mix.M, plan.splits, log_prob);
+  return features.uncertain;
+}
 
 }  // namespace
 
 template <int kParts>
 int64_t product_forward_scratch(const Mixture<float>& mix) {
-  return ForwardPlan<kParts>(mix, nullptr).scratch.size();
+  return ForwardPlan<kParts, false>(mix, nullptr).scratch.size();
 }
 
 template <int kParts>
 void mixture_product_forward(const Mixture<float>& mix, float* scratch, float* log_prob, Stream stream) {
-  const ForwardPlan<kParts> plan(mix, scratch);
-  const Features& features = plan.features;
-  pack_features<kParts>(mix, {}, features, stream);
-  const auto run = [&](auto kernel, int64_t bytes) {
-    launch(stream, features.rows.count / kRows, plan.splits, kThreads, size_t(bytes), kernel, mix, features,
-           negligible_bits(mix.K), plan.splits, plan.partial, log_prob);
-  };
-  if (features.shape.lines <= kResidentLines<kParts>)
-    run(product_forward<kParts, true>, shared_bytes<kParts, true>(features.shape.lines));
-  else
-    run(product_forward<kParts, false>, shared_bytes<kParts, false>(features.shape.lines));
-  if (plan.partial)
-    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, merge_product_splits, plan.partial,
-           features.row_term, mix.M, plan.splits, log_prob);
+  run<kParts, false>(mix, scratch, log_prob, stream);
+}
+
+int64_t certified_forward_scratch(const Mixture<float>& mix) {
+  return ForwardPlan<2, true>(mix, nullptr).scratch.size();
+}
+
+const int* mixture_certified_forward(const Mixture<float>& mix, float* scratch, float* log_prob, Stream stream) {
+  return run<2, true>(mix, scratch, log_prob, stream);
 }
 
 template int64_t product_forward_scratch<1>(const Mixture<float>&);

@@ -1,6 +1,6 @@
 // Makes the features of rows and components for the product form (product.h).  These kernels do O((M + K) D) work.
 #include "../common/skipping.h"
-#include "product.h"
+#include "certificate.cuh"
 #include "tile.cuh"
 
 namespace fastvae::cuda {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) survey_parts(Mixture<float> mix, int
 // S about their mean, with the typical sigma: then x = z' has the size sqrt(S^2 + sigma^2) and y = mu' v about S v, so
 // that the balance is at about 1 / sigma.  x = z'^2 has about sqrt(3) (S^2 + sigma^2), and y about v / 2.
 __global__ void __launch_bounds__(kThreads)
-    merge_survey(Mixture<float> mix, const SurveySums* partial, int64_t parts, Survey survey) {
+    merge_survey(Mixture<float> mix, const SurveySums* partial, int64_t parts, Survey survey, int* uncertain) {
   const int64_t d = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   SurveySums sums;
   if (d < mix.D)
@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kThreads)
   sums.s_delta_squared = warp_sum(sums.s_delta_squared);
   sums.logvar = warp_sum(sums.logvar);
   sums.count = warp_sum(sums.count);
+  if (uncertain && d == 0) *uncertain = 0;
   if (d >= mix.D || threadIdx.x % 32 != 0) return;
   const float mean = sums.s_delta / sums.s, variance = sums.s_delta_squared / sums.s - mean * mean;
   const float origin = reference_of(mix, d) + mean, log2_v = -float(kLog2E) * (sums.logvar / sums.count);
@@ -121,10 +122,16 @@ __device__ __forceinline__ void store_feature(uint4* lines, int parts, int featu
 // Stores the features of an item, which value(feature) gives in the common scale, in the item's own; returns the
 // exponent of the power of two that undoes that.  A warp does this together.
 template <int kParts, class Value>
-__device__ __forceinline__ int store_features(uint4* lines, const FeatureShape& shape, const Value& value) {
+__device__ __forceinline__ int store_features(uint4* lines, const FeatureShape& shape, const Value& value,
+                                              ItemBounds& bounds) {
   const int lane = int(threadIdx.x) % 32, all = shape.lines * kLineFeatures<kParts>;
-  float largest = 0;
-  for (int f = lane; f < all; f += 32) largest = fmaxf(largest, fabs(value(f)));
+  float largest = 0, linear = 0, square = 0;
+  for (int f = lane; f < all; f += 32) {
+    const float x = value(f);
+    largest = fmaxf(largest, fabs(x));
+    (f < shape.width ? linear : square) += x * x;
+  }
+  bounds.linear = sqrtf(warp_sum(linear)), bounds.square = sqrtf(warp_sum(square));
   largest = fminf(warp_max(largest), Limits<float>::kLowest * -1.0f);
   int exponent = largest > 1e-37f ? exponent_of(largest) - 13 : 0;
   exponent = exponent < -kMaxExponent ? -kMaxExponent : exponent > kMaxExponent ? kMaxExponent : exponent;
@@ -142,6 +149,7 @@ __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWei
   const Survey& survey = features.survey;
   const float* z = mix.z + m * mix.D;
 
+  if (features.uncertain && is_hopeless(survey, mix.D)) return;
   float term = 0;
   for (int64_t d = lane; d < mix.D && m < mix.M; d += 32) {
     const float centred = z[d] - survey.origin[d];
@@ -156,8 +164,15 @@ __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWei
     const float scaled = (z[d] - survey.origin[d]) * survey.unit[d];
     return feature < shape.width ? scaled : scaled * scaled * survey.square_unit[d];
   };
-  const int exponent = store_features<kParts>(features.rows.lines + m * shape.lines * 8, shape, value);
+  ItemBounds bounds;
+  const int exponent = store_features<kParts>(features.rows.lines + m * shape.lines * 8, shape, value, bounds);
   if (lane != 0) return;
+  if (features.rows.bounds) {
+    // R decides where it is not finite, whatever the pairs are
+    bounds.shift = has_features ? allowed_slope(mix.D) * term * float(kLog2E) - 2.0f * kRoundoff * float(kLog2E) * term
+                                : -INFINITY;
+    features.rows.bounds[m] = bounds;
+  }
   ItemTerms terms = {0.0f, power_of_two(exponent), -INFINITY, 0.0f};
   if (weights.log_prob && m < mix.M && log_prob != -INFINITY) {
     const float upstream = weights.grad ? weights.grad[m] : 1.0f, grad = weights.negated ? -upstream : upstream;
@@ -181,14 +196,18 @@ __global__ void __launch_bounds__(kThreads)
   const FeatureShape& shape = features.shape;
   const Survey& survey = features.survey;
   const bool present = is_present(mix, k);
+  if (features.uncertain && is_hopeless(survey, mix.D)) return;
 
+  float logvar_size = 0;
   CompensatedSum<float> logvar_sum, square_sum;
   for (int64_t d = lane; d < mix.D && present; d += 32) {
     const float lv = logvar_of(mix, k, d), scaled = (mix.mu[k * mix.D + d] - survey.origin[d]) * survey.unit[d];
     logvar_sum.add(lv);
+    logvar_size += fabs(lv);
     square_sum.add(scaled * scaled * (exp(-bounded(lv)) / (survey.unit[d] * survey.unit[d])));
   }
   const double log_determinant = warp_sum(total_of(logvar_sum.sum, logvar_sum.compensation));
+  logvar_size = warp_sum(logvar_size);
   const double squares = warp_sum(total_of(square_sum.sum, square_sum.compensation));
   const auto value = [&](int feature) {
     const int d = feature < shape.width ? feature : feature - shape.width;
@@ -200,15 +219,23 @@ __global__ void __launch_bounds__(kThreads)
     const float excess = max_lv - lv < 1.0f ? v_min * float(expm1(max_lv - lv)) : v - v_min;  // of v over v_min
     return excess * (-0.5f * float(kLog2E)) / survey.square_unit[d];
   };
-  const int exponent = store_features<kParts>(features.components.lines + k * shape.lines * 8, shape, value);
+  ItemBounds bounds;
+  const int exponent = store_features<kParts>(features.components.lines + k * shape.lines * 8, shape, value, bounds);
   if (lane != 0) return;
   ItemTerms terms = {-INFINITY, 1.0f, -INFINITY, 0.0f};
+  bounds.allowed = INFINITY;  // of a component that is absent
   if (present) {
     const double log_weight = mix.log_weights ? double(mix.log_weights[k]) : uniform_log_weight;
-    const double c = log_weight - 0.5 * (log_determinant + double(mix.D) * kLog2Pi) - 0.5 * squares;
+    const double peak = log_weight - 0.5 * (log_determinant + double(mix.D) * kLog2Pi), c = peak - 0.5 * squares;
     terms = {float(c * kLog2E), power_of_two(exponent), float(c * kLog2E + exponent), power_of_two(-exponent)};
+    const float n = float(mix.D), size = fabs(float(log_weight)) + 0.5f * (logvar_size + n * float(kLog2Pi));
+    bounds.allowed = (kRoundoff * (1.0f + sqrtf(n)) * size + allowed_slope(mix.D) * float(peak)) * float(kLog2E);
+    bounds.shift = float(peak * kLog2E);
   }
   features.components.terms[k] = terms;
+  if (!features.components.bounds) return;
+  bounds.linear *= kError * kRoundoff, bounds.square *= kError * kRoundoff;
+  features.components.bounds[k] = bounds;
 }
 
 }  // namespace
@@ -221,7 +248,7 @@ void pack_features(const Mixture<float>& mix, const RowWeights& weights, const F
   launch(stream, features.parts, blocks_for(mix.D, kThreads), kThreads, kThreads * sizeof(SurveySums), survey_parts,
          mix, across, partial);
   launch(stream, blocks_for(mix.D, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features.parts,
-         features.survey);
+         features.survey, features.uncertain);
   launch(stream, blocks_for(features.components.count, kThreads / 32), 1, kThreads, 0, pack_components<kParts>, mix,
          -std::log(double(mix.K)), features);
   launch(stream, blocks_for(features.rows.count, kThreads / 32), 1, kThreads, 0, pack_rows<kParts>, mix, weights,

@@ -67,6 +67,13 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
 }
 
+// How many bits are set, in all lanes of the warp.
+__device__ __forceinline__ int warp_count(unsigned bits) {
+  int count = __popc(bits);
+  for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(0xFFFFFFFFu, count, step);
+  return count;
+}
+
 // The sum of 2^x over all x that were added, as total * 2^max.
 struct BinaryLogSum {
   float max = Limits<float>::kLowest, total = 0;

@@ -1,0 +1,55 @@
+// When the product form is as exact as the difference form: a bound on its error, pair by pair.
+//
+// Let |.| be norms over features, of a row's x and a component's y as product.h scales them, u = 2^-24, and a_mk the
+// exponent.  The error of the product form is at most e = kError u (|x1| |y1| + |x2| |y2|) + 2 u |R|, with 1 for the
+// features of z' and 2 for those of its square:
+//
+// - hi + lo is off by 2^-22 of a feature, and lo lo is left out: 12 u sum |x_f y_f|, which is the worst case;
+// - the tensor cores cut digits off the sums of 16 products, and the sums are rounded: as much again, in the worst of a
+//   million pairs, random and made for the purpose, with the sums of the oldest tensor cores (tests/backends);
+// - sum |x_f y_f| is at most |x1| |y1| + |x2| |y2| (Cauchy and Schwarz).
+//
+// The roundings of the difference form may move a by as much as
+//
+//   u (2 |t|^2 + (1 + sqrt D) (|log w| + 1/2 sum_d |logvar_d| + D/2 log 2 pi + 1/2 |t|^2))        |t|^2 = 2 (c - a)
+//
+// which is what the tests allow it (tests/budget.py).  A pair is certified where e is at most that.
+#pragma once
+
+#include "product.h"
+#include "row.cuh"
+
+namespace fastvae::cuda {
+
+constexpr float kError = 24.0f, kRoundoff = 0x1p-24f;
+
+// How what is allowed grows with c - a.
+__device__ __forceinline__ float allowed_slope(int64_t D) { return kRoundoff * (5.0f + sqrtf(float(D))); }
+
+// Whether pairs that count are certified so seldom that it is not tried.  |x1|^2 is about sum_d (S^2 / sigma^2 + 1) and
+// |y1|^2 about sum_d S^2 / sigma^2, with S the spread of the components; square_unit tells these within a factor of two.
+// A whole warp calls this.
+__device__ __forceinline__ bool is_hopeless(const Survey& survey, int64_t D) {
+  float rows = 0;
+  for (int64_t d = threadIdx.x % 32; d < D; d += 32) rows += 1.0f / (3.5f * survey.square_unit[d] * survey.square_unit[d]);
+  for (int step = 16; step > 0; step /= 2) rows += __shfl_xor_sync(0xFFFFFFFFu, rows, step);
+  const float n = float(D), components = fmaxf(rows - n, 0.0f), allowed = (1.0f + sqrtf(n)) * n + 2.0f * n;
+  return kError * sqrtf(rows * components) > 8.0f * allowed;
+}
+
+// The exponents of up to four pairs in the difference form, one for each eight lanes of a warp; base 2, without R.  The
+// lane `source` of a group's eight says which pair it is, by its row and component.
+__device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const Features& features, int64_t row,
+                                                int64_t component, int source) {
+  const int64_t m = __shfl_sync(0xFFFFFFFFu, int(row), source), k = __shfl_sync(0xFFFFFFFFu, int(component), source);
+  float squares = 0;
+  for (int64_t d = threadIdx.x % 8; d < mix.D && m < mix.M && k < mix.K; d += 8) {
+    const float s = exp(-0.5f * bounded(mix.logvar[(mix.shared ? 0 : k * mix.D) + d]));
+    const float t = (mix.z[m * mix.D + d] - mix.mu[k * mix.D + d]) * s;
+    squares = fma(t, t, squares);
+  }
+  squares = group_sum(squares, 8);
+  return features.components.bounds[k].shift - (0.5f * squares + features.row_term[m]) * float(kLog2E);
+}
+
+}  // namespace fastvae::cuda
