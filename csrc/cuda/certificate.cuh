@@ -37,11 +37,13 @@ __device__ __forceinline__ bool is_hopeless(const Survey& survey, int64_t D) {
   return kError * sqrtf(rows * components) > 8.0f * allowed;
 }
 
-// The exponents of up to four pairs in the difference form, one for each eight lanes of a warp; base 2, without R.  The
-// lane `source` of a group's eight says which pair it is, by its row and component.
-__device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const Features& features, int64_t row,
-                                                int64_t component, int source) {
-  const int64_t m = __shfl_sync(0xFFFFFFFFu, int(row), source), k = __shfl_sync(0xFFFFFFFFu, int(component), source);
+// Of the pairs of a warp and 32 other items, how many may be computed in the difference form, on average: where they are
+// more, the kernels for the difference form alone are as fast.
+constexpr int kMaxUncertain = 32;
+
+// The exponent of a pair in the difference form, base 2 and without R.  Eight lanes compute it together.
+__device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const Features& features, int64_t m,
+                                                int64_t k) {
   float squares = 0;
   for (int64_t d = threadIdx.x % 8; d < mix.D && m < mix.M && k < mix.K; d += 8) {
     const float s = exp(-0.5f * bounded(mix.logvar[(mix.shared ? 0 : k * mix.D) + d]));
@@ -50,6 +52,25 @@ __device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const
   }
   squares = group_sum(squares, 8);
   return features.components.bounds[k].shift - (0.5f * squares + features.row_term[m]) * float(kLog2E);
+}
+
+// Calls assign(exponent) in each of the `lanes` of a warp, with the exponent of the pair that the lane names by its row
+// and component.  Four pairs are computed at a time.
+template <class Assign>
+__device__ __forceinline__ void for_each_uncertain(const Mixture<float>& mix, const Features& features, unsigned lanes,
+                                                   int64_t row, int64_t component, const Assign& assign) {
+  const int lane = int(threadIdx.x) % 32;
+  while (lanes) {
+    unsigned from_own = lanes;  // from the one on that this lane's eight compute
+    for (int group = 0; group < lane / 8; ++group) from_own &= from_own - 1;
+    const int source = from_own ? __ffs(int(from_own)) - 1 : lane;
+    const int64_t m = __shfl_sync(0xFFFFFFFFu, int(row), source), k = __shfl_sync(0xFFFFFFFFu, int(component), source);
+    const float exponent = exact_exponent(mix, features, m, k);
+    const int rank = __popc(lanes & ((1u << lane) - 1));
+    const float own = __shfl_sync(0xFFFFFFFFu, exponent, rank % 4 * 8);
+    if ((lanes >> lane & 1) && rank < 4) assign(own);
+    for (int taken = 0; taken < 4; ++taken) lanes &= lanes - 1;
+  }
 }
 
 }  // namespace fastvae::cuda

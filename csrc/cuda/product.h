@@ -87,6 +87,7 @@ struct Features {
   float* doubtful;   // [rows.count]: not 0 where log_prob - R, in the rows' terms, is too inexact
 
   int* uncertain = nullptr;  // not 0 where the difference form has to compute all; null without a certificate
+  bool clears = true;        // the survey sets it to 0
 
   template <int kParts>
   static Features plan(const Mixture<float>& mix, bool squares, bool certified, Scratch<float>& scratch) {

@@ -90,9 +90,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int64_t kUncertain = 4;  // numbers of scratch memory, of which one says whether the certificate held
+
 // with_sums: false where totals alone are wanted.
-SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own_are_rows, bool with_sums, bool dense,
-                   Scratch<float>& scratch) {
+SumsTask plan_sums(const Mixture<float>& mix, const Features& features, int others_at_once, bool own_are_rows,
+                   bool with_sums, bool dense, Scratch<float>& scratch) {
   SumsTask task;
   task.own = own_are_rows ? features.rows : features.components;
   task.other = own_are_rows ? features.components : features.rows;
@@ -106,31 +108,33 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own
   task.negligible = dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
   task.doubtful = nullptr;
   const int64_t blocks = task.own.count / kOwnItems;
-  task.splits = plan_splits(blocks_for(task.others, kOthers), blocks, kMultiprocessors);
+  task.splits = plan_splits(blocks_for(task.others, others_at_once), blocks, kMultiprocessors);
   task.reference = scratch.take(task.splits * task.own.count);
   task.total = scratch.take(task.splits * task.own.count);
   task.sums = scratch.take(with_sums ? task.splits * task.own.count * task.shape.steps * kStep : 0);
   return task;
 }
 
-void launch_sums(int parts, const SumsTask& task, Stream stream) {
-  launch(stream, task.own.count / kOwnItems, task.splits, kThreads, size_t(sums_shared_bytes(task.shape.lines)),
-         parts == 2 ? weighted_sums<2> : weighted_sums<1>, task);
+template <int kParts, bool kCertified>
+void launch_sums(const Mixture<float>& mix, const Features& features, const SumsTask& task, Stream stream) {
+  launch(stream, task.own.count / kOwnItems, task.splits, kThreads,
+         size_t(sums_shared_bytes<kCertified>(task.shape.lines)), weighted_sums<kParts, kCertified>, mix, features,
+         task);
 }
 
-template <int kParts>
+template <int kParts, bool kCertified>
 struct RowsPlan {
   Scratch<float> scratch;
   Features features;
   SumsTask task;
 
   RowsPlan(const Mixture<float>& mix, bool dense, float* memory) : scratch(memory) {
-    features = Features::plan<kParts>(mix, !mix.shared, false, scratch);
-    task = plan_sums(mix, features, true, true, dense, scratch);
+    features = Features::plan<kParts>(mix, !mix.shared, kCertified, scratch);
+    task = plan_sums(mix, features, kOthersAtOnce<kCertified>, true, true, dense, scratch);
   }
 };
 
-template <int kParts>
+template <int kParts, bool kCertified>
 struct ParametersPlan {
   Scratch<float> scratch;
   Features features;
@@ -139,9 +143,11 @@ struct ParametersPlan {
   float* columns = nullptr;  // scratch memory of sum_columns
 
   ParametersPlan(const Mixture<float>& mix, const Gradients<float>& wanted, float* memory) : scratch(memory) {
-    features = Features::plan<kParts>(mix, !mix.shared || wanted.dlogvar, false, scratch);
-    task = plan_sums(mix, features, false, wanted.dmu || wanted.dlogvar, wanted.dense, scratch);
-    doubtful_rows = plan_sums(mix, features, true, false, true, scratch);
+    features = Features::plan<kParts>(mix, !mix.shared || wanted.dlogvar, kCertified, scratch);
+    features.clears = !wanted.dz;
+    const int others = kOthersAtOnce<kCertified>;
+    task = plan_sums(mix, features, others, false, wanted.dmu || wanted.dlogvar, wanted.dense, scratch);
+    doubtful_rows = plan_sums(mix, features, others, true, false, true, scratch);
     doubtful_rows.doubtful = features.doubtful;
     if (!mix.shared || !wanted.dlogvar) return;
     dlogvar = scratch.take(mix.K * mix.D);
@@ -149,43 +155,60 @@ struct ParametersPlan {
   }
 };
 
-template <int kParts>
-void rows_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* log_prob, float* scratch,
-                   Stream stream) {
-  const RowsPlan<kParts> plan(mix, wanted.dense, scratch);
-  pack_features<kParts>(mix, {}, plan.features, stream);
-  launch_sums(kParts, plan.task, stream);
-  launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
-         wanted.grad, wanted.negated, log_prob, wanted.dz);
+// The gradient in z and those of the parameters are made one after the other in the same memory, behind `uncertain`.
+template <int kParts, bool kCertified>
+int64_t scratch_of(const Mixture<float>& mix, const Gradients<float>& wanted) {
+  const int64_t rows = wanted.dz ? RowsPlan<kParts, kCertified>(mix, wanted.dense, nullptr).scratch.size() : 0;
+  return kUncertain + std::max(rows, ParametersPlan<kParts, kCertified>(mix, wanted, nullptr).scratch.size());
 }
 
-template <int kParts>
-void parameters_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* scratch, Stream stream) {
-  const ParametersPlan<kParts> plan(mix, wanted, scratch);
+template <int kParts, bool kCertified>
+const int* run(const Mixture<float>& mix, const Gradients<float>& wanted, float* log_prob, float* scratch,
+               Stream stream) {
+  int* uncertain = kCertified ? reinterpret_cast<int*>(scratch) : nullptr;
+  if (wanted.dz) {
+    RowsPlan<kParts, kCertified> plan(mix, wanted.dense, scratch + kUncertain);
+    plan.features.uncertain = uncertain;
+    pack_features<kParts>(mix, {}, plan.features, stream);
+    launch_sums<kParts, kCertified>(mix, plan.features, plan.task, stream);
+    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
+           wanted.grad, wanted.negated, log_prob, wanted.dz);
+  }
+  if (!wanted.dmu && !wanted.dlogvar && !wanted.dweights) return uncertain;
+  ParametersPlan<kParts, kCertified> plan(mix, wanted, scratch + kUncertain);
+  plan.features.uncertain = uncertain;
   const Features& features = plan.features;
   pack_features<kParts>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
-  launch_sums(kParts, plan.doubtful_rows, stream);
+  launch_sums<kParts, kCertified>(mix, features, plan.doubtful_rows, stream);
   launch(stream, blocks_for(mix.M, kThreads), 1, kThreads, 0, correct_rows, mix.M,
          log_negligible<float>(mix.K) * float(kLog2E), features, plan.doubtful_rows);
-  launch_sums(kParts, plan.task, stream);
+  launch_sums<kParts, kCertified>(mix, features, plan.task, stream);
   launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components, mix, features, plan.task,
          wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights);
   if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
+  return uncertain;
 }
 
 }  // namespace
 
 template <int kParts>
 int64_t product_backward_scratch(const Mixture<float>& mix, const Gradients<float>& wanted) {
-  const int64_t rows = wanted.dz ? RowsPlan<kParts>(mix, wanted.dense, nullptr).scratch.size() : 0;
-  return std::max(rows, ParametersPlan<kParts>(mix, wanted, nullptr).scratch.size());
+  return scratch_of<kParts, false>(mix, wanted);
 }
 
 template <int kParts>
 void mixture_product_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* log_prob,
                               float* scratch, Stream stream) {
-  if (wanted.dz) rows_backward<kParts>(mix, wanted, log_prob, scratch, stream);
-  if (wanted.dmu || wanted.dlogvar || wanted.dweights) parameters_backward<kParts>(mix, wanted, scratch, stream);
+  run<kParts, false>(mix, wanted, log_prob, scratch, stream);
+}
+
+int64_t certified_backward_scratch(const Mixture<float>& mix, const Gradients<float>& wanted) {
+  return scratch_of<2, true>(mix, wanted);
+}
+
+const int* mixture_certified_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* scratch,
+                                      Stream stream) {
+  return run<2, true>(mix, wanted, nullptr, scratch, stream);
 }
 
 template int64_t product_backward_scratch<1>(const Mixture<float>&, const Gradients<float>&);

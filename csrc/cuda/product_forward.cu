@@ -35,10 +35,6 @@ int64_t shared_bytes(int lines) {
 // A pair that is 2^-extra / K of the largest term so far does not count: K of them are less than a quarter of a rounding.
 inline float negligible_bits(int64_t K) { return 26.0f + std::log2(float(K)); }
 
-// Of the pairs of a warp and a panel, how many may be computed in the difference form, on average: where they are more,
-// the kernel for the difference form alone is as fast.
-constexpr int kMaxUncertain = 32;
-
 // partial [splits, M]; null where there is one split, which writes log_prob itself.
 // kCertified: pairs that are not certified are computed in the difference form.  Where they are many, the kernel says so
 // in features.uncertain and ends, and what it has written does not count.
@@ -192,22 +188,15 @@ __global__ void __launch_bounds__(kThreads, 2)
           } else {
 #pragma unroll 1
             for (int bit = 0; bit < 8 * kTiles; ++bit) {
-              unsigned lanes = __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1);
-              const int64_t m = first_row + lane_row + bit / (2 * kTiles) * 8;
-              const int j = bit % (2 * kTiles), k = panel * kColumns + warp_column + lane % 4 * 2 + j / 2 * 8 + j % 2;
-              while (lanes) {
-                unsigned others = lanes;  // from the group's own on
-                for (int group = 0; group < lane / 8; ++group) others &= others - 1;
-                const float exact = exact_exponent(mix, features, m, k, others ? __ffs(int(others)) - 1 : lane);
-                const int rank = __popc(lanes & ((1u << lane) - 1));
-                const float own = __shfl_sync(0xFFFFFFFFu, exact, rank % 4 * 8);
-                if ((lanes >> lane & 1) && rank < 4) {
+              const int j = bit % (2 * kTiles), column = warp_column + lane % 4 * 2 + j / 2 * 8 + j % 2;
+              for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1),
+                                 first_row + lane_row + bit / (2 * kTiles) * 8, panel * kColumns + column,
+                                 [&](float exact) {
 #pragma unroll
-                  for (int n = 0; n < 8 * kTiles; ++n)
-                    if (n == bit) a[n / (4 * kTiles)][n % (2 * kTiles) / 2][n / (2 * kTiles) % 2 * 2 + n % 2] = own;
-                }
-                for (int taken = 0; taken < 4; ++taken) lanes &= lanes - 1;
-              }
+                                   for (int n = 0; n < 8 * kTiles; ++n)
+                                     if (n == bit)
+                                       a[n / (4 * kTiles)][n % (2 * kTiles) / 2][n / (2 * kTiles) % 2 * 2 + n % 2] = exact;
+                                 });
             }
           }
         }

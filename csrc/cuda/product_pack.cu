@@ -248,7 +248,7 @@ void pack_features(const Mixture<float>& mix, const RowWeights& weights, const F
   launch(stream, features.parts, blocks_for(mix.D, kThreads), kThreads, kThreads * sizeof(SurveySums), survey_parts,
          mix, across, partial);
   launch(stream, blocks_for(mix.D, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features.parts,
-         features.survey, features.uncertain);
+         features.survey, features.clears ? features.uncertain : nullptr);
   launch(stream, blocks_for(features.components.count, kThreads / 32), 1, kThreads, 0, pack_components<kParts>, mix,
          -std::log(double(mix.K)), features);
   launch(stream, blocks_for(features.rows.count, kThreads / 32), 1, kThreads, 0, pack_rows<kParts>, mix, weights,

@@ -10,15 +10,18 @@
 // where a larger b_ij appears, what was summed is scaled down, as in flash attention.  So no exponent is too large, for
 // whatever scales the items have.
 //
-// A block has 128 own items and goes through the others, 64 at a time.  A warp has 16 own items: their features stay in
+// A block has 128 own items and goes through the others, 64 at a time, or 32 with a certificate.  A warp has 16 own items: their features stay in
 // registers, the weights go from one product to the other in registers, and so do the sums.
 #pragma once
 
+#include "certificate.cuh"
 #include "product_tile.cuh"
 
 namespace fastvae::cuda {
 
-constexpr int kOthers = 64, kStages = 3;
+template <bool kCertified>
+constexpr int kOthersAtOnce = kCertified ? 32 : 64;
+constexpr int kStages = 3;
 constexpr int kMaxSteps = 8;  // D <= 64: the sums of more features would not fit into the registers
 
 // What is subtracted from exponents whose largest is `max`.  Weights then reach 2^14, as fp16 numbers are precise above
@@ -40,18 +43,34 @@ struct SumsTask {
   float* sums;                // [splits, own.count, shape.steps kStep]; null where only totals are wanted
 };
 
-inline int64_t sums_shared_bytes(int lines) {
-  return kStages * kOthers * (int64_t(lines) * kLineBytes + sizeof(ItemTerms));
+template <bool kCertified>
+int64_t sums_shared_bytes(int lines) {
+  const int64_t terms = sizeof(ItemTerms) + (kCertified ? sizeof(ItemBounds) : 0);
+  return std::max<int64_t>(kStages * kOthersAtOnce<kCertified> * (lines * kLineBytes + terms), kOwnItems * kLineBytes) +
+         (kCertified ? 16 : 0);
 }
 
-template <int kParts>
-__global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
+// With a certificate, pairs that are not certified are computed in the difference form.  Where they are many, the kernel
+// says so in features.uncertain and ends, and what it has written does not count.
+template <int kParts, bool kCertified>
+__global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix, Features features, SumsTask task) {
+  constexpr int kOthers = kOthersAtOnce<kCertified>;
   constexpr int kLineSteps = kLineFeatures<kParts> / kStep;
   const int lines = task.shape.lines, steps = task.shape.steps, stage_units = kOthers * 8 * lines;
   uint4* const stages = reinterpret_cast<uint4*>(shared_memory);
   ItemTerms* const stage_terms = reinterpret_cast<ItemTerms*>(stages + kStages * stage_units);
+  ItemBounds* const stage_bounds = reinterpret_cast<ItemBounds*>(stage_terms + kStages * kOthers);
+  int* const given_up = reinterpret_cast<int*>(stage_bounds + kStages * kOthers);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int64_t first_own = int64_t(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
+  const int first_own = int(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
+  if constexpr (kCertified) {
+    if (*features.uncertain) return;
+    if (is_hopeless(features.survey, mix.D)) {
+      if (threadIdx.x == 0) *features.uncertain = 1;
+      return;
+    }
+  }
+  int uncertain_pairs = 0;
   if (task.doubtful) {
     bool any = false;
     for (int i = lane; i < kOwnItems; i += 32) any |= task.doubtful[first_own + i] != 0.0f;
@@ -76,8 +95,6 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
     }
     __syncthreads();
   }
-  const float own_scale[2] = {task.own.terms[lane_own].scale, task.own.terms[lane_own + 8].scale};
-  const float own_constant[2] = {task.own.terms[lane_own].constant, task.own.terms[lane_own + 8].constant};
 
   const auto copy = [&](int step) {
     if (step < end) {
@@ -88,6 +105,9 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
       if (int(threadIdx.x) < kOthers)
         __pipeline_memcpy_async(stage_terms + stage * kOthers + threadIdx.x,
                                 task.other.terms + int64_t(step) * kOthers + threadIdx.x, sizeof(ItemTerms));
+      if (kCertified && int(threadIdx.x) < kOthers)
+        __pipeline_memcpy_async(stage_bounds + stage * kOthers + threadIdx.x,
+                                task.other.bounds + int64_t(step) * kOthers + threadIdx.x, sizeof(ItemBounds));
     }
     __pipeline_commit();  // an empty group, where nothing is left to copy
   };
@@ -99,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
   for (int now = begin; now < end; ++now) {
     __pipeline_wait_prior(1);
     __syncthreads();  // every thread's copies have arrived, and no thread reads the stage that is copied to next
+    if (kCertified && now > begin && given_up[(now - 1) % 2]) return;
     copy(now + 2);
     const int stage = (now - begin) % kStages;
     const uint4* others = stages + stage * stage_units;
@@ -119,22 +140,34 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
         add_product<kParts>(b[2 * j + 1], own[step], y, 1);
       }
     }
+    const float own_scale[2] = {task.own.terms[lane_own].scale, task.own.terms[lane_own + 8].scale};
+    unsigned uncertain = 0;  // a bit for each of the lane's pairs
 #pragma unroll
     for (int j = 0; j < kOthers / 8; ++j) {
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const ItemTerms& other = terms[8 * j + column];
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          b[j][2 * half + column] = fma(b[j][2 * half + column], own_scale[half] * other.scale, other.weighted);
+      for (int i = 0; i < 4; ++i) {
+        const ItemTerms& other = terms[8 * j + i % 2];
+        const float x = b[j][i] * (own_scale[i / 2] * other.scale);
+        b[j][i] = x + other.weighted;
+        if constexpr (kCertified) {
+          const ItemBounds& own = task.own.bounds[lane_own + i / 2 * 8];
+          const ItemBounds& bound = stage_bounds[stage * kOthers + 8 * j + lane % 4 * 2 + i % 2];
+          const float error = fma(own.linear, bound.linear, own.square * bound.square);
+          const float c = task.own_are_rows ? other.constant : task.own.terms[lane_own + i / 2 * 8].constant;
+          const float shift = task.own_are_rows ? own.shift : bound.shift;
+          const float allowed = task.own_are_rows ? bound.allowed : own.allowed;
+          const bool certified = fma(allowed_slope(mix.D), x + c, error + shift) <= allowed;
+          uncertain |= unsigned(!certified) << (4 * j + i);
+        }
       }
     }
+    const auto own_constant = [&](int half) { return task.own.terms[lane_own + 8 * half].constant; };
     if (task.limited) {
 #pragma unroll
       for (int j = 0; j < kOthers / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (b[j][i] < terms[8 * j + i % 2].constant - own_constant[i / 2]) b[j][i] = -INFINITY;
+          if (b[j][i] < terms[8 * j + i % 2].constant - own_constant(i / 2)) b[j][i] = -INFINITY;
       }
     }
     if (task.exclude) {
@@ -142,13 +175,44 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
       for (int j = 0; j < kOthers / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int64_t o = lane_own + i / 2 * 8, other = int64_t(now) * kOthers + 8 * j + lane % 4 * 2 + i % 2;
-          const int64_t m = task.own_are_rows ? o : other, k = task.own_are_rows ? other : o;
+          const int own = lane_own + i / 2 * 8, other = now * kOthers + 8 * j + lane % 4 * 2 + i % 2;
+          const int m = task.own_are_rows ? own : other, k = task.own_are_rows ? other : own;
           if (m < task.M && task.exclude[m] == k) b[j][i] = -INFINITY;
         }
       }
     }
 
+    if constexpr (kCertified) {
+#pragma unroll
+      for (int j = 0; j < kOthers / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (b[j][i] == -INFINITY) uncertain &= ~(1u << (4 * j + i));  // left out already
+      }
+      if (__any_sync(0xFFFFFFFFu, uncertain != 0)) {
+        uncertain_pairs += warp_count(uncertain);
+        if (uncertain_pairs > kMaxUncertain * (now - begin + 2)) {
+          if (lane == 0) *features.uncertain = 1;
+        } else {
+#pragma unroll 1
+          for (int bit = 0; bit < kOthers / 2; ++bit) {
+            const int64_t own = lane_own + bit % 4 / 2 * 8;
+            const int other = 8 * (bit / 4) + lane % 4 * 2 + bit % 2;
+            const int64_t other_item = int64_t(now) * kOthers + other;
+            for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1),
+                               task.own_are_rows ? own : other_item, task.own_are_rows ? other_item : own,
+                               [&](float exact) {
+                                 const ItemTerms& t = stage_terms[stage * kOthers + other];
+                                 const float c = task.own_are_rows ? t.constant : own_constant(bit % 4 / 2);
+#pragma unroll
+                                 for (int n = 0; n < kOthers / 2; ++n)
+                                   if (n == bit) b[n / 4][n % 4] = exact - c + t.weighted;
+                               });
+          }
+        }
+      }
+      if (threadIdx.x == 0) given_up[now % 2] = *static_cast<volatile int*>(features.uncertain);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = max[half];
