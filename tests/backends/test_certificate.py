@@ -1,0 +1,139 @@
+"""Precision "highest" on CUDA devices by products of tensor cores, where these are certified (csrc/cuda/certificate.cuh).
+
+In the emulation, whose tensor cores lose more digits than any device's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from budget import Case, allowance, assert_within, hard_case, run
+from support.backend import use_backend
+from torch import Tensor
+
+import fastvae
+from fastvae.benchmarks.inputs import concentrated, diffuse
+
+
+def benchmark_case(M: int, K: int, D: int) -> Case:
+    """What benchmarks call diffuse: all components are near all rows."""
+    inputs = diffuse(M, K, D)
+    grad = torch.randn(M, generator=torch.Generator().manual_seed(3))
+    return Case(inputs.z, inputs.mu, inputs.logvar, inputs.log_weights, grad)
+
+
+@pytest.fixture
+def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for large problems, at any size."""
+    use_backend("cuda-emulated-tiled", monkeypatch)
+
+
+def log_prob(case: Case, tried: bool, monkeypatch: pytest.MonkeyPatch, precision: str = "highest") -> Tensor:
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1" if tried else "0")
+    args = case.z, case.mu, case.logvar, case.log_weights
+    return fastvae.mixture_log_prob(*args, exclude=case.exclude, impl="cuda", precision=precision)
+
+
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize("M, K, D", [(130, 200, 40), (64, 130, 64), (40, 70, 70), (40, 70, 100)])
+def test_diffuse_inputs_are_certified_and_exact(M: int, K: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 128 features of rows stay in shared memory, and more do not."""
+    case = benchmark_case(M, K, D)
+    case = replace(case, exclude=torch.arange(M) % (K + 1) - 1)
+    assert not torch.equal(log_prob(case, True, monkeypatch), log_prob(case, False, monkeypatch))
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+    assert_within(run(case, "cuda"), *allowance(case))
+
+
+@pytest.mark.usefixtures("tiled")
+def test_shared_variance(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = benchmark_case(100, 200, 40)
+    case = replace(case, logvar=case.logvar[:1].clone())
+    assert not torch.equal(log_prob(case, True, monkeypatch), log_prob(case, False, monkeypatch))
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+    assert_within(run(case, "cuda"), *allowance(case))
+
+
+@pytest.mark.usefixtures("tiled")
+def test_where_few_are_certified_the_difference_form_computes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the cases is given up before its features are packed, and the other after the first panels."""
+    trained = concentrated(130, 300, 20)
+    for case in (
+        Case(trained.z, trained.mu, trained.logvar, trained.log_weights, torch.ones(130)),
+        hard_case(130, 300, 13),
+        replace(benchmark_case(64, 300, 16), logvar=torch.full((300, 16), -2.0)),
+    ):
+        results = []
+        for tried in ("0", "1"):
+            monkeypatch.setenv("FASTVAE_CERTIFICATE", tried)
+            results.append(run(case, "cuda"))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def mostly_diffuse() -> Case:
+    """A few components are so narrow that products lose digits that count, for the rows that are near them."""
+    case = benchmark_case(128, 500, 40)
+    mu, logvar = case.mu.clone(), case.logvar.clone()
+    for k, m in ((5, 3), (210, 100), (499, 64)):
+        logvar[k] = -10.0
+        mu[k] = case.z[m] + math.exp(-5) * torch.linspace(-1, 1, 40)
+    return replace(case, mu=mu, logvar=logvar)
+
+
+@pytest.mark.usefixtures("tiled")
+def test_single_pairs_are_computed_in_the_difference_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mostly_diffuse()
+    want, allowed = allowance(case)
+    products = log_prob(case, False, monkeypatch, "high")
+    assert float(((products - want.log_prob).abs() / allowed.log_prob).max()) > 1  # else the case tests nothing
+    exact, certified = log_prob(case, False, monkeypatch), log_prob(case, True, monkeypatch)
+    assert not torch.equal(exact, certified)
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+    assert_within(run(case, "cuda"), want, allowed)
+    near = want.log_prob[[3, 64, 100]]
+    assert float((certified[[3, 64, 100]] - near).abs().max()) < 1e-4
+
+
+@pytest.mark.usefixtures("tiled")
+def test_a_row_that_is_not_finite_is_its_own_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = benchmark_case(40, 200, 40)
+    spoiled = case.z.clone()
+    spoiled[7, 2], spoiled[9, 5] = math.nan, math.inf
+    clean, got = log_prob(case, True, monkeypatch), log_prob(replace(case, z=spoiled), True, monkeypatch)
+    assert got[7].isnan() and got[9] == -math.inf
+    others = [m for m in range(40) if m not in (7, 9)]
+    assert torch.equal(got[others], clean[others])
+    assert not torch.equal(clean, log_prob(case, False, monkeypatch))
+
+
+@pytest.mark.usefixtures("tiled")
+def test_absent_components_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they hold: also the first one, from which the survey takes its reference."""
+    case = benchmark_case(64, 200, 40)
+    assert case.log_weights is not None
+    mu, logvar, log_weights = case.mu.clone(), case.logvar.clone(), case.log_weights.clone()
+    for k, value in ((0, math.nan), (50, math.inf), (199, -math.inf)):
+        mu[k], logvar[k], log_weights[k] = value, value, -math.inf
+    case = replace(case, mu=mu, logvar=logvar, log_weights=log_weights)
+    assert not torch.equal(log_prob(case, True, monkeypatch), log_prob(case, False, monkeypatch))
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+    plain = replace(case, mu=mu.nan_to_num(0, 0, 0), logvar=logvar.nan_to_num(0, 0, 0))
+    got, (want, allowed) = run(case, "cuda"), allowance(plain)
+    assert_within(got, want, allowed)
+
+
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize("order", ["descending", "shuffled"])
+def test_no_thread_depends_on_when_another_runs(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certified, given up, and with single pairs in the difference form."""
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+    for case in (benchmark_case(130, 200, 40), hard_case(130, 200, 13), mostly_diffuse()):
+        results = []
+        for each in ("ascending", order):
+            monkeypatch.setenv("FASTVAE_EMULATION_ORDER", each)
+            results.append(run(case, "cuda"))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
