@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from fastvae.backends import choice
+from fastvae import _capture
 from fastvae.priors import ExemplarPrior
 from fastvae.priors.encoded import EncodedMixture
 from fastvae.vae import VAE, VAEOutput
-
-_WARM_UP = 2  # passes before capture, in which libraries choose their kernels and allocate what they keep
 
 
 class TrainingStep:
@@ -73,17 +68,21 @@ class TrainingStep:
         for name in options.keys() - inspect.signature(vae.forward).parameters.keys():
             raise TypeError(f"TrainingStep() got an unexpected keyword argument {name!r}")
         self.vae, self.optimizer, self.prepare, self.options = vae, optimizer, prepare, options
-        if capture is None and os.environ.get("FASTVAE_CAPTURE") == "0":
-            self.why_not_captured: str | None = "FASTVAE_CAPTURE=0"
-        else:
-            self.why_not_captured = "capture=False" if capture is False else self._why_not()
+        self.why_not_captured = "capture=False" if capture is False else self._why_not()
         if capture and self.why_not_captured is not None:
             raise RuntimeError(f"capture=True, but the step cannot be captured: {self.why_not_captured}")
-        self._device = next(vae.parameters()).device if self.why_not_captured is None else None
+        if capture is None and self.why_not_captured is None:
+            self.why_not_captured = _capture.forbidden()
         self._learning_rates: list[Tensor] = []
-        self._graphs: dict[tuple[Any, ...], _Graph | None] = {}  # None: has run once
+        self._replays = _capture.Replays(
+            self._run,
+            vae,
+            capture=self.why_not_captured is None,
+            rehearse=self._gradients,
+            before_capture=optimizer.zero_grad,  # so that a graph has the gradients in memory of its own
+        )
         # What is loaded are other tensors than those that a graph writes.
-        optimizer.register_load_state_dict_post_hook(lambda _: self._graphs.clear())
+        optimizer.register_load_state_dict_post_hook(lambda _: self._replays.forget())
 
     def __call__(self, x: Tensor, *, beta: float = 1.0, index: Tensor | None = None) -> VAEOutput:
         """Train on a batch.
@@ -97,24 +96,9 @@ class TrainingStep:
             What the pass gave, without gradients.  A captured step writes its tensors anew: what is to be kept beyond
             the next call must be copied.
         """
-        if x.device != self._device:
-            return self._run(x, beta, index)
-        self._keep_learning_rates()
-        kind = self._device.type
-        key = (
-            *(x.shape, x.dtype, None if index is None else index.shape),
-            *(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), choice.current()),
-            tuple(module.training for module in self.vae.modules()),
-        )
-        if key not in self._graphs:
-            self._graphs[key] = None
-            with warnings.catch_warnings():  # of a capturable optimiser that runs as usual, which it does once
-                warnings.filterwarnings("ignore", message=".*without CUDA graph capture")
-                return self._run(x, beta, index)
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._graphs[key] = _Graph(self, x, index)
-        return graph.replay(x, beta, index)
+        if x.device == self._replays.device:
+            self._keep_learning_rates(x.device)
+        return self._replays(x, beta, index)
 
     def _run(self, x: Tensor, beta: float | Tensor, index: Tensor | None) -> VAEOutput:
         output = self._gradients(x, beta, index)
@@ -134,95 +118,22 @@ class TrainingStep:
         if self.options.get("chunk_size") is not None:
             return "chunk_size recomputes activations with random numbers that it sets back"
         for prior in self.vae.modules():
-            if isinstance(prior, EncodedMixture) and prior.chunk_size is not None:
-                return "the prior's chunk_size recomputes activations with random numbers that it sets back"
             if isinstance(prior, EncodedMixture) and prior.refresh < 1:
                 return "the prior's refresh takes other components in every step"
             if isinstance(prior, ExemplarPrior) and prior.subset is not None:
                 return "the prior draws another subset in every step"
-        if {parameter.device.type for parameter in self.vae.parameters()} != {"cuda"}:
-            return "the model is not on a CUDA device"
-        if not all(group.get("capturable") for group in self.optimizer.param_groups):
+        why = _capture.why_not(self.vae)
+        if why is None and not all(group.get("capturable") for group in self.optimizer.param_groups):
             return f"{type(self.optimizer).__name__} was not made with capturable=True, which Adam and others take"
-        return None
+        return why
 
-    def _keep_learning_rates(self) -> None:
+    def _keep_learning_rates(self, device: torch.device) -> None:
         """A graph reads the tensors that it was captured with: schedulers and users may assign numbers instead."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self._learning_rates):  # the first call, or one after add_param_group
-            self._graphs.clear()
-            self._learning_rates = [torch.empty((), device=self._device, dtype=torch.float32) for _ in groups]
+            self._replays.forget()
+            self._learning_rates = [torch.empty((), device=device, dtype=torch.float32) for _ in groups]
         for group, kept in zip(groups, self._learning_rates, strict=True):
             if group["lr"] is not kept:
                 kept.fill_(group["lr"])
                 group["lr"] = kept
-
-
-class _Graph:
-    """A captured step, with the tensors that it reads and writes."""
-
-    def __init__(self, step: TrainingStep, x: Tensor, index: Tensor | None) -> None:
-        self.x, self.index = x.detach().clone(), None if index is None else index.clone()
-        self.beta = torch.ones((), device=x.device, dtype=torch.float64)  # Python's numbers
-        with _without_autocast_cache():
-            with _unchanged(step.vae, x.device), _side_stream(x.device):
-                for _ in range(_WARM_UP):
-                    step._gradients(self.x, self.beta, self.index)
-            step.optimizer.zero_grad()  # so that the capture allocates the gradients anew, in the graph's own memory
-            self.run, self.output = _captured(step, self.x, self.beta, self.index)
-
-    def replay(self, x: Tensor, beta: float, index: Tensor | None) -> VAEOutput:
-        self.x.copy_(x.detach())
-        self.beta.fill_(beta)
-        if self.index is not None and index is not None:
-            self.index.copy_(index)
-        self.run()
-        return self.output
-
-
-def _captured(
-    step: TrainingStep, x: Tensor, beta: Tensor, index: Tensor | None
-) -> tuple[Callable[[], None], VAEOutput]:
-    """A function that replays the step on what these tensors then hold, and its output, which it writes anew."""
-    graph = torch.cuda.CUDAGraph()
-    # Without a stream of this device, PyTorch captures on one of whichever device it captured on first.
-    with torch.cuda.device(x.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(x.device)):
-        output = step._run(x, beta, index)
-    return graph.replay, output
-
-
-@contextmanager
-def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Undo what passes change beside the gradients: random states, and buffers such as running means."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(module.buffers(), before, strict=True):
-                buffer.copy_(value)
-
-
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    """Have autocast cast the weights in every pass: a graph would go on with those that it found cast already."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Work on a stream of its own, as PyTorch asks for what comes before a capture."""
-    if device.type != "cuda":
-        yield
-        return
-    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield
-    main.wait_stream(side)

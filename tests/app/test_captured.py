@@ -17,6 +17,7 @@ OPTIONS = {
     "exemplar": ["--prior", "exemplar", "--chunk-size", "100"],
     "binarised": ["--binarize"],
 }
+LAST, VALIDATION = [4], [8, 36]  # the last batch of an epoch's 64 images in 20s; the validation images
 
 
 def history(folder: str) -> list[dict[str, Any]]:
@@ -25,13 +26,15 @@ def history(folder: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("tiny_npz")
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_captured_training_has_the_same_numbers(options: list[str], cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_captured_training_has_the_same_numbers(name: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = OPTIONS[name]
     command = ["train", "--data", "tiny.npz", *TINY, "--batch-size", "20", "--learning-rate", "0.0009765625", *options]
     assert cli(*command, "--out", "plain")[0] == 0
     shapes = capture_in_name(monkeypatch)
     assert cli(*command, "--out", "captured")[0] == 0
-    assert shapes and all(shape in ([20], [4]) for shape in shapes)
+    # An exemplar prior's steps encode in chunks, which is not captured; evaluation reads what they have encoded.
+    assert shapes == ([VALIDATION] if name == "exemplar" else [[20], LAST, VALIDATION])
     assert history("captured") == history("plain")
     assert cli("train", "--out", "captured", "--resume", "--epochs", "3")[0] == 0
     assert cli(*command, "--out", "plain", "--overwrite", "--epochs", "3")[0] == 0

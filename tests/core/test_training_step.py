@@ -17,7 +17,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 
 import fastvae
-from fastvae import VAE, ExemplarPrior, MixturePrior, TrainingStep, VampPrior, training
+from fastvae import VAE, ExemplarPrior, MixturePrior, TrainingStep, VampPrior, _capture
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 DATA = torch.rand(20, 6)
@@ -230,13 +230,13 @@ def test_what_a_graph_depends_on_makes_a_graph_of_its_own(captures: list[list[in
 def test_a_capture_casts_the_weights_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast keeps weights that it has cast; a graph would read those of its capture forever."""
     kept: list[bool] = []
-    real = training._captured
+    real = _capture._captured
 
     def captured(*arguments: Any) -> Any:
         kept.append(torch.is_autocast_cache_enabled())
         return real(*arguments)
 
-    monkeypatch.setattr(training, "_captured", captured)
+    monkeypatch.setattr(_capture, "_captured", captured)
     step = TrainingStep(model(), adam(model()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(3):

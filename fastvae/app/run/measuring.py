@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastvae import VAE
+from fastvae import VAE, _capture
 from fastvae.app.run.checkpoint import Measures
 from fastvae.vae import VAEOutput
 
@@ -17,17 +19,38 @@ def with_fixed_prior(vae: VAE) -> VAE:
     return VAE(vae.encoder, vae.decoder, vae.prior.snapshot(), vae.likelihood).eval()
 
 
-@torch.no_grad()
+class Meter:
+    """Measures a model as often as it is called; on a GPU by a CUDA graph for each size of a batch.
+
+    The prior that a graph reads has the components of the last call.  So each call encodes them and copies them there.
+    """
+
+    def __init__(self, vae: VAE, num_samples: int = 1, bound: str = "elbo") -> None:
+        self._vae, self._num_samples, self._bound = vae, num_samples, bound
+        self._fixed: VAE | None = None
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Measures:
+        """The bound, the ELBO and its two terms, each the mean over the images x [N, pixels]."""
+        was_training = self._vae.training
+        self._vae.eval()
+        if self._fixed is None:
+            self._fixed = fixed = with_fixed_prior(self._vae)
+            one_pass = partial(fixed, num_samples=self._num_samples, bound=self._bound)
+            capture = (_capture.why_not(fixed) or _capture.forbidden()) is None
+            self._replays = _capture.Replays[VAEOutput](one_pass, fixed, capture=capture)
+        else:
+            self._fixed.prior.load_state_dict(self._vae.prior.snapshot().state_dict())
+        total = Total(x.device)
+        for batch in x.split(max(1, VALIDATION_BATCH // self._num_samples)):
+            total.add(self._replays(batch))
+        self._vae.train(was_training)
+        return total.mean()
+
+
 def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo") -> Measures:
-    """The bound, the ELBO and its two terms, each the mean over the images x [N, pixels]."""
-    was_training = vae.training
-    vae.eval()
-    frozen = with_fixed_prior(vae)
-    total = Total(x.device)
-    for batch in x.split(max(1, VALIDATION_BATCH // num_samples)):
-        total.add(frozen(batch, num_samples=num_samples, bound=bound))
-    vae.train(was_training)
-    return total.mean()
+    """What a :class:`Meter` measures, once."""
+    return Meter(vae, num_samples, bound)(x)
 
 
 class Total:

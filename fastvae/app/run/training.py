@@ -29,7 +29,7 @@ from fastvae.app.run.checkpoint import (
 )
 from fastvae.app.run.config import TrainConfig
 from fastvae.app.run.folder import RunFolder
-from fastvae.app.run.measuring import Total, measure
+from fastvae.app.run.measuring import Meter, Total
 from fastvae.app.run.networks import build
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import versions, with_fingerprint
@@ -107,6 +107,7 @@ def train(
         bound=config.bound,
         gradient=config.gradient,
     )
+    meter = Meter(vae, config.num_samples, config.bound)
 
     while not finished(config, state):
         epoch = state["epoch"] + 1
@@ -117,7 +118,7 @@ def train(
         seconds = time.perf_counter() - started
         # The same noise for every epoch: the bounds of two epochs then differ by their models alone.
         reseed(config.seed, Stream.VALIDATE)
-        validated = measure(vae, validation, config.num_samples, config.bound)
+        validated = meter(validation)
         line = Epoch(epoch=epoch, beta=beta, train=measured, validation=validated, seconds=seconds)
         state = _next(state, line, vae, optimizer)
         if epoch == first:
