@@ -259,7 +259,7 @@ MUTATIONS = [
     cuda(
         "the path derivative without its square",
         "gaussian.cu",
-        "subtracted *= eps[j] * eps[j];",
+        "subtracted[j] *= eps[j] * eps[j];",
         "",
         "sticking the landing does not stick",
         ("tests/backends/test_emulated_smoke.py", *SAMPLING),
