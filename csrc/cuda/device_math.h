@@ -44,12 +44,15 @@ FASTVAE_INLINE float float_of(int32_t bits) {
   return x;
 }
 
-constexpr double factorial(int n) { return n < 2 ? 1.0 : n * factorial(n - 1); }
+template <int n>
+constexpr double kFactorial = n * kFactorial<n - 1>;
+template <>
+inline constexpr double kFactorial<0> = 1.0;
 
 // 1 / k! - y / (k + 2)! + y^2 / (k + 4)! - ..., to the power `degree` of y; minus_y is -y.
 template <int k, int degree, class T>
 FASTVAE_INLINE T alternating_series(T minus_y) {
-  constexpr T first = T(1 / factorial(k));
+  constexpr T first = T(1 / kFactorial<k>);
   if constexpr (degree == 0)
     return first;
   else

@@ -41,9 +41,12 @@ __device__ __forceinline__ void fetch_components(const Task<T>& task, int64_t fi
   const int D = int(mix.D), padded = (D + kVector - 1) / kVector * kVector;
   for (int i = int(threadIdx.x); i < kOwn * padded; i += kThreads) {
     const int own = i / padded, d = i % padded;
-    const bool present = d < D && is_present(mix, first + own);
-    shared.mu[own][d] = present ? mix.mu[(first + own) * D + d] : T(0);
-    shared.s[own][d] = present ? mix.logvar[(mix.shared ? 0 : first + own) * D + d] : T(0);
+    const bool inside = d < D && first + own < mix.K;
+    const T mu = inside ? mix.mu[(first + own) * D + d] : T(0);
+    const T logvar = inside ? mix.logvar[(mix.shared ? 0 : first + own) * D + d] : T(0);
+    const bool present = is_present(mix, first + own);  // the loads of mu and logvar need not wait for it
+    shared.mu[own][d] = present ? mu : T(0);
+    shared.s[own][d] = present ? logvar : T(0);
   }
   __syncthreads();
   if (int(threadIdx.x) < kOwn) {
@@ -86,9 +89,9 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
     }
   };
   const auto finish = [&](int m) {
-    const T log_prob = wanted.log_prob[m];
+    const T log_prob = wanted.log_prob[m], upstream = upstream_gradient(wanted.grad, wanted.negated, m);
     const bool has_density = log_prob != T(-INFINITY);
-    const T grad = has_density ? upstream_gradient(wanted.grad, wanted.negated, m) : T(0);
+    const T grad = has_density ? upstream : T(0);
     const T limit = wanted.dense ? T(-INFINITY) : log_prob + task.log_negligible;
     const int64_t excluded = mix.exclude ? mix.exclude[m] : -1;
 #pragma unroll
@@ -104,6 +107,10 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
   __syncthreads();
   for (int begin = 0; begin < D; begin += kThreads) {
     const Slices slices(begin, D);
+    T logvar[kOwn];  // is used at the end, and on its way until then
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own)
+      logvar[own] = first + own < mix.K ? mix.logvar[(mix.shared ? 0 : first + own) * D + slices.d] : T(0);
     T wu[kOwn] = {}, wuu[kOwn] = {}, w_sum[kOwn] = {};
     if (slices.index < slices.count) {
 #pragma unroll 4
@@ -139,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2) small_components(Task<T> task) {
         }
         if (k >= mix.K) continue;
         const int64_t to = k * D + slices.d;
-        const T v = is_present(mix, k) ? T(exp(-bounded(mix.logvar[mix.shared ? slices.d : to]))) : T(0);
+        const T v = shared.c[own] == T(-INFINITY) ? T(0) : T(exp(-bounded(logvar[own])));
         if (wanted.dmu) wanted.dmu[to] = v * all_wu;
         if (task.dlogvar) task.dlogvar[to] = T(0.5) * T(fma(v, all_wuu, -all_w));
         if (wanted.dweights && slices.d == 0) wanted.dweights[k] = all_w;

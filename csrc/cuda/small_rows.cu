@@ -92,6 +92,25 @@ __device__ __forceinline__ void weigh(const Task<T>& task, int64_t first, Shared
   }
 }
 
+// Some components' numbers in one dimension: of those from `from` on, each of a slice's `step`-th.
+template <class T>
+struct ComponentBatch {
+  static constexpr int kSize = 2 * Tile<T>::kVector;
+  T mu[kSize], logvar[kSize];
+
+  __device__ __forceinline__ ComponentBatch(const Mixture<T>& mix, int from, int step, int d) {
+    const int last = int(mix.K) - 1, D = int(mix.D);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int k = from + i * step < last ? from + i * step : last, at = k * D + d;
+      mu[i] = mix.mu[at];
+      logvar[i] = mix.logvar[mix.shared ? d : at];
+    }
+  }
+};
+
+// A slice has dozens of components.  To wait for one after the other would take longer than all else in this kernel, so
+// a batch is on its way while the one before it is added, and nothing within a batch depends on a branch.
 template <class T, int kOwn>
 __device__ __forceinline__ void add_gradients(const Task<T>& task, int64_t first, Shared<T, kOwn>& shared) {
   const int K = int(task.mix.K), D = int(task.mix.D);
@@ -99,14 +118,23 @@ __device__ __forceinline__ void add_gradients(const Task<T>& task, int64_t first
     const Slices slices(begin, D);
     T sum[kOwn] = {};
     if (slices.index < slices.count) {
-#pragma unroll 4
-      for (int k = slices.index; k < K; k += slices.count) {
-        const int at = k * D + slices.d;
-        const T mu = task.mix.mu[at], v = T(exp(-bounded(task.mix.logvar[task.mix.shared ? slices.d : at])));
+      constexpr int n = ComponentBatch<T>::kSize;
+      ComponentBatch<T> next(task.mix, slices.index, slices.count, slices.d);
+      for (int first_k = slices.index; first_k < K; first_k += n * slices.count) {
+        const ComponentBatch<T> batch = next;
+        next = ComponentBatch<T>(task.mix, first_k + n * slices.count, slices.count, slices.d);
+        T v[n];
 #pragma unroll
-        for (int r = 0; r < kOwn; ++r) {
-          const T w = shared.weights[k][r];  // 0 for a component whose mu may be NaN
-          if (w != T(0)) sum[r] = T(fma(w, (shared.z[r][slices.d] - mu) * v, sum[r]));
+        for (int i = 0; i < n; ++i) v[i] = T(exp(-bounded(batch.logvar[i])));
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          const int k = first_k + i * slices.count;
+#pragma unroll
+          for (int r = 0; r < kOwn; ++r) {
+            const T w = k < K ? shared.weights[k][r] : T(0);  // 0 for a component whose mu may be NaN
+            const T more = T(fma(w, (shared.z[r][slices.d] - batch.mu[i]) * v[i], sum[r]));
+            sum[r] = w == T(0) ? sum[r] : more;
+          }
         }
       }
     }

@@ -76,6 +76,18 @@ def test_small_problems_and_samples_move_16_bytes_at_a_time(arch: int) -> None:
             assert code.memory["LDS.128"] > 0, kernel.name
 
 
+def test_loops_that_wait_for_memory_ask_for_much_at_a_time(arch: int) -> None:
+    """The sampler and the score of small problems: where a branch stood between two loads, one would wait for both."""
+    loops = {kernel.name: code.loops for kernel, code in compiled_for(arch)}
+    for name in ("rsample<float, true>", "kl<float, true>"):
+        assert loops[name][0].kinds["LDG.128"] == 4, name
+    # beside the loop's own jump, one for each of the two fours: the noise has none
+    assert loops["rsample<float, true>"][0].kinds["BRA"] <= 3
+    for own in (1, 4):
+        batch = [loop for loop in loops[f"small_rows<float, true, {own}>"] if loop.kinds["LDG.32"] == 16]
+        assert len(batch) == 1 and batch[0].kinds["BRA"] == 1, own
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtype: torch.dtype) -> None:
     """What the machine code does not tell is a table of the report: it must be what is launched."""
