@@ -92,7 +92,7 @@ __device__ __forceinline__ void weigh(const Task<T>& task, int64_t first, Shared
   }
 }
 
-// Some components' numbers in one dimension: of those from `from` on, each of a slice's `step`-th.
+// The numbers in dimension d of every step-th component from `from` on; past the end, the last component's again.
 template <class T>
 struct ComponentBatch {
   static constexpr int kSize = 2 * Tile<T>::kVector;
