@@ -127,6 +127,26 @@ def test_backward_is_the_specifications(impl: str, num_samples: int | None, path
             assert torch.allclose(got, want, rtol=1e-5, atol=1e-5), shape
 
 
+@pytest.mark.parametrize("path_derivative", [False, True], ids=["total", "path"])
+@pytest.mark.parametrize("D", [140, 396])
+def test_wide_rows_of_whole_fours(impl: str, D: int, path_derivative: bool) -> None:
+    """In float32, where a CUDA lane takes two fours of such a row at a time; not every lane has the second."""
+    mu, logvar = (v.requires_grad_() for v in posterior((9, D)))
+    results = []
+    for backend, inputs in ((impl, (mu, logvar)), ("reference", (mu.double(), logvar.double()))):
+        z, log_q = sample(4, *inputs, 2, path_derivative=path_derivative, impl=backend)
+        kl = fastvae.gaussian_kl(*inputs, impl=backend)
+        torch.manual_seed(0)
+        upstream = [torch.randn(output.shape).to(output) for output in (z, log_q, kl)]
+        gradients = [
+            *torch.autograd.grad([z, log_q], inputs, upstream[:2]),
+            *torch.autograd.grad(kl, inputs, upstream[2]),
+        ]
+        results.append([z, log_q, kl, *gradients])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("D", [256, 257])  # rows that begin where a vector does, and rows that do not
 def test_results_beyond_the_caches(cpu_impl: str, D: int) -> None:
     """Above 8 MiB results are stored another way: every row is there, the first ones with a small call's bits."""
