@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..experiments import triton_precision
+from ..experiments import certificate, triton_precision
 from ..gpu.gpu_targets import target_table
 from .gpu_records import gpu_records
 from .registry import Results, table
@@ -12,6 +12,12 @@ from .registry import Results, table
 def precision(results: Results) -> str:
     """What each precision of the Triton kernels loses."""
     return triton_precision.markdown(results.read("triton-precision.json"))
+
+
+@table("certificate", "certificate.json")
+def certified(results: Results) -> str:
+    """How many pairs the CUDA kernels may compute by products and be exact."""
+    return certificate.markdown(results.read("certificate.json"))
 
 
 @table("triton-targets", "*")  # also where nothing is recorded, which is what it then says
