@@ -9,6 +9,7 @@ judged by them.  Writes measure.json after each figure and targets.md at the end
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import fastvae
 from fastvae._files import whole_file, write_json
-from fastvae.benchmarks.inputs import diffuse
+from fastvae.benchmarks.inputs import MixtureInputs, diffuse, find_latents, from_file
 from fastvae.benchmarks.memory import extra_peak
 from fastvae.benchmarks.peers.expansion import log_prob as expansion
 
@@ -33,6 +35,7 @@ from .clocks import Run, Times, clocks
 from .gpu_targets import D, K, M, clock_table, target_table
 
 PRECISIONS = ("highest", "high", "medium")
+PEERS = (("highest", "expansion"), ("high", "expansion tf32"))
 CALLS_SECONDS = 0.02  # for so long calls in a row are timed
 Figure = Callable[[], float | Times]
 
@@ -69,7 +72,7 @@ class Measurement:
             yield f"error {precision}", partial(self.error, precision)
             yield f"forward {precision}", partial(self.ours, precision, backward=False)
             yield f"both {precision}", partial(self.ours, precision, backward=True)
-        for name, setting in (("expansion", "highest"), ("expansion tf32", "high")):
+        for setting, name in PEERS:
             yield f"forward {name}", partial(self.theirs, setting, backward=False)
             yield f"both {name}", partial(self.theirs, setting, backward=True)
         yield "rsample", lambda: self.times(self.sampler("triton"))
@@ -78,9 +81,20 @@ class Measurement:
             yield f"graph{ending}", partial(self.graph, self.density_step, impl)
             yield f"small{ending}", partial(self.small, impl)
             yield f"KL graph{ending}", partial(self.graph, self.kl_step, impl)
-        yield "error cuda", partial(self.error, "highest", self.cuda)
-        yield "forward cuda", partial(self.ours, "highest", backward=False, impl=self.cuda)
-        yield "both cuda", partial(self.ours, "highest", backward=True, impl=self.cuda)
+        for precision in PRECISIONS:
+            name = "cuda" if precision == "highest" else f"cuda {precision}"
+            yield f"error {name}", partial(self.error, precision, self.cuda)
+            yield f"forward {name}", partial(self.ours, precision, backward=False, impl=self.cuda)
+            yield f"both {name}", partial(self.ours, precision, backward=True, impl=self.cuda)
+        for backward, name in ((False, "forward"), (True, "both")):
+            yield f"{name} cuda difference", partial(self.by_difference, backward)
+        for name, data in self.others():
+            for backward, work in ((False, "forward"), (True, "both")):
+                for setting, peer in PEERS:
+                    yield f"{work} {peer}, {name}", partial(self.theirs, setting, backward, data)
+                for precision in PRECISIONS:
+                    ours = partial(self.ours, precision, backward, self.cuda, data)
+                    yield f"{work} cuda {precision}, {name}", ours
         yield "rsample cuda", lambda: self.times(self.sampler(self.cuda))
         for components in (7,) if self.dry else (500, 5000):
             for prior in ("eager", "cuda", "triton", "composite"):
@@ -88,18 +102,33 @@ class Measurement:
             for prior in ("cuda", "triton"):
                 yield f"step {prior} captured {components}", partial(self.step, prior, components, captured=True)
 
-    def arguments(self, shape: tuple[int, int, int], leaves: bool) -> list[Tensor]:
-        data = diffuse(*shape).to(self.device)
-        return [t.requires_grad_(leaves) for t in (data.z, data.mu, data.logvar, data.log_weights)]
+    def others(self) -> Iterator[tuple[str, MixtureInputs]]:
+        """Other inputs than those of the large work."""
+        shapes = ((8, 20, 4), (6, 10, 3)) if self.dry else ((1000, 50_000, 40), (1024, 25_000, 40))
+        yield "diffuse", diffuse(*shapes[0])
+        if (path := find_latents()) is not None:
+            yield "mnist_latents", from_file(path, *shapes[1][:2])
 
-    def ours(self, precision: str, backward: bool, impl: str = "triton") -> Times:
+    def arguments(self, shape: tuple[int, int, int], leaves: bool) -> list[Tensor]:
+        return self.tensors(diffuse(*shape), leaves)
+
+    def tensors(self, data: MixtureInputs, leaves: bool) -> list[Tensor]:
+        there = data.to(self.device)
+        return [t.requires_grad_(leaves) for t in (there.z, there.mu, there.logvar, there.log_weights)]
+
+    def ours(self, precision: str, backward: bool, impl: str = "triton", data: MixtureInputs | None = None) -> Times:
         """The density."""
-        arguments = self.arguments(self.large, backward)
+        arguments = self.arguments(self.large, backward) if data is None else self.tensors(data, backward)
 
         def density(*given: Tensor) -> Tensor:
             return fastvae.mixture_log_prob(*given, precision=precision, impl=impl)
 
         return self.times(self.work(density, arguments))
+
+    def by_difference(self, backward: bool) -> Times:
+        """The density at the highest precision, without trying products that are certified."""
+        with patch.dict(os.environ, FASTVAE_CERTIFICATE="0"):
+            return self.ours("highest", backward, self.cuda)
 
     def small(self, impl: str) -> Times:
         """Forward (100, 500, 40), launched by hand."""
@@ -111,14 +140,15 @@ class Measurement:
             return lambda: density(*arguments)
         return lambda: torch.autograd.grad(density(*arguments).sum(), arguments)
 
-    def theirs(self, setting: str, backward: bool) -> Times:
+    def theirs(self, setting: str, backward: bool, data: MixtureInputs | None = None) -> Times:
         """The compiled expansion; in a dry run not compiled."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(setting)
         torch.compiler.reset()
         try:
             density = expansion if self.dry else torch.compile(expansion, dynamic=False)
-            return self.times(self.work(density, self.arguments(self.large, backward)))
+            arguments = self.arguments(self.large, backward) if data is None else self.tensors(data, backward)
+            return self.times(self.work(density, arguments))
         finally:
             torch.set_float32_matmul_precision(before)
 

@@ -127,14 +127,14 @@ def _of_tests(context: Context) -> dict[str, str | None]:
 TOTAL = 570.0
 STAGES = (
     Stage("build", 70, _build),
-    _measuring("measure", 100),
+    _measuring("measure", 140),
     Stage("test", 110, _test, variables=_of_tests),
     Stage("train", 40, _train),
-    Stage("bench", 60, _bench, variables=_interpreted_if_dry),
-    Stage("sanitize", 45, _sanitize, why_not=_without_sanitizer),
+    Stage("bench", 45, _bench, variables=_interpreted_if_dry),
+    Stage("sanitize", 35, _sanitize, why_not=_without_sanitizer),
     _measuring("tune", 45),
-    _peer("keops", "pykeops", 25, SHAPES),
-    _peer("flash-gmm", "flash_gmm_diag_h100", 45, SHAPES[1:]),
+    _peer("keops", "pykeops", 20, SHAPES),
+    _peer("flash-gmm", "flash_gmm_diag_h100", 35, SHAPES[1:]),
     Stage("static", 15, _static, variables=lambda context: {"TRITON_INTERPRET": None}),
     Stage("figures", 10, _figures),
 )
