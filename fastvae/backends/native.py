@@ -24,6 +24,18 @@ operators = Operators(*define("", SCHEMAS))
 from_parts.register(library, "", operators)
 
 
+def _on_tensor_cores(precision: str) -> Operators:
+    """Those of the CUDA kernels at a lower precision; the sampler and the KL in closed form have one for all."""
+    prefix, mixture = f"cuda_{precision}_", [schema for schema in SCHEMAS if schema.name.startswith("mixture")]
+    handles = {schema.name: handle for schema, handle in zip(mixture, define(prefix, mixture), strict=True)}
+    of_precision = operators._replace(**handles)
+    from_parts.register(library, prefix, of_precision)
+    return of_precision
+
+
+_on_cuda = {"highest": operators} | {precision: _on_tensor_cores(precision) for precision in ("high", "medium")}
+
+
 def _load_extension() -> str | None:
     """Load the compiled kernels; the reason why not, or None."""
     if not _EXTENSION.exists():
@@ -84,13 +96,17 @@ CPU = Backend(
     exponents=ExponentOperators(*define("", EXPONENT_SCHEMAS)),
     about="compiled kernels",
 )
-CUDA = Backend(
-    impl="cuda",
-    devices=("cuda",),
-    missing=missing_on_cuda,
-    operators=operators,
-    default_on=("cuda",),
-    measured_in=("gpu-h100", "gpu-h200"),
-    score_in_forward=True,
-    about="compiled kernels on CUDA cores",
+CUDA = tuple(
+    Backend(
+        impl="cuda",
+        devices=("cuda",),
+        missing=missing_on_cuda,
+        operators=of_precision,
+        precision=precision,
+        default_on=("cuda",),
+        measured_in=("gpu-h100", "gpu-h200") if precision == "highest" else (),
+        score_in_forward=True,
+        about="compiled CUDA kernels",
+    )
+    for precision, of_precision in _on_cuda.items()
 )

@@ -10,7 +10,7 @@ from fastvae.backends.backend import Backend
 
 # In the order in which impl=None looks through them.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (native.CPU, native.CUDA, *triton.TRITON, composite.COMPOSITE)
+    backend.name: backend for backend in (native.CPU, *native.CUDA, *triton.TRITON, composite.COMPOSITE)
 }
 IMPLS = ("reference", *dict.fromkeys(backend.impl for backend in BACKENDS.values()))
 PRECISIONS = ("highest", "high", "medium")

@@ -26,13 +26,25 @@ def _library() -> Path:
 
 
 @once
-def _loaded() -> tuple[Operators, ctypes.CDLL]:
+def _loaded() -> tuple[dict[str, Operators], ctypes.CDLL]:
     built = _library()
-    operators = Operators(*define("", SCHEMAS, register(built, "fastvae_emulated")))
+    definitions = register(built, "fastvae_emulated")
+    operators = {"cuda": Operators(*define("", SCHEMAS, definitions))}
+    mixture = [schema for schema in SCHEMAS if schema.name.startswith("mixture")]
+    for precision in ("high", "medium"):
+        handles = define(f"cuda_{precision}_", mixture, definitions)
+        of_precision = {schema.name: handle for schema, handle in zip(mixture, handles, strict=True)}
+        operators[f"cuda-{precision}"] = operators["cuda"]._replace(**of_precision)
     return operators, ctypes.CDLL(str(built))
 
 
-def operators() -> Operators:
+def operators(backend: str = "cuda") -> Operators:
+    """Those of a backend in the registry: "cuda", "cuda-high" or "cuda-medium"."""
+    return of_backends()[backend]
+
+
+def of_backends() -> dict[str, Operators]:
+    """The operators of each."""
     return _loaded()[0]
 
 

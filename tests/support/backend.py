@@ -43,8 +43,9 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         if internals.missing_cuda() is None:
             call_on(monkeypatch, "cuda", "cuda")
         else:
-            internals.use_operators(monkeypatch, "cuda", cuda.operators())
-            internals.take_any_device(monkeypatch, "cuda")
+            for backend, operators in cuda.of_backends().items():
+                internals.use_operators(monkeypatch, backend, operators)
+                internals.take_any_device(monkeypatch, backend)
         monkeypatch.setenv("FASTVAE_TILES", "1" if variant.endswith("tiled") else "0")
     elif impl == "triton":
         _use_triton(monkeypatch, small=variant == "small")

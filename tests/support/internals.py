@@ -65,10 +65,10 @@ def pretend_no_extension(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     monkeypatch.setattr(native, "extension_missing", reason)
 
 
-def take_any_device(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
-    """Let a backend take tensors on whatever device they are."""
-    backend = BACKENDS[impl]
-    monkeypatch.setitem(BACKENDS, impl, replace(backend, devices=None, missing=lambda device: None))
+def take_any_device(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Let a backend, by its name in the registry, take tensors on whatever device they are."""
+    there = replace(BACKENDS[backend], devices=None, missing=lambda device: None)
+    monkeypatch.setitem(BACKENDS, backend, there)
 
 
 def note_backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
