@@ -80,6 +80,11 @@ def emulated_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return _emulated(request, "cuda-emulated", monkeypatch)
 
 
+@pytest.fixture
+def emulated_tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Operators | None:
+    return _emulated(request, "cuda-emulated-tiled", monkeypatch)
+
+
 def _emulated(request: pytest.FixtureRequest, name: str, monkeypatch: pytest.MonkeyPatch) -> Operators | None:
     """The emulated operators; None where a GPU runs the real ones and the test takes no operators by name.
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budget import allowance, assert_within, hard_case, run
+from budget import allowance, assert_within, diffuse_case, hard_case, run
 from support.internals import Operators
 
 from .smoke import assert_sampling_and_kl_are_the_specifications, assert_score_is_right
 from .test_cuda import everything
+from .test_cuda_precisions import assert_within_products, log_prob_at
 from .test_mixture_edges import with_nan
 
 
@@ -34,6 +35,19 @@ def test_the_score() -> None:
 @pytest.mark.usefixtures("emulated")
 def test_sampling_and_kl_are_the_specifications() -> None:
     assert_sampling_and_kl_are_the_specifications("cuda")
+
+
+@pytest.mark.usefixtures("emulated_tiled")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_product_form(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles; a component left out; the gradients by products and, above D = 64, by differences."""
+    for M, K, D in ((130, 140, 9), (20, 100, 66)):
+        case = replace(diffuse_case(M, K, D), exclude=torch.arange(M) - 1)
+        assert_within_products(case, precision, what=f"M={M} K={K} D={D}")
+        monkeypatch.setenv("FASTVAE_EMULATION_ORDER", "descending")
+        backwards = log_prob_at(case, precision)
+        monkeypatch.delenv("FASTVAE_EMULATION_ORDER")
+        assert torch.equal(backwards, log_prob_at(case, precision))
 
 
 def test_no_thread_depends_on_when_another_runs(emulated: Operators, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,10 @@ MARKS = {
 }
 
 # A parameter names the backend, or one of these fixtures.
-_BACKEND_OF_FIXTURE = {"triton": "triton", "small_triton": "triton-small", "emulated_small": "cuda-emulated"}
+_BACKEND_OF_FIXTURE = {
+    **{"triton": "triton", "small_triton": "triton-small"},
+    **{"emulated_small": "cuda-emulated", "emulated_tiled": "cuda-emulated-tiled"},
+}
 _MARK_OF_FOLDER = {"machine_code": "machine_code"}
 _MARK_OF_FILE = {
     "test_static_report": "machine_code",
