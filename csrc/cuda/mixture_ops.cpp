@@ -36,12 +36,21 @@ bool by_products(const Mixture<T>& mix) {
 }
 
 template <int kParts, class T>
-void backward(const Mixture<T>& mix, const Gradients<T>& wanted, const Tensor& like, const OnDeviceOf& device) {
+void backward(const Mixture<T>& mix, Gradients<T> wanted, const Tensor& like, const OnDeviceOf& device) {
   if constexpr (kParts > 0 && sizeof(T) == 4)
     if (by_products<kParts>(mix))
       return with_scratch<T>(like, product_backward_scratch<kParts>(mix, wanted), [&](T* scratch) {
         mixture_product_backward<kParts>(mix, wanted, nullptr, scratch, device.stream());
       });
+  // The difference form makes weights exp(a - l) of its own a, so l is to be of that form as well: that of the product
+  // form is off by so much in a far row that the weights would not be below one.
+  const bool of_products = kParts > 0 && sizeof(T) == 4 && !is_small(mix.M, mix.K, mix.D);
+  const Tensor log_prob = empty(like, {of_products ? mix.M : 0});
+  if (of_products) {
+    with_scratch<T>(like, forward_scratch(mix),
+                    [&](T* scratch) { mixture_forward(mix, scratch, output<T>(log_prob), device.stream()); });
+    wanted.log_prob = input<T>(log_prob);
+  }
   with_scratch<T>(like, backward_scratch(mix, wanted),
                   [&](T* scratch) { mixture_backward(mix, wanted, scratch, device.stream()); });
 }
@@ -58,7 +67,8 @@ void forward(const Mixture<T>& mix, const Tensor& log_prob, T* score, const OnDe
   if (is_small(mix.M, mix.K, mix.D))
     return small_forward<T>({mix, nullptr, nullptr, output<T>(log_prob), score}, device.stream());
   if constexpr (kParts > 0 && sizeof(T) == 4) {
-    if (score && by_products<kParts>(mix)) {  // both in one pass
+    if (score && !by_products<kParts>(mix)) return forward<0>(mix, log_prob, score, device);
+    if (score) {  // both in one pass
       const Gradients<T> wanted = score_of(log_prob, score);
       return with_scratch<T>(log_prob, product_backward_scratch<kParts>(mix, wanted), [&](T* scratch) {
         mixture_product_backward<kParts>(mix, wanted, output<T>(log_prob), scratch, device.stream());

@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads)
     if (features.shape.squares)
       score += 2.0f * centred * merged.sum(task, m, features.shape.width + d) * (unit * unit * survey.square_unit[d]);
     score = score / (merged.total * float(kLog2E)) - centred * exp(-bounded(survey.max_logvar[d]));
+    if (l != l) score = l;  // the features of a row that has NaN are 0
     out[m * mix.D + d] = l == -INFINITY ? 0.0f : upstream * score;
   }
 }
