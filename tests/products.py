@@ -89,13 +89,14 @@ def product_band(case: Case, precision: str) -> Result:
     log_prob, da = torch.logsumexp(a, -1), exponent_band(case, precision)
     dl = torch.logsumexp(a + da, -1) - log_prob + U * (log_prob.abs() + 3 + K**0.5)
     rounded = U * (log_prob.abs() + 0.5 * (z.square() * v.amin(0)).sum(-1))  # l - R
-    r = torch.exp(a - log_prob[:, None])
-    dr = (r * torch.expm1((da + (dl + rounded)[:, None]).clamp(max=100.0))).clamp(max=1.0) + U * (1 / K + 1 / M)
+    x, move = a - log_prob[:, None], da + (dl + rounded)[:, None]
+    r, most = torch.exp(x), torch.exp((x + move).clamp(max=0.0))
+    dr = torch.maximum(most - r, -r * torch.expm1(-move)) + U * (1 / K + 1 / M)
 
     each = FACTORS[precision] + 4 * CUT_OFF + U * (4 + max(M, K) ** 0.5)
-    r, dr, g = r[..., None], dr[..., None], case.grad.abs()[:, None, None]
+    most, dr, g = most[..., None], dr[..., None], case.grad.abs()[:, None, None]
     distance, sizes = (z[:, None] - mu).abs(), z.abs()[:, None] + mu.abs()  # [M, K, D]
-    first = g * v * (dr * distance + each * r * sizes)
-    second = 0.5 * g * (dr * (distance.square() * v - 1).abs() + each * r * (sizes.square() * v + 1))
-    dlog_weights = (g * (dr + each * r)).sum((0, 2)) if case.log_weights is not None else case.z.new_empty(0)
+    first = g * v * (dr * distance + each * most * sizes)
+    second = 0.5 * g * (dr * (distance.square() * v - 1).abs() + each * most * (sizes.square() * v + 1))
+    dlog_weights = case.z.new_empty(0) if case.log_weights is None else (g * (dr + each * most)).sum((0, 2))
     return Result(dl, first.sum(1), first.sum(0), second.sum(0).sum_to_size(case.logvar.shape), dlog_weights)

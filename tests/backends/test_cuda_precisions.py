@@ -278,6 +278,22 @@ def test_an_outlier_has_no_weight_above_one(precision: str, factor: float, D: in
     assert_within_products(replace(case, z=z), precision)
 
 
+@each_precision
+@pytest.mark.parametrize("D", [8, 64, 72])
+def test_responsibilities_sum_to_one(emulated_tiled: Operators, precision: str, D: int) -> None:
+    """However far from all components a row lies: its gradients in the weights are they."""
+    case, operators = diffuse_case(11, 50, D), cuda.operators(f"cuda-{precision}")
+    z = case.z * torch.logspace(0, 5, 11)[:, None]
+    arguments = z, case.mu, case.logvar, torch.zeros(50), None
+    log_prob = operators.mixture_log_prob(*arguments)
+    for m in range(11):
+        grad = torch.zeros(11).index_fill(0, torch.tensor(m), 1.0)
+        *_, responsibilities = operators.mixture_log_prob_backward(
+            grad, log_prob, *arguments, False, False, False, False, True
+        )
+        assert abs(float(responsibilities.sum()) - 1) <= 2.0**-12, f"a row of {float(z[m].norm()):.0f} sigmas"
+
+
 @tiled
 @each_precision
 def test_a_narrow_component_costs_the_others_nothing(precision: str) -> None:
