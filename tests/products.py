@@ -9,7 +9,7 @@ A pair's exponent is a = R + c' + x y^T, with the features x and y of csrc/cuda/
   eight products to a sum, each of these nine terms loses at most 2^-23 of the largest, and so does the new sum.  So 16
   features lose 20 x 2^-23.  In "high" their sum begins at 0, and is added by rounding; in "medium" the loss grows.
 - floor: of small features.  An item's features are scaled so that the largest is at least 2^13.  Then the smallest are
-  off by 2^-25, which is half the distance of fp16 numbers near 0, and the largest times 2^-38.
+  off by 2^-25, which is half the distance of fp16 numbers near 0, and that is 2^-38 of the largest.
 - W = 1/2 sum_d (|z'| + |mu'|)^2 / sigma^2: the size of all terms.  Features, R and c' are made in float32, by at most
   ten roundings each, exp(-logvar) included.
 
@@ -18,6 +18,7 @@ exp(+-(da + dl)), but never by more than 1.  The gradients are differences of su
 
 - weights are made of l - R, which is rounded as much as l and R are;
 - a weight is off by as much as a feature, and 64 items lose four times as much as 16 features;
+- small features are off by the floor;
 - a pair is left out where its weight is 2^-26 / K of its row's largest, or 2^-26 / M of its component's.
 """
 
@@ -35,54 +36,55 @@ from fastvae import reference
 U = 2.0**-24
 FACTORS = {"high": 3 * 2.0**-22, "medium": 2.0**-10 + 2.0**-22}  # what a product loses by its factors
 CUT_OFF = 20 * 2.0**-23  # what a sum of 16 features loses
+FLOOR = 2.0**-38  # what a feature is off by at least, as a part of the item's largest
 
 
 class Centred(NamedTuple):
-    """z' [M, D], mu' [K, D], and 1 / sigma^2 [K, D]."""
+    """z' [M, D], mu' [K, D], 1 / sigma^2 [K, D], and the powers of two that scale features [D]."""
 
     z: Tensor
     mu: Tensor
     v: Tensor
+    unit: Tensor
+    square_unit: Tensor
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """|x| [M, F] and |y| [K, F]."""
+        scaled = self.z * self.unit
+        x = torch.cat([scaled, scaled.square() * self.square_unit], -1)
+        excess = 0.5 * (self.v - self.v.amin(0))
+        y = torch.cat([self.mu * self.v / self.unit, excess / (self.unit.square() * self.square_unit)], -1)
+        return x.abs(), y.abs()
 
 
 def centred(case: Case) -> Centred:
-    logvar = case.logvar.expand_as(case.mu)
-    weight = torch.exp(-0.5 * logvar)
-    origin = (weight * case.mu).sum(0) / weight.sum(0)
-    return Centred(case.z - origin, case.mu - origin, torch.exp(-logvar))
-
-
-def features(case: Case) -> tuple[Tensor, Tensor]:
-    """|x| [M, F] and |y| [K, F]."""
-    z, mu, v = centred(case)
-    s = v.sqrt()
+    s = torch.exp(-0.5 * case.logvar.expand_as(case.mu))
+    mu = case.mu - (s * case.mu).sum(0) / s.sum(0)
     variance = (s * mu.square()).sum(0) / s.sum(0)
     unit = torch.exp2(torch.log2(s).mean(0).round())
     square_unit = torch.exp2((-0.5 * torch.log2(3.5 * (variance * unit.square() + 1))).round())
-    x = torch.cat([z * unit, (z * unit).square() * square_unit], -1)
-    y = torch.cat([mu * v / unit, 0.5 * (v - v.amin(0)) / (unit.square() * square_unit)], -1)
-    return x.abs(), y.abs()
+    return Centred(case.z - (case.mu - mu)[0], mu, s.square(), unit, square_unit)
 
 
 def exponent_band(case: Case, precision: str) -> Tensor:
     """What each exponent may be off [M, K]; `case` is what the kernel was given, as float64, all components present."""
-    z, mu, v = centred(case)
+    z, mu, v, *_ = about = centred(case)
     K, D = mu.shape
     whole = 0.5 * ((z.abs()[:, None] + mu.abs()).square() * v).sum(-1)
     log_weights = torch.full((K,), -math.log(K)) if case.log_weights is None else case.log_weights
     c = log_weights.abs() + 0.5 * (torch.log(v).abs().sum(-1) + D * reference.LOG_2PI)
     a = reference.component_log_prob(case.z, case.mu, case.logvar, case.log_weights)
-    x, y = features(case)
+    x, y = about.features()
     steps = math.ceil(x.shape[1] / 16) + 1  # the padding of z' is not that of x
     each = FACTORS[precision] + (CUT_OFF + steps * U if precision == "high" else steps * CUT_OFF)
-    floor = 2.0**-38 * (x.amax(-1, True) * y.sum(-1) + x.sum(-1, True) * y.amax(-1))
+    floor = FLOOR * (x.amax(-1, True) * y.sum(-1) + x.sum(-1, True) * y.amax(-1))
     return each * (x @ y.T) + floor + U * (10 * whole + c + a.abs() + 4)
 
 
 def product_band(case: Case, precision: str) -> Result:
     """What value and gradients may be off, of the same inputs."""
     M, K = len(case.z), len(case.mu)
-    z, mu, v = centred(case)
+    z, mu, v, unit, square_unit = about = centred(case)
     a = reference.component_log_prob(case.z, case.mu, case.logvar, case.log_weights)
     if case.exclude is not None:
         a = a.masked_fill(case.exclude[:, None] == torch.arange(K), -math.inf)
@@ -96,7 +98,13 @@ def product_band(case: Case, precision: str) -> Result:
     each = FACTORS[precision] + 4 * CUT_OFF + U * (4 + max(M, K) ** 0.5)
     most, dr, g = most[..., None], dr[..., None], case.grad.abs()[:, None, None]
     distance, sizes = (z[:, None] - mu).abs(), z.abs()[:, None] + mu.abs()  # [M, K, D]
-    first = g * v * (dr * distance + each * most * sizes)
-    second = 0.5 * g * (dr * (distance.square() * v - 1).abs() + each * most * (sizes.square() * v + 1))
+    x, y = (FLOOR * of_items.amax(-1)[:, None] for of_items in about.features())
+    x, x_squared = (x / unit)[:, None], (x / (unit.square() * square_unit))[:, None]  # [M, 1, D], in units of z
+    y = y * unit * (1 + 2 * z.abs()[:, None] * unit * square_unit)  # [M, K, D]
+    moved = dr * distance + each * most * sizes
+    dz = (g * (v * moved + most * y)).sum(1)
+    dmu = (g * v * (moved + most * x)).sum(0)
+    second = dr * (distance.square() * v - 1).abs() + each * most * (sizes.square() * v + 1)
+    dlogvar = 0.5 * (g * (second + most * v * (x_squared + 2 * mu.abs() * x))).sum(0)
     dlog_weights = case.z.new_empty(0) if case.log_weights is None else (g * (dr + each * most)).sum((0, 2))
-    return Result(dl, first.sum(1), first.sum(0), second.sum(0).sum_to_size(case.logvar.shape), dlog_weights)
+    return Result(dl, dz, dmu, dlogvar.sum_to_size(case.logvar.shape), dlog_weights)

@@ -29,17 +29,17 @@ namespace fastvae::cuda {
 // An item is a row or a component.  The features of an item lie in lines of 128 bytes, eight units of 16 bytes: 32
 // features with hi in the first four units and lo in the others, or 64 features with hi alone.
 constexpr int kLineBytes = 128;
-constexpr int kStep = 16;        // features that one instruction of the tensor cores takes
-constexpr int kOwnItems = 128;   // of a block
+constexpr int kStep = 16;       // features that one instruction of the tensor cores takes
+constexpr int kOwnItems = 128;  // of a block
 
-template <int kParts>            // 2: hi and lo; 1: hi alone
+template <int kParts>  // 2: hi and lo; 1: hi alone
 constexpr int kLineFeatures = kLineBytes / 2 / kParts;
 
 struct FeatureShape {
-  int width;      // where the squares begin: D rounded up to a multiple of 8
-  bool squares;   // whether there are features of squares
-  int steps;      // of kStep features
-  int lines;      // of an item
+  int width;     // where the squares begin: D rounded up to a multiple of 8
+  bool squares;  // whether there are features of squares
+  int steps;     // of kStep features
+  int lines;     // of an item
 };
 
 template <int kParts>
@@ -50,10 +50,10 @@ FeatureShape feature_shape(int64_t D, bool squares) {
 
 // What a kernel must know of an item beside its features.  scale is the power of two that undoes the item's own.
 struct alignas(16) ItemTerms {
-  float constant;        // of a component: c'.  Of a row: the limit of b in product_sums.cuh, without c'
+  float constant;  // of a component: c'.  Of a row, and the next ones of both: see product_sums.cuh
   float scale;
-  float weighted;        // the other side's constant in the sums of weighted features (product_sums.cuh)
-  float inverse_scale;   // in those sums; there a row's has the sign of its upstream gradient
+  float weighted;       // the exponent of 1 / scale; a row's has the logarithm of its upstream gradient as well
+  float inverse_scale;  // a row's has the sign of its upstream gradient
 };
 
 // What all components together decide, [D] each.
@@ -80,11 +80,11 @@ struct Items {
 struct Features {
   FeatureShape shape;
   Survey survey;
-  float* partial;    // of the survey
+  float* partial;  // of the survey
   int64_t parts;
   Items rows, components;
-  float* row_term;   // [rows.count]: R, in nats
-  float* doubtful;   // [rows.count]: not 0 where log_prob - R, in the rows' terms, is too inexact
+  float* row_term;  // [rows.count]: R, in nats
+  float* doubtful;  // [rows.count]: not 0 where log_prob is too inexact for the row's constant
 
   int* uncertain = nullptr;  // not 0 where the difference form has to compute all; null without a certificate
   bool clears = true;        // the survey sets it to 0

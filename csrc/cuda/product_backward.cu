@@ -27,16 +27,15 @@ struct Merged {
   __device__ float sum(const SumsTask& task, int64_t item, int feature) const {
     float sum = 0;
     for (int split = 0; split < task.splits; ++split)
-      sum += factor(task, item, split) *
-             task.sums[(split * task.own.count + item) * (task.shape.steps * kStep) + feature];
+      sum +=
+          factor(task, item, split) * task.sums[(split * task.own.count + item) * (task.shape.steps * kStep) + feature];
     return sum;
   }
 };
 
 // A warp for each row: log_prob [M] unless null, and out [M, D], the score times the upstream gradient.
-__global__ void __launch_bounds__(kThreads)
-    finish_rows(Mixture<float> mix, Features features, SumsTask task, const float* grad, bool negated, float* log_prob,
-                float* out) {
+__global__ void __launch_bounds__(kThreads) finish_rows(Mixture<float> mix, Features features, SumsTask task,
+                                                        const float* grad, bool negated, float* log_prob, float* out) {
   const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int lane = int(threadIdx.x) % 32;
   if (m >= mix.M) return;
@@ -57,25 +56,25 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The logarithm of a row's density without R, l - R, is rounded as much as l and R are.  Where both are large and nearly
-// cancel, or just large, the weights made of it would be off by a large factor.  There it is made anew, by the sums.
-__global__ void __launch_bounds__(kThreads) correct_rows(int64_t M, float limit, Features features, SumsTask task) {
+// The logarithm of a row's density without R, l - R, is rounded as much as l is.  Where l is large, the weights made of it
+// would be off by a large factor.  There it is made anew, by the sums, and kept in two parts.
+__global__ void __launch_bounds__(kThreads) correct_rows(int64_t M, Features features, SumsTask task) {
   const int64_t m = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (m >= M || task.doubtful[m] == 0.0f) return;
   const Merged merged(task, m);
   ItemTerms& terms = features.rows.terms[m];
-  terms.weighted = terms.constant - limit - (merged.reference + log2f(merged.total));
+  terms.constant = -merged.reference;
+  terms.weighted -= log2f(merged.total);
 }
 
 // A warp for each component.  dlogvar is [K, D], also where the components share logvar.
-__global__ void __launch_bounds__(kThreads)
-    finish_components(Mixture<float> mix, Features features, SumsTask task, float* dmu, float* dlogvar,
-                      float* dweights) {
+__global__ void __launch_bounds__(kThreads) finish_components(Mixture<float> mix, Features features, SumsTask task,
+                                                              float* dmu, float* dlogvar, float* dweights) {
   const int64_t k = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int lane = int(threadIdx.x) % 32;
   if (k >= mix.K) return;
   const Merged merged(task, k);
-  const float scale = exp2(merged.reference + features.components.terms[k].constant), s0 = merged.total * scale;
+  const float scale = exp2(merged.reference), s0 = merged.total * scale;
   if (dweights && lane == 0) dweights[k] = s0;
   if (!task.sums) return;
   const bool present = is_present(mix, k);
@@ -103,8 +102,7 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, int othe
   task.others = own_are_rows ? mix.K : mix.M;
   task.exclude = mix.exclude;
   task.M = mix.M;
-  task.own_are_rows = own_are_rows;
-  task.limited = !own_are_rows && !dense;
+  task.limit = own_are_rows || dense ? -INFINITY : log_negligible<float>(mix.K) * float(kLog2E);
   // So many pairs of so small a weight are together less than a quarter of a rounding of the largest one.
   task.negligible = dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
   task.doubtful = nullptr;
@@ -116,11 +114,11 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, int othe
   return task;
 }
 
-template <int kParts, bool kCertified>
+template <int kParts, bool kCertified, bool kOwnAreRows>
 void launch_sums(const Mixture<float>& mix, const Features& features, const SumsTask& task, Stream stream) {
   launch(stream, task.own.count / kOwnItems, task.splits, kThreads,
-         size_t(sums_shared_bytes<kCertified>(task.shape.lines)), weighted_sums<kParts, kCertified>, mix, features,
-         task);
+         size_t(sums_shared_bytes<kCertified>(task.shape.lines)), weighted_sums<kParts, kCertified, kOwnAreRows>, mix,
+         features, task);
 }
 
 template <int kParts, bool kCertified>
@@ -171,7 +169,7 @@ const int* run(const Mixture<float>& mix, const Gradients<float>& wanted, float*
     RowsPlan<kParts, kCertified> plan(mix, wanted.dense, scratch + kUncertain);
     plan.features.uncertain = uncertain;
     pack_features<kParts>(mix, {}, plan.features, stream);
-    launch_sums<kParts, kCertified>(mix, plan.features, plan.task, stream);
+    launch_sums<kParts, kCertified, true>(mix, plan.features, plan.task, stream);
     launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
            wanted.grad, wanted.negated, log_prob, wanted.dz);
   }
@@ -180,10 +178,9 @@ const int* run(const Mixture<float>& mix, const Gradients<float>& wanted, float*
   plan.features.uncertain = uncertain;
   const Features& features = plan.features;
   pack_features<kParts>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
-  launch_sums<kParts, kCertified>(mix, features, plan.doubtful_rows, stream);
-  launch(stream, blocks_for(mix.M, kThreads), 1, kThreads, 0, correct_rows, mix.M,
-         log_negligible<float>(mix.K) * float(kLog2E), features, plan.doubtful_rows);
-  launch_sums<kParts, kCertified>(mix, features, plan.task, stream);
+  launch_sums<kParts, kCertified, true>(mix, features, plan.doubtful_rows, stream);
+  launch(stream, blocks_for(mix.M, kThreads), 1, kThreads, 0, correct_rows, mix.M, features, plan.doubtful_rows);
+  launch_sums<kParts, kCertified, false>(mix, features, plan.task, stream);
   launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components, mix, features, plan.task,
          wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights);
   if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);

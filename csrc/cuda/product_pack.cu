@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kMaxExponent = 60;  // of a power of two that scales
 
-// |l| + |R| beyond which a row's weights are not made from l - R, which is rounded by 2^-24 of that: by 2^-14.
+// |l| beyond which a row's weights are not made from l, which is rounded by 2^-24 of that: by 2^-14.
 constexpr float kDoubtful = 1024.0f;
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
@@ -173,18 +173,21 @@ __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWei
                                 : -INFINITY;
     features.rows.bounds[m] = bounds;
   }
-  ItemTerms terms = {0.0f, power_of_two(exponent), -INFINITY, 0.0f};
-  if (weights.log_prob && m < mix.M && log_prob != -INFINITY) {
-    const float upstream = weights.grad ? weights.grad[m] : 1.0f, grad = weights.negated ? -upstream : upstream;
-    // w 2^exponent, so that with the row's own features the sums have the common scale
-    const float log2_grad = log2f(fabs(grad)) + float(exponent);
-    terms.weighted = log2_grad - (log_prob - term) * float(kLog2E);
-    terms.constant = log2_grad + log_negligible<float>(mix.K) * float(kLog2E);
+  ItemTerms terms = {-INFINITY, power_of_two(exponent), -INFINITY, 0.0f};
+  const float upstream = weights.grad && m < mix.M ? weights.grad[m] : 1.0f,
+              grad = weights.negated ? -upstream : upstream;
+  const bool has_weight = weights.log_prob && m < mix.M && log_prob != -INFINITY && grad != 0.0f;
+  const bool doubtful = has_features && has_weight && fabs(log_prob) > kDoubtful;
+  if (has_weight) {
+    const double log2_density = (double(log_prob) - double(term)) * kLog2E;
+    terms.constant = -float(log2_density);
+    terms.weighted = log2f(fabs(grad)) + float(exponent);
+    if (!doubtful) terms.weighted -= float(log2_density + double(terms.constant));  // what the constant has lost
     terms.inverse_scale = grad < 0.0f ? -power_of_two(-exponent) : power_of_two(-exponent);
   }
   features.rows.terms[m] = terms;
   features.row_term[m] = term;
-  features.doubtful[m] = has_features && weights.log_prob && fabs(log_prob) + fabs(term) > kDoubtful;
+  features.doubtful[m] = doubtful;
 }
 
 // A warp for each component, those of the padding included.  uniform_log_weight is -log K.
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
   if (present) {
     const double log_weight = mix.log_weights ? double(mix.log_weights[k]) : uniform_log_weight;
     const double peak = log_weight - 0.5 * (log_determinant + double(mix.D) * kLog2Pi), c = peak - 0.5 * squares;
-    terms = {float(c * kLog2E), power_of_two(exponent), float(c * kLog2E + exponent), power_of_two(-exponent)};
+    terms = {float(c * kLog2E), power_of_two(exponent), float(exponent), power_of_two(-exponent)};
     const float n = float(mix.D), size = fabs(float(log_weight)) + 0.5f * (logvar_size + n * float(kLog2Pi));
     bounds.allowed = (kRoundoff * (1.0f + sqrtf(n)) * size + allowed_slope(mix.D) * float(peak)) * float(kLog2E);
     bounds.shift = float(peak * kLog2E);

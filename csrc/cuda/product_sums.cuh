@@ -1,17 +1,21 @@
 // Sums of weighted features: the score, and the gradients of the parameters, in the product form (product.h).
 //
 // The kernel has two sides.  Own items i are the rows and other items j the components for the score, and the reverse
-// for the parameters.  With b_ij the logarithm (base 2) of a pair's weight times the scale of the other item's features,
+// for the parameters.  With b_ij the logarithm (base 2) of a pair's weight,
 //
-//   b_ij = acc_ij scale_i scale_j + weighted_j      acc_ij: the product of the items' own features
-//   total_i = sum_j 2^b_ij inverse_scale_j          sums_i = sum_j sign_j 2^b_ij x_j
+//   b_ij = acc_ij scale_i scale_j + c'_k [+ constant_m, where the components are the own items]
+//   total_i = sum_j 2^(b_ij + weighted_j) inverse_scale_j       sums_i = sum_j sign_j 2^(b_ij + weighted_j) x_j
 //
-// with x_j the other item's own features.  A reference near the largest b_ij so far is subtracted from the exponents, and
-// where a larger b_ij appears, what was summed is scaled down, as in flash attention.  So no exponent is too large, for
-// whatever scales the items have.
+// with acc_ij the product of the items' own features, x_j the other item's, and weighted_j the exponent of its scale.  A
+// row's constant is minus the logarithm of its density without R, so that weights are responsibilities.  What cancels may
+// be large, and its roundings many bits: weights sum up to one nevertheless, because acc and the sum with c' have the same
+// bits on both sides and in forward, and the row's constant comes after them.
 //
-// A block has 128 own items and goes through the others, 64 at a time, or 32 with a certificate.  A warp has 16 own items: their features stay in
-// registers, the weights go from one product to the other in registers, and so do the sums.
+// A reference near the largest exponent so far is subtracted, and where a larger one appears, what was summed is scaled
+// down, as in flash attention.  So no exponent is too large, for whatever scales the items have.
+//
+// A block has 128 own items and goes through the others, 64 at a time, or 32 with a certificate.  A warp has 16 own items:
+// their features stay in registers, the weights go from one product to the other in registers, and so do the sums.
 #pragma once
 
 #include "certificate.cuh"
@@ -31,16 +35,15 @@ __device__ __forceinline__ float reference_below(float max) { return fabs(max) <
 struct SumsTask {
   Items own, other;
   FeatureShape shape;
-  int64_t others;             // without the padding
-  const int64_t* exclude;     // [M], or null
+  int64_t others;          // without the padding
+  const int64_t* exclude;  // [M], or null
   int64_t M;
-  bool own_are_rows;
-  bool limited;               // pairs below the skipping rule's limit have no weight: on the components' side alone
-  float negligible;           // bits below the largest weight so far at which a pair does not count in the sums
-  const float* doubtful;      // [own.count] or null: blocks whose own items are all 0 here have nothing to do
+  float limit;            // pairs whose b is below it have no weight: the skipping rule, on the components' side
+  float negligible;       // bits below the largest weight so far at which a pair does not count in the sums
+  const float* doubtful;  // [own.count] or null: blocks whose own items are all 0 here have nothing to do
   int splits;
-  float *reference, *total;   // [splits, own.count]
-  float* sums;                // [splits, own.count, shape.steps kStep]; null where only totals are wanted
+  float *reference, *total;  // [splits, own.count]
+  float* sums;               // [splits, own.count, shape.steps kStep]; null where only totals are wanted
 };
 
 template <bool kCertified>
@@ -52,7 +55,7 @@ int64_t sums_shared_bytes(int lines) {
 
 // With a certificate, pairs that are not certified are computed in the difference form.  Where they are many, the kernel
 // says so in features.uncertain and ends, and what it has written does not count.
-template <int kParts, bool kCertified>
+template <int kParts, bool kCertified, bool kOwnAreRows>
 __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix, Features features, SumsTask task) {
   constexpr int kOthers = kOthersAtOnce<kCertified>;
   constexpr int kLineSteps = kLineFeatures<kParts> / kStep;
@@ -77,7 +80,8 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
     if (!__any_sync(0xFFFFFFFFu, any)) return;
   }
   const int all = int((task.others + kOthers - 1) / kOthers);
-  const int begin = part_begin(all, task.splits, int(blockIdx.y)), end = part_begin(all, task.splits, int(blockIdx.y) + 1);
+  const int begin = part_begin(all, task.splits, int(blockIdx.y)),
+            end = part_begin(all, task.splits, int(blockIdx.y) + 1);
 
   // The own items' features, by way of the stages' memory.
   uint32_t own[kMaxSteps][kParts][4];
@@ -136,38 +140,33 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
           load_as_columns(y[part], line, 16 * j, 4 * part + 2 * (step % kLineSteps));
-        add_product<kParts>(b[2 * j], own[step], y, 0);
-        add_product<kParts>(b[2 * j + 1], own[step], y, 1);
+        add_product<kParts, kOwnAreRows>(b[2 * j], own[step], y, 0);
+        add_product<kParts, kOwnAreRows>(b[2 * j + 1], own[step], y, 1);
       }
     }
     const float own_scale[2] = {task.own.terms[lane_own].scale, task.own.terms[lane_own + 8].scale};
+    const float own_constant[2] = {task.own.terms[lane_own].constant, task.own.terms[lane_own + 8].constant};
     unsigned uncertain = 0;  // a bit for each of the lane's pairs
 #pragma unroll
     for (int j = 0; j < kOthers / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const ItemTerms& other = terms[8 * j + i % 2];
-        const float x = b[j][i] * (own_scale[i / 2] * other.scale);
-        b[j][i] = x + other.weighted;
+        const float c = kOwnAreRows ? other.constant : own_constant[i / 2];
+        b[j][i] = fma(b[j][i], own_scale[i / 2] * other.scale, c);
         if constexpr (kCertified) {
           const ItemBounds& own = task.own.bounds[lane_own + i / 2 * 8];
           const ItemBounds& bound = stage_bounds[stage * kOthers + 8 * j + lane % 4 * 2 + i % 2];
           const float error = fma(own.linear, bound.linear, own.square * bound.square);
-          const float c = task.own_are_rows ? other.constant : task.own.terms[lane_own + i / 2 * 8].constant;
-          const float shift = task.own_are_rows ? own.shift : bound.shift;
-          const float allowed = task.own_are_rows ? bound.allowed : own.allowed;
-          const bool certified = fma(allowed_slope(mix.D), x + c, error + shift) <= allowed;
+          const float shift = kOwnAreRows ? own.shift : bound.shift;
+          const float allowed = kOwnAreRows ? bound.allowed : own.allowed;
+          const bool certified = fma(allowed_slope(mix.D), b[j][i], error + shift) <= allowed;
           uncertain |= unsigned(!certified) << (4 * j + i);
         }
-      }
-    }
-    const auto own_constant = [&](int half) { return task.own.terms[lane_own + 8 * half].constant; };
-    if (task.limited) {
-#pragma unroll
-      for (int j = 0; j < kOthers / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (b[j][i] < terms[8 * j + i % 2].constant - own_constant(i / 2)) b[j][i] = -INFINITY;
+        if constexpr (!kOwnAreRows) {
+          b[j][i] += other.constant;
+          b[j][i] = b[j][i] < task.limit ? -INFINITY : b[j][i] + other.weighted;
+        }
       }
     }
     if (task.exclude) {
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int own = lane_own + i / 2 * 8, other = now * kOthers + 8 * j + lane % 4 * 2 + i % 2;
-          const int m = task.own_are_rows ? own : other, k = task.own_are_rows ? other : own;
+          const int m = kOwnAreRows ? own : other, k = kOwnAreRows ? other : own;
           if (m < task.M && task.exclude[m] == k) b[j][i] = -INFINITY;
         }
       }
@@ -200,24 +199,29 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
             const int other = 8 * (bit / 4) + lane % 4 * 2 + bit % 2;
             const int64_t other_item = int64_t(now) * kOthers + other;
             for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1),
-                               task.own_are_rows ? own : other_item, task.own_are_rows ? other_item : own,
-                               [&](float exact) {
+                               kOwnAreRows ? own : other_item, kOwnAreRows ? other_item : own, [&](float exact) {
                                  const ItemTerms& t = stage_terms[stage * kOthers + other];
-                                 const float c = task.own_are_rows ? t.constant : own_constant(bit % 4 / 2);
+                                 if (!kOwnAreRows) exact = exact + t.constant + t.weighted;
 #pragma unroll
                                  for (int n = 0; n < kOthers / 2; ++n)
-                                   if (n == bit) b[n / 4][n % 4] = exact - c + t.weighted;
+                                   if (n == bit) b[n / 4][n % 4] = exact;
                                });
           }
         }
       }
       if (threadIdx.x == 0) given_up[now % 2] = *static_cast<volatile int*>(features.uncertain);
     }
+    // What is left to add to b: the components' exponents only after a reference of any size is subtracted, so that
+    // they are not lost in it.
+    const auto weighted = [&](float x, int j, int column) {
+      return kOwnAreRows ? x + terms[8 * j + column].weighted : x;
+    };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = max[half];
 #pragma unroll
-      for (int j = 0; j < kOthers / 8; ++j) largest = fmaxf(largest, fmaxf(b[j][2 * half], b[j][2 * half + 1]));
+      for (int j = 0; j < kOthers / 8; ++j)
+        largest = fmaxf(largest, fmaxf(weighted(b[j][2 * half], j, 0), weighted(b[j][2 * half + 1], j, 1)));
       largest = quad_max(largest);
       if (__any_sync(0xFFFFFFFFu, largest > max[half])) {
         const float shrink = exp2_term(reference_below(max[half]) - reference_below(largest));
@@ -238,12 +242,13 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float reference = reference_below(max[half]);
-        counts |= !(fmaxf(b[j][2 * half], b[j][2 * half + 1]) < max[half] - task.negligible);
-        float w[2] = {exp2_term(b[j][2 * half] - reference), exp2_term(b[j][2 * half + 1] - reference)};
+        const float x[2] = {weighted(b[j][2 * half] - reference, j, 0), weighted(b[j][2 * half + 1] - reference, j, 1)};
+        counts |= !(fmaxf(x[0], x[1]) < max[half] - reference - task.negligible);
+        float w[2] = {exp2_term(x[0]), exp2_term(x[1])};
         total[half] = fma(w[0], first.inverse_scale, fma(w[1], second.inverse_scale, total[half]));
         w[0] = copysignf(w[0], first.inverse_scale), w[1] = copysignf(w[1], second.inverse_scale);
         const __half2 hi = __floats2half2_rn(w[0], w[1]);
-        uint32_t(&group)[kParts][4] = weights[j / 2];
+        uint32_t (&group)[kParts][4] = weights[j / 2];
         memcpy(&group[0][j % 2 * 2 + half], &hi, sizeof hi);
         if constexpr (kParts == 2) {
           const float2 back = __half22float2(hi);

@@ -41,16 +41,18 @@ __device__ __forceinline__ void load_as_columns(uint32_t (&out)[4], const uint4*
 
 // Adds to `sum` the product of two operands in kParts parts, without lo lo.  Tensor cores do not round their sums but
 // cut digits off: a sum of many products would end below the right one.  So in "high" the products of kStep features
-// are summed from 0, the small ones first, and the result is added by an addition that rounds.
-template <int kParts>
+// are summed from 0, the small ones first, and the result is added by an addition that rounds.  Of the small ones those
+// with the components' low part come first, whichever operand the rows are, so that the sums have the same bits.
+template <int kParts, bool kRowsAreFirst>
 __device__ __forceinline__ void add_product(float (&sum)[4], const uint32_t (&a)[kParts][4],
                                             const uint32_t (&b)[kParts][4], int column) {
   if constexpr (kParts == 1) {
     multiply_add(sum, a[0], b[0][2 * column], b[0][2 * column + 1]);
   } else {
     float part[4] = {};
-    multiply_add(part, a[1], b[0][2 * column], b[0][2 * column + 1]);
-    multiply_add(part, a[0], b[1][2 * column], b[1][2 * column + 1]);
+    constexpr int kLow = kRowsAreFirst ? 1 : 0;  // which part of b comes first
+    multiply_add(part, a[1 - kLow], b[kLow][2 * column], b[kLow][2 * column + 1]);
+    multiply_add(part, a[kLow], b[1 - kLow][2 * column], b[1 - kLow][2 * column + 1]);
     multiply_add(part, a[0], b[0][2 * column], b[0][2 * column + 1]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += part[i];

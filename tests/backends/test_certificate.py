@@ -136,4 +136,3 @@ def test_no_thread_depends_on_when_another_runs(order: str, monkeypatch: pytest.
             monkeypatch.setenv("FASTVAE_EMULATION_ORDER", each)
             results.append(run(case, "cuda"))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
