@@ -5,12 +5,19 @@
 namespace fastvae::cuda {
 namespace {
 
+// The kernel for dimensions that 16 lanes share in the second pass: as few for each lane as they allow.
+template <Side kSide, class T>
+auto backward_kernel(int64_t D) {
+  return D <= 32 ? backward<kSide, T, 2> : D <= 48 ? backward<kSide, T, 3> : backward<kSide, T, 4>;
+}
+
 template <class T>
 struct BackwardPlan {
   Scratch<T> scratch;
   Packed<T> packed;
   bool parameters;        // some gradient of the parameters is wanted
   bool log_sigma_ratios;  // the limits need them; where logvar is shared all are 0
+  int tiles;              // of components
   int chunks_z, splits_z, chunks_parameters, splits_parameters;
   int64_t summed;                    // rows of the matrix whose columns add up to a shared logvar's gradient
   T *dz, *dmu, *dlogvar, *dweights;  // of all splits; null where there is one, which writes the gradient itself
@@ -23,9 +30,10 @@ struct BackwardPlan {
     parameters = wanted.dmu || wanted.dlogvar || wanted.dweights;
     log_sigma_ratios = wanted.dz && !mix.shared && !wanted.dense;
     chunks_z = chunks;
-    splits_z = plan_splits(packed.panels, packed.row_tiles * chunks, kMultiprocessors);
+    tiles = component_tiles(mix);
+    splits_z = plan_splits(tiles, packed.row_tiles * chunks, 2 * kMultiprocessors);
     chunks_parameters = wanted.dmu || wanted.dlogvar ? chunks : 1;
-    splits_parameters = plan_splits(packed.row_tiles, packed.panels * chunks_parameters, kMultiprocessors);
+    splits_parameters = plan_splits(packed.row_tiles, int64_t(tiles) * chunks_parameters, 2 * kMultiprocessors);
     const auto take = [&](const T* gradient, int64_t splits, int64_t n) {
       return gradient && splits > 1 ? scratch.take(splits * n) : nullptr;
     };
@@ -57,8 +65,9 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   if (wanted.dz) {
     task.splits = plan.splits_z;
     task.dz = plan.dz ? plan.dz : wanted.dz;
-    launch(stream, packed.row_tiles, plan.splits_z * plan.chunks_z, kThreads, sizeof(BackwardShared<T>),
-           backward<Side::rows, T>, task);
+    task.chunks = plan.chunks_z;
+    launch(stream, packed.row_tiles, plan.splits_z * plan.chunks_z, kThreads, sizeof(BackwardShared<Side::rows, T>),
+           backward_kernel<Side::rows, T>(mix.D), task);
     sum(plan.dz, plan.splits_z, mix.M * mix.D, wanted.dz);
   }
   if (!plan.parameters) return;
@@ -66,8 +75,9 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   task.dmu = plan.dmu ? plan.dmu : wanted.dmu;
   task.dlogvar = plan.dlogvar ? plan.dlogvar : wanted.dlogvar;
   task.dweights = plan.dweights ? plan.dweights : wanted.dweights;
-  launch(stream, packed.panels, plan.splits_parameters * plan.chunks_parameters, kThreads, sizeof(BackwardShared<T>),
-         backward<Side::components, T>, task);
+  task.chunks = plan.chunks_parameters;
+  launch(stream, plan.tiles, plan.splits_parameters * plan.chunks_parameters, kThreads,
+         sizeof(BackwardShared<Side::components, T>), backward_kernel<Side::components, T>(mix.D), task);
   sum(plan.dmu, plan.splits_parameters, mix.K * mix.D, wanted.dmu);
   sum(plan.dweights, plan.splits_parameters, mix.K, wanted.dweights);
   if (mix.shared && wanted.dlogvar)

@@ -3,48 +3,29 @@
 //   dz_md = -sum_k w u v      dlog w_k = sum_m w
 //   dmu_kd = v_kd sum_m w u   dlogvar_kd = 1/2 (v_kd sum_m w u^2 - sum_m w)
 //
-// The kernel has two sides.  On the rows' side a block owns a tile of rows and goes through the panels of components,
-// for dz.  On the components' side a block owns a panel and goes through the tiles of rows, for the other gradients.
+// The kernel has two sides.  On the rows' side a block owns a tile of rows and goes through the components, for dz.  On
+// the components' side a block owns the components of a tile and goes through the rows, for the other gradients.
 //
 // A block goes over each tile twice.  The first pass computes a again, as forward does, and puts the weights w into
 // shared memory; a pair that the skipping rule (common/skipping.h) leaves out has w = 0.  The second pass adds up the
-// gradients, with the sums in registers.  There a warp has 16 rows (components) of its own, and takes only those items
-// of the other side for which at least one of the 16 has a weight.
+// gradients, with the sums in registers (backward_sums.cuh).
 #pragma once
 
 #include "../common/skipping.h"
-#include "tile.cuh"
+#include "backward_sums.cuh"
 
 namespace fastvae::cuda {
 
-enum class Side { rows, components };
-
-// Dimensions of a stage: with 8 of them a block takes 92 KiB of shared memory, which all devices since sm_80 can give.
-constexpr int kBackwardDepth = 8;
-
-template <class T>
-struct BackwardShared {
-  static constexpr int kLine = Tile<T>::kSide + Tile<T>::kVector;  // no two lines begin in the same bank
-  Stage<T, kBackwardDepth> stages[2];
-  // [item of the other side][own item].  While a tile's squares are added up, the sums of earlier blocks of dimensions.
-  T weights[Tile<T>::kSide][kLine];
-
-  __device__ __forceinline__ EarlierInSharedMemory<T> earlier() { return {weights[0]}; }
-};
-static_assert(sizeof(BackwardShared<float>) <= 99 * 1024 && sizeof(BackwardShared<double>) <= 99 * 1024);
-
-template <class T>
-struct BackwardTask {
-  Mixture<T> mix;
-  Packed<T> packed;
-  const T *log_prob, *grad;  // [M]; grad null: all ones
-  bool negated, dense;
-  T log_negligible;                      // of the skipping rule
-  int splits = 1;                        // of the other side
-  T* dz = nullptr;                       // [splits, M, D]
-  T *dmu = nullptr, *dlogvar = nullptr;  // [splits, K, D]
-  T* dweights = nullptr;                 // [splits, K]
-};
+// A thread's position in the first pass.  A warp is 8 x 4 of the threads, with 8 on its own side.  The position on the
+// own side is in the middle bits of the lane's number.  So the lanes 2 i and 2 i + 1, or i and i + 2, read the same
+// address whatever they read, and loads of 16 bytes take half as many passes; and a quarter of a warp stores its
+// weights to different banks.
+template <Side kSide>
+__device__ __forceinline__ ThreadPosition backward_position() {
+  const unsigned thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const int own = int(warp % 2 * 8 + lane / 2 % 8), other = int(warp / 2 * 4 + lane % 2 + lane / 16 * 2);
+  return kSide == Side::rows ? ThreadPosition(own, other) : ThreadPosition(other, own);
+}
 
 // The limit of a row's exponents: a pair below the limit is left out.
 template <Side kSide, class T>
@@ -55,200 +36,116 @@ __device__ T limit_of(const BackwardTask<T>& task, T log_prob, T max_c, T max_lo
   return limit - log_t_bound(limit, max_c, max_log_sigma_ratio) - max_log_sigma_ratio;
 }
 
-// The squares q become the weights w.  A row that is padding or has density zero counts with l = +inf, so that all its
-// weights are 0.
+// Puts into shared memory what turns a tile's squares into weights.  A row that is padding or has density zero counts
+// with l = +inf, so that all its weights are 0.
 template <Side kSide, class T>
-__device__ __forceinline__ void weigh(const BackwardTask<T>& task, int row_tile, int panel, Squares<T>& q) {
-  using Shape = Tile<T>;
-  const ThreadPosition position;
-  exponents(task.packed, task.mix, row_tile, panel, q);
-  const T* panel_max = task.packed.panel_max + 2 * int64_t(panel);
-  const T max_c = panel_max[0], max_log_sigma_ratio = panel_max[1];
-#pragma unroll
-  for (int r = 0; r < Shape::kOwn; ++r) {
-    const int64_t m = int64_t(row_tile) * Shape::kSide + tile_index<T>(position.row, r);
+__device__ __forceinline__ void begin_tile(const BackwardTask<T>& task, int row_tile, int component_tile,
+                                           BackwardShared<kSide, T>& shared) {
+  using Shape = BackwardTile<kSide, T>;
+  const int i = int(thread_index());
+  if (i < Shape::kRows) {
+    const int64_t m = int64_t(row_tile) * Shape::kRows + i;
     const T l = m < task.mix.M ? task.log_prob[m] : T(-INFINITY);
     const bool has_density = l != T(-INFINITY);
     const T log_prob = has_density ? l : T(INFINITY);
-    const T grad = !has_density ? T(0) : upstream_gradient(task.grad, task.negated, m);
-    const T limit = limit_of<kSide>(task, log_prob, max_c, max_log_sigma_ratio);
-#pragma unroll
-    for (int c = 0; c < Shape::kOwn; ++c) q[r][c] = q[r][c] < limit ? T(0) : grad * exp_term(q[r][c] - log_prob);
+    const T* panel_max = task.packed.panel_max + 2 * int64_t(component_tile / 2);
+    shared.log_prob[i] = log_prob;
+    shared.grad[i] = !has_density ? T(0) : upstream_gradient(task.grad, task.negated, m);
+    shared.limit[i] = limit_of<kSide>(task, log_prob, panel_max[0], panel_max[1]);
+    const int64_t excluded = task.mix.exclude && m < task.mix.M ? task.mix.exclude[m] : -1;
+    const int64_t in_tile = excluded - int64_t(component_tile) * Shape::kComponents;
+    shared.excluded[i] = excluded >= 0 && in_tile >= 0 && in_tile < Shape::kComponents ? int(in_tile) : -1;
+  } else if (i < Shape::kRows + Shape::kComponents) {
+    const int own = i - Shape::kRows;
+    shared.c[own] = task.packed.c[int64_t(component_tile) * Shape::kComponents + own];
+    if (own == 0) shared.difference_form = task.packed.difference_form[component_tile / 2] != T(0);
   }
 }
 
-template <Side kSide, class T>
-__device__ __forceinline__ void store_weights(const Squares<T>& w, BackwardShared<T>& shared) {
-  using Shape = Tile<T>;
-  const ThreadPosition position;
-  const int own = kSide == Side::rows ? position.row : position.column;
-  const int other = kSide == Side::rows ? position.column : position.row;
+// The squares q of a tile become the weights w, in shared memory.
+template <Side kSide, class T, int n>
+__device__ __forceinline__ void weigh(const T (&q)[Tile<T>::kOwn][n], BackwardShared<kSide, T>& shared) {
+  constexpr bool kOwnsRows = kSide == Side::rows;
+  const ThreadPosition position = backward_position<kSide>();
+  const int column = tile_index<T>(position.column, 0);
+  T c[n];
+  load_together(shared.c + column, c);
 #pragma unroll
-  for (int j = 0; j < Shape::kOwn; ++j) {
+  for (int begin = 0; begin < Tile<T>::kOwn; begin += n) {
+    const int row = tile_index<T>(position.row, begin);
+    T log_prob[n], grad[n], limit[n];
+    load_together(shared.log_prob + row, log_prob);
+    load_together(shared.grad + row, grad);
+    load_together(shared.limit + row, limit);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int begin = half * Shape::kVector;
-      Vector<T> piece;
+    for (int other = 0; other < n; ++other) {
+      Vector<T> w;
 #pragma unroll
-      for (int i = 0; i < Shape::kVector; ++i) piece.x[i] = kSide == Side::rows ? w[begin + i][j] : w[j][begin + i];
-      T* to = &shared.weights[tile_index<T>(other, j)][tile_index<T>(own, begin)];
-      *reinterpret_cast<Vector<T>*>(to) = piece;
-    }
-  }
-}
-
-// In the second pass a thread adds up for some rows (components) of its own and 8 dimensions; 8 lanes share the rows.
-template <class T>
-constexpr int kSums = Tile<T>::kSide / (kThreads / 8);  // 4, or 2
-
-template <class T>
-__device__ __forceinline__ void load_dimensions(const T* line, T (&out)[8]) {
-  constexpr int n = Tile<T>::kVector;
-#pragma unroll
-  for (int i = 0; i < 8; i += n) {
-    const Vector<T> piece = *reinterpret_cast<const Vector<T>*>(line + i);
-#pragma unroll
-    for (int j = 0; j < n; ++j) out[i + j] = piece.x[j];
-  }
-}
-
-// What the second pass reads of an item of the other side, a component or a row.
-template <Side kSide, class T>
-struct Item {
-  T mu[8], v[8];
-  __device__ __forceinline__ Item(const Packed<T>& packed, int64_t k, int d) {
-    load_dimensions(packed.mu + k * packed.width + d, mu);
-    load_dimensions(packed.v + k * packed.width + d, v);
-  }
-};
-
-template <class T>
-struct Item<Side::components, T> {
-  T z[8];
-  __device__ __forceinline__ Item(const Packed<T>& packed, int64_t m, int d) {
-    load_dimensions(packed.z + m * packed.width + d, z);
-  }
-};
-
-// The sums over the other side's items.
-template <Side kSide, class T>
-struct Sums {
-  T wuv[kSums<T>][8];
-
-  __device__ __forceinline__ void add(const T (&w)[kSums<T>], const T (&z)[kSums<T>][8], const Item<kSide, T>& item) {
-#pragma unroll
-    for (int o = 0; o < kSums<T>; ++o) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) wuv[o][i] = T(fma(w[o], (z[o][i] - item.mu[i]) * item.v[i], wuv[o][i]));
-    }
-  }
-};
-
-template <class T>
-struct Sums<Side::components, T> {
-  T wu[kSums<T>][8], wuu[kSums<T>][8], w_sum[kSums<T>];
-
-  __device__ __forceinline__ void add(const T (&w)[kSums<T>], const T (&mu)[kSums<T>][8],
-                                      const Item<Side::components, T>& item) {
-#pragma unroll
-    for (int o = 0; o < kSums<T>; ++o) {
-      w_sum[o] += w[o];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const T u = item.z[i] - mu[o][i], product = w[o] * u;
-        wu[o][i] += product;
-        wuu[o][i] = T(fma(product, u, wuu[o][i]));
+      for (int own = 0; own < n; ++own) {
+        const int i = kOwnsRows ? own : other, j = kOwnsRows ? other : own;
+        const T a = T(fma(q[begin + i][j], T(-0.5), c[j]));
+        w.x[own] = a < limit[i] ? T(0) : grad[i] * exp_term(a - log_prob[i]);
       }
+      T* to = kOwnsRows ? &shared.weights[column + other][row] : &shared.weights[row + other][column];
+      *reinterpret_cast<Vector<T>*>(to) = w;
     }
   }
-};
-
-template <class T>
-__device__ __forceinline__ void write(const BackwardTask<T>& task, const Sums<Side::rows, T>& sums, int64_t m, int o,
-                                      int d, int64_t split, bool) {
-  if (m >= task.mix.M) return;
-  T* out = task.dz + (split * task.mix.M + m) * task.mix.D + d;
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (d + i < task.mix.D) out[i] = -sums.wuv[o][i];
 }
 
-template <class T>
-__device__ __forceinline__ void write(const BackwardTask<T>& task, const Sums<Side::components, T>& sums, int64_t k,
-                                      int o, int d, int64_t split, bool with_weight) {
-  if (k >= task.mix.K) return;
-  if (with_weight && task.dweights) task.dweights[split * task.mix.K + k] = sums.w_sum[o];
-  T v[8];
-  load_dimensions(task.packed.v + k * task.packed.width + d, v);
-  const int64_t to = (split * task.mix.K + k) * task.mix.D + d;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (d + i >= task.mix.D) continue;
-    if (task.dmu) task.dmu[to + i] = v[i] * sums.wu[o][i];
-    if (task.dlogvar) task.dlogvar[to + i] = T(0.5) * T(fma(v[i], sums.wuu[o][i], -sums.w_sum[o]));
-  }
-}
-
-// Blocks: x is the tile of rows, or the panel, that a block owns; y counts chunks of dimensions within splits.
+// The weight of the component that a row excludes is 0.
 template <Side kSide, class T>
-__global__ void __launch_bounds__(kThreads, 1) backward(BackwardTask<T> task) {
-  using Shape = Tile<T>;
-  constexpr bool kRows = kSide == Side::rows;
-  BackwardShared<T>& shared = *reinterpret_cast<BackwardShared<T>*>(shared_memory);
+__device__ __forceinline__ void exclude(BackwardShared<kSide, T>& shared) {
+  using Shape = BackwardTile<kSide, T>;
+  __syncthreads();  // all weights have been written
+  const int row = int(thread_index()), excluded = row < Shape::kRows ? shared.excluded[row] : -1;
+  if (excluded >= 0) (Shape::kOwnsRows ? shared.weights[excluded][row] : shared.weights[row][excluded]) = T(0);
+}
+
+// Blocks: x is the tile of rows, or of components, that a block owns; y counts chunks of dimensions within splits.
+template <Side kSide, class T, int kDimensions>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) backward(BackwardTask<T> task) {
+  using Shape = BackwardTile<kSide, T>;
+  constexpr bool kOwnsRows = Shape::kOwnsRows;
+  BackwardShared<kSide, T>& shared = *reinterpret_cast<BackwardShared<kSide, T>*>(shared_memory);
   const Packed<T>& packed = task.packed;
-  const int chunks = int(gridDim.y) / task.splits, chunk = int(blockIdx.y) % chunks;
-  const int own_tile = int(blockIdx.x), split = int(blockIdx.y) / chunks;
-  const int other_tiles = kRows ? packed.panels : packed.row_tiles;
+  const int own_tile = int(blockIdx.x), first_dimension = int(blockIdx.y) % task.chunks * kChunk;
+  const int other_tiles = kOwnsRows ? component_tiles(task.mix) : packed.row_tiles;
+  const int split = int(blockIdx.y) / task.chunks;
   const int begin = part_begin(other_tiles, task.splits, split), end = part_begin(other_tiles, task.splits, split + 1);
 
-  // In the second pass: a thread's dimensions, the first of its own items, and the first of its warp's.
-  const int lane = int(threadIdx.x) % 32, d = chunk * kChunk + lane % 8 * 8;
-  const int first = int(threadIdx.x) / 8 * kSums<T>, first_of_warp = int(threadIdx.x) / 32 * 4 * kSums<T>;
-  const bool has_dimensions = d < packed.width;
-  Sums<kSide, T> sums = {};
-
-  const auto add = [&](int row_tile, int panel, Squares<T>& q) {
-    weigh<kSide>(task, row_tile, panel, q);
+  const ThreadPosition position = backward_position<kSide>();
+  Sums<kSide, T, kDimensions> sums;
+  BackwardStream<kSide, T> stream(shared.stages, packed, own_tile, begin, end, first_dimension);
+  while (stream.tile() < end) {
+    const int row_tile = kOwnsRows ? own_tile : stream.tile(), component_tile = kOwnsRows ? stream.tile() : own_tile;
+    begin_tile(task, row_tile, component_tile, shared);  // the first stage's barrier is also that of this
+    Squares<T, Shape::kColumns> q = {};
+    for (int d = 0; d < packed.depth; d += kBackwardDepth) {
+      const auto& stage = stream.next().squares;
+      const int done = d + kBackwardDepth, depth = done <= packed.depth ? kBackwardDepth : packed.depth - d;
+      if (shared.difference_form)
+        add_squares<true>(stage, depth, position, q);
+      else
+        add_squares<false>(stage, depth, position, q);
+      const bool last = done >= packed.depth;
+      if (last || done % kBlock == 0) {
+        auto earlier = shared.earlier();
+        end_block(q, earlier, done <= kBlock, last);
+      }
+    }
     // The weights of the last tile were read before the barrier of this tile's first stage.  The sums of earlier blocks
     // of dimensions, which lie in the same memory, have just been read: they need a barrier here.
     if (packed.depth > kBlock) __syncthreads();
-    store_weights<kSide>(q, shared);
-    __syncthreads();
-    T own[kSums<T>][8];  // z, or mu
-#pragma unroll
-    for (int o = 0; o < kSums<T>; ++o) {
-      const T* line = (kRows ? packed.z : packed.mu) + (int64_t(own_tile) * Shape::kSide + first + o) * packed.width;
-      if (has_dimensions) load_dimensions(line + d, own[o]);
+    weigh(q, shared);
+    if (task.mix.exclude) exclude(shared);
+    sums.load_own(packed, own_tile, first_dimension);
+    for (int piece = 0; piece < Shape::kPieces; ++piece) {
+      const auto& stage = stream.next().items;  // the first barrier is also that of the weights
+      if (piece == 0) sums.add_weights(shared.weights);
+      sums.add(stage, &shared.weights[piece * Shape::kItems]);
     }
-    const int64_t first_other = int64_t(kRows ? panel : row_tile) * Shape::kSide;
-    for (int base = 0; base < Shape::kSide; base += 32) {
-      bool active = false;  // the item base + lane has a weight for one of the warp's own
-#pragma unroll
-      for (int o = 0; o < 4 * kSums<T>; ++o) active |= shared.weights[base + lane][first_of_warp + o] != T(0);
-      unsigned remaining = __ballot_sync(0xFFFFFFFFu, active);
-      if (!remaining || !has_dimensions) continue;
-      int i = base + __ffs(remaining) - 1;
-      for (Item<kSide, T> item(packed, first_other + i, d);;) {
-        remaining &= remaining - 1;
-        const int next = remaining ? base + __ffs(remaining) - 1 : i;
-        const Item<kSide, T> next_item(packed, first_other + next, d);  // on its way while this one is worked on
-        T w[kSums<T>];
-#pragma unroll
-        for (int o = 0; o < kSums<T>; ++o) w[o] = shared.weights[i][first + o];
-        sums.add(w, own, item);
-        if (!remaining) break;
-        item = next_item;
-        i = next;
-      }
-    }
-  };
-  const Cursor start = kRows ? Cursor{own_tile, begin, 0} : Cursor{begin, own_tile, 0};
-  for_each_tile(shared.stages, shared.earlier(), packed, start, kRows ? 0 : 1, kRows ? 1 : 0, end - begin, add);
-
-  if (!has_dimensions) return;
-#pragma unroll
-  for (int o = 0; o < kSums<T>; ++o)
-    write(task, sums, int64_t(own_tile) * Shape::kSide + first + o, o, d, split, chunk == 0 && lane % 8 == 0);
+  }
+  sums.write(task, own_tile, int(block_index_y()) / task.chunks, first_dimension, shared);
 }
 
 }  // namespace fastvae::cuda

@@ -3,10 +3,10 @@
 //   t_mkd = (z_md - mu_kd) s_kd     s_kd = exp(-logvar_kd / 2)     c_k = log w_k - 1/2 sum_d logvar_kd - D/2 log 2 pi
 //   a_mk = c_k - 1/2 sum_d t^2
 //
-// A block takes tiles of 128 x 128 (64 x 64 in double precision), of which a thread owns 8 x 8 (4 x 4).  A stage is a
-// few dimensions of a tile in shared memory.  It is copied there asynchronously, while the stage before it is worked
-// on. For one dimension a thread makes six loads of 16 bytes and 128 multiply-adds.  docs/developers/cuda-kernels.md
-// has the reasons.
+// In forward a block takes tiles of 128 x 128 (64 x 64 in double precision), of which a thread owns 8 x 8 (4 x 4).  In
+// backward both have half as many components.  A stage is a few dimensions of a tile in shared memory.  It is copied
+// there asynchronously, while the stage before it is worked on.  For one dimension a thread of forward makes six loads
+// of 16 bytes and 128 multiply-adds.  docs/developers/cuda-kernels.md has the reasons.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -22,16 +22,17 @@ namespace fastvae::cuda {
 
 alignas(16) extern __shared__ unsigned char shared_memory[];
 
-template <class T, int kDepth>
+template <class T, int kDepth, int kComponents = Tile<T>::kSide>
 struct alignas(16) Stage {
   T rows[kDepth][Tile<T>::kSide];
-  T components[kDepth][2][Tile<T>::kSide];
+  T components[kDepth][2][kComponents];
 };
 
-// A thread's position among the 16 x 16 threads of a block.  A warp is 4 x 8 of them, so that its loads from shared
-// memory are few and without bank conflicts.
+// A thread's position among the 16 x 16 threads of a block.  In forward a warp is 4 x 8 of them, so that its loads from
+// shared memory are few and without bank conflicts.
 struct ThreadPosition {
   int row, column;
+  __device__ ThreadPosition(int row, int column) : row(row), column(column) {}
   __device__ ThreadPosition() {
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     row = warp / 2 * 4 + lane / 8;
@@ -39,8 +40,8 @@ struct ThreadPosition {
   }
 };
 
-// A thread owns two groups of a tile's rows, and of its components, each as wide as one load.  This is the index in the
-// tile of the i-th that a thread at `position` owns.
+// A thread owns two groups of a tile's rows, and one or two of its components, each as wide as one load.  This is the
+// index in the tile of the i-th that a thread at `position` owns.
 template <class T>
 __device__ __forceinline__ int tile_index(int position, int i) {
   constexpr int n = Tile<T>::kVector;
@@ -55,36 +56,37 @@ __device__ __forceinline__ int own_index(int position, int index) {
   return i < 0 || i >= n ? -1 : index / half * n + i;
 }
 
-template <class T>
-__device__ __forceinline__ void load_own(const T* line, int position, T (&out)[Tile<T>::kOwn]) {
+template <class T, int kCount>
+__device__ __forceinline__ void load_own(const T* line, int position, T (&out)[kCount]) {
   constexpr int n = Tile<T>::kVector;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Vector<T> piece = *reinterpret_cast<const Vector<T>*>(line + tile_index<T>(position, half * n));
+  for (int begin = 0; begin < kCount; begin += n) {
+    const Vector<T> piece = *reinterpret_cast<const Vector<T>*>(line + tile_index<T>(position, begin));
 #pragma unroll
-    for (int i = 0; i < n; ++i) out[half * n + i] = piece.x[i];
+    for (int i = 0; i < n; ++i) out[begin + i] = piece.x[i];
   }
 }
 
-template <class T>
-using Squares = T[Tile<T>::kOwn][Tile<T>::kOwn];  // of the rows x components that a thread owns
+template <class T, int kColumns = Tile<T>::kOwn>
+using Squares = T[Tile<T>::kOwn][kColumns];  // of the rows x components that a thread owns
 
 // q += t^2 over the dimensions of a stage: the innermost loop.
-template <bool kDifference, class T, int kDepth>
-__device__ __forceinline__ void add_squares(const Stage<T, kDepth>& stage, int depth, const ThreadPosition& position,
-                                            Squares<T>& q) {
+template <bool kDifference, class T, int kDepth, int kComponents, int kColumns>
+__device__ __forceinline__ void add_squares(const Stage<T, kDepth, kComponents>& stage, int depth,
+                                            const ThreadPosition& position, Squares<T, kColumns>& q) {
+  static_assert(kComponents == 16 * kColumns);
   for (int begin = 0; begin < depth; begin += 2) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int d = begin + j;
-      T z[Tile<T>::kOwn], s[Tile<T>::kOwn], b[Tile<T>::kOwn];
+      T z[Tile<T>::kOwn], s[kColumns], b[kColumns];
       load_own(stage.rows[d], position.row, z);
       load_own(stage.components[d][0], position.column, s);
       load_own(stage.components[d][1], position.column, b);
 #pragma unroll
       for (int r = 0; r < Tile<T>::kOwn; ++r) {
 #pragma unroll
-        for (int c = 0; c < Tile<T>::kOwn; ++c) {
+        for (int c = 0; c < kColumns; ++c) {
           const T t = kDifference ? (z[r] - b[c]) * s[c] : T(fma(z[r], s[c], b[c]));
           q[r][c] = T(fma(t, t, q[r][c]));
         }
@@ -141,24 +143,22 @@ struct EarlierInRegisters {
   __device__ __forceinline__ T& operator()(int r, int c) { return sums[r][c]; }
 };
 
-template <class T>
+template <class T, int kColumns>
 struct EarlierInSharedMemory {
-  T* sums;  // [kOwn, kOwn, kThreads]
-  __device__ __forceinline__ T& operator()(int r, int c) {
-    return sums[(r * Tile<T>::kOwn + c) * kThreads + int(threadIdx.x)];
-  }
+  T* sums;  // the thread's, of [kOwn, kColumns, kThreads]
+  __device__ __forceinline__ T& operator()(int r, int c) { return sums[(r * kColumns + c) * kThreads]; }
 };
 
 // At the end of a block of dimensions its sum q is added to that of the earlier blocks; at the end of the last one,
 // these are added to q.
-template <class T, class Earlier>
-__device__ __forceinline__ void end_block(Squares<T>& q, Earlier& earlier, bool first, bool last) {
+template <class Earlier, class T, int kColumns>
+__device__ __forceinline__ void end_block(T (&q)[Tile<T>::kOwn][kColumns], Earlier& earlier, bool first, bool last) {
   if constexpr (!std::is_same_v<Earlier, NoEarlierBlocks>) {
     if (first && last) return;
 #pragma unroll
     for (int r = 0; r < Tile<T>::kOwn; ++r) {
 #pragma unroll
-      for (int c = 0; c < Tile<T>::kOwn; ++c) {
+      for (int c = 0; c < kColumns; ++c) {
         if (!first) q[r][c] += earlier(r, c);
         if (last) continue;
         earlier(r, c) = q[r][c];

@@ -1,0 +1,168 @@
+// The stages of backward for large problems: what lies in shared memory, and the order in which it is copied there.
+//
+// A block goes over each tile twice (mixture_backward.cuh).  Both passes take what they read of the tile from stages in
+// shared memory: first a few dimensions of all rows and components, then all dimensions of a few items of the other
+// side.  These stages are one stream: while a block works on one of them the next ones are on their way, those of the
+// next tile included, and there is one barrier a stage.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fastvae::cuda {
+
+enum class Side { rows, components };
+
+constexpr int kBackwardDepth = 8;   // dimensions of a stage of the first pass
+constexpr int kBackwardStages = 5;  // of which four are on their way
+
+// threadIdx.x and blockIdx.y, of which the compiler does not know that they are always the same.  Else it would compute
+// what depends on them before the loop over the tiles and keep it, where the registers are needed for sums.
+__device__ __forceinline__ unsigned thread_index() {
+  unsigned index = threadIdx.x;
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+#endif
+  return index;
+}
+__device__ __forceinline__ unsigned block_index_y() {
+  unsigned index = blockIdx.y;
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(index));
+#endif
+  return index;
+}
+
+template <Side kSide, class T>
+struct BackwardTile {
+  static constexpr bool kOwnsRows = kSide == Side::rows;
+  static constexpr int kRows = Tile<T>::kSide, kComponents = Tile<T>::kSide / 2;
+  static constexpr int kColumns = Tile<T>::kOwn / 2;  // components of a thread in the first pass
+  static constexpr int kOwn = kOwnsRows ? kRows : kComponents, kOther = kOwnsRows ? kComponents : kRows;
+
+  using SquaresStage = Stage<T, kBackwardDepth, kComponents>;
+  // What the second pass reads of an item: mu and v of a component, or z of a row.
+  static constexpr int kArrays = kOwnsRows ? 2 : 1;
+  static constexpr int kItems = int(sizeof(SquaresStage) / (kArrays * kChunk * sizeof(T)));  // of a stage
+  static constexpr int kPieces = kOther / kItems;                                            // of a tile
+  union Stages {
+    SquaresStage squares;
+    T items[kArrays][kItems][kChunk];
+  };
+};
+
+// Tiles of components of backward.  The last panel's second half may be padding alone, and then is none.
+template <class T>
+FASTVAE_INLINE int component_tiles(const Mixture<T>& mix) {
+  constexpr int kComponents = BackwardTile<Side::rows, T>::kComponents;
+  return int((mix.K + kComponents - 1) / kComponents);
+}
+
+template <Side kSide, class T>
+struct BackwardShared {
+  using Shape = BackwardTile<kSide, T>;
+  static constexpr int kLine = Shape::kOwn + Tile<T>::kVector;  // no two lines begin in the same bank
+  typename Shape::Stages stages[kBackwardStages];
+  // [item of the other side][own item].  While a tile's squares are added up, the sums of earlier blocks of dimensions.
+  // At the end, the sums of the weights.
+  alignas(16) T weights[Shape::kOther][kLine];
+  // What turns a tile's squares into weights: c of each component; of each row l, g, the limit, and which of the tile's
+  // components it excludes, or -1.
+  T c[Shape::kComponents], log_prob[Shape::kRows], grad[Shape::kRows], limit[Shape::kRows];
+  int excluded[Shape::kRows];
+  bool difference_form;  // of its squares
+
+  __device__ __forceinline__ EarlierInSharedMemory<T, Shape::kColumns> earlier() { return {weights[0] + thread_index()}; }
+};
+
+// Begins to copy `lines` lines (kMaxLines at most) of `length` numbers (kLength at most) to lines of kLength numbers.
+template <int kMaxLines, int kLength, class T>
+__device__ __forceinline__ void copy_lines(T* to, const T* from, int stride, int lines, int length) {
+  constexpr int n = Tile<T>::kVector, pieces = kLength / n, at_once = kThreads / pieces;
+  static_assert(kMaxLines % at_once == 0, "every thread copies as much");
+  const unsigned thread = thread_index();
+  const int line = int(thread / pieces), column = int(thread % pieces) * n;
+#pragma unroll
+  for (int begin = 0; begin < kMaxLines; begin += at_once) {
+    if (begin + line >= lines || column >= length) continue;
+    __pipeline_memcpy_async(to + begin * kLength + int(thread) * n, from + (begin + line) * stride + column, 16);
+  }
+}
+
+// The stream of the stages of the tiles from `begin` to `end` of the other side.
+template <Side kSide, class T>
+class BackwardStream {
+  using Shape = BackwardTile<kSide, T>;
+  using Stages = typename Shape::Stages;
+
+ public:
+  __device__ __forceinline__ BackwardStream(Stages* stages, const Packed<T>& packed, int own_tile, int begin, int end,
+                                            int first_dimension)
+      : stages_(stages), packed_(packed), own_(own_tile), tile_(begin), end_(end), first_dimension_(first_dimension) {
+#pragma unroll 1
+    for (int stage = 0; stage < kBackwardStages - 1; ++stage) copy_next(stages_[stage]);
+  }
+
+  // Between two tiles: the next one, `end` after the last.  As a tile has more stages than are on their way, the stage
+  // that is copied next is of the same tile.
+  __device__ __forceinline__ int tile() const { return tile_; }
+  static_assert(1 + Shape::kPieces > kBackwardStages - 1);
+
+  // The next stage, when it has arrived.  The one before it may not be read any more.
+  __device__ __forceinline__ const Stages& next() {
+    __pipeline_wait_prior(kBackwardStages - 2);
+    __syncthreads();  // every thread's copies have arrived, and no thread reads the stage before this one any more
+    copy_next(stages_[reading_]);
+    reading_ = reading_ + 1 < kBackwardStages ? reading_ + 1 : 0;
+    return stages_[reading_];
+  }
+
+ private:
+  __device__ __forceinline__ void copy_next(Stages& to) {
+    if (tile_ < end_) {
+      const int squares = (packed_.depth + kBackwardDepth - 1) / kBackwardDepth;
+      if (stage_ < squares)
+        copy_squares(to.squares, stage_ * kBackwardDepth);
+      else
+        copy_items(to.items, stage_ - squares);
+      if (++stage_ == squares + Shape::kPieces) stage_ = 0, ++tile_;
+    }
+    __pipeline_commit();  // also where there was nothing to copy: next() counts
+  }
+
+  __device__ __forceinline__ void copy_squares(typename Shape::SquaresStage& to, int d) {
+    constexpr int kRows = Shape::kRows, kComponents = Shape::kComponents;
+    const int depth = packed_.depth - d < kBackwardDepth ? packed_.depth - d : kBackwardDepth;
+    const int row_tile = Shape::kOwnsRows ? own_ : tile_, components = Shape::kOwnsRows ? tile_ : own_;
+    const T* rows = packed_.rows + (int64_t(row_tile) * packed_.depth + d) * kRows;
+    // a tile has half of a panel's components
+    const T* panel = packed_.components + (int64_t(components / 2) * packed_.depth + d) * 2 * kRows;
+    const auto copy = [&](T* to, const T* from, int stride) {  // 2 depth lines of half a tile
+      copy_lines<2 * kBackwardDepth, kComponents>(to, from, stride, 2 * depth, kComponents);
+    };
+    copy(to.rows[0], rows, kComponents);
+    copy(to.components[0][0], panel + components % 2 * kComponents, kRows);
+  }
+
+  __device__ __forceinline__ void copy_items(T (&to)[Shape::kArrays][Shape::kItems][kChunk], int piece) {
+    const int64_t from = (int64_t(tile_) * Shape::kOther + piece * Shape::kItems) * packed_.width + first_dimension_;
+    const int length = packed_.width - first_dimension_;
+    const auto copy = [&](T(&array)[Shape::kItems][kChunk], const T* items) {
+      copy_lines<Shape::kItems, kChunk>(array[0], items + from, packed_.width, Shape::kItems, length);
+    };
+    if constexpr (Shape::kOwnsRows) {
+      copy(to[0], packed_.mu);
+      copy(to[1], packed_.v);
+    } else {
+      copy(to[0], packed_.z);
+    }
+  }
+
+  Stages* stages_;
+  const Packed<T>& packed_;
+  const int own_;
+  int tile_, end_, first_dimension_;
+  int stage_ = 0;  // of the tile: the one that is copied next
+  int reading_ = kBackwardStages - 1;
+};
+
+}  // namespace fastvae::cuda
