@@ -63,28 +63,37 @@ struct BackwardShared {
   static constexpr int kLine = Shape::kOwn + Tile<T>::kVector;  // no two lines begin in the same bank
   typename Shape::Stages stages[kBackwardStages];
   // [item of the other side][own item].  While a tile's squares are added up, the sums of earlier blocks of dimensions.
-  // At the end, the sums of the weights.
   alignas(16) T weights[Shape::kOther][kLine];
   // What turns a tile's squares into weights: c of each component; of each row l, g, the limit, and which of the tile's
   // components it excludes, or -1.
   T c[Shape::kComponents], log_prob[Shape::kRows], grad[Shape::kRows], limit[Shape::kRows];
   int excluded[Shape::kRows];
+  T w_sum[kThreads];  // on the components' side: the sums of the weights that a thread adds up, over all tiles
   bool difference_form;  // of its squares
 
   __device__ __forceinline__ EarlierInSharedMemory<T, Shape::kColumns> earlier() { return {weights[0] + thread_index()}; }
 };
 
-// Begins to copy `lines` lines (kMaxLines at most) of `length` numbers (kLength at most) to lines of kLength numbers.
-template <int kMaxLines, int kLength, class T>
-__device__ __forceinline__ void copy_lines(T* to, const T* from, int stride, int lines, int length) {
-  constexpr int n = Tile<T>::kVector, pieces = kLength / n, at_once = kThreads / pieces;
+// Two blocks run at a time on a multiprocessor of sm_80, which has 164 KiB, of which each block takes 1 KiB beside its own.
+template <class Shared>
+constexpr bool kTwoFit = 2 * (sizeof(Shared) + 1024) <= 164 * 1024;
+static_assert(kTwoFit<BackwardShared<Side::rows, float>> && kTwoFit<BackwardShared<Side::components, float>>);
+static_assert(kTwoFit<BackwardShared<Side::rows, double>> && kTwoFit<BackwardShared<Side::components, double>>);
+
+// Begins to copy lines (kMaxLines at most) of pieces of 16 bytes (kPieces at most), from the piece `from` of an array on.
+// Pieces are counted in 32 bits, which is cheaper and enough for arrays of 64 GB.
+template <int kMaxLines, int kPieces, class T>
+__device__ __forceinline__ void copy_lines(T* to, const T* array, unsigned from, unsigned stride, unsigned lines,
+                                           unsigned pieces) {
+  constexpr unsigned at_once = kThreads / kPieces;
   static_assert(kMaxLines % at_once == 0, "every thread copies as much");
-  const unsigned thread = thread_index();
-  const int line = int(thread / pieces), column = int(thread % pieces) * n;
+  const unsigned thread = thread_index(), line = thread / kPieces, piece = thread % kPieces;
+  const auto* source = reinterpret_cast<const Vector<T>*>(array);
 #pragma unroll
-  for (int begin = 0; begin < kMaxLines; begin += at_once) {
-    if (begin + line >= lines || column >= length) continue;
-    __pipeline_memcpy_async(to + begin * kLength + int(thread) * n, from + (begin + line) * stride + column, 16);
+  for (unsigned begin = 0; begin < kMaxLines; begin += at_once) {
+    if (begin + line >= lines || piece >= pieces) continue;
+    Vector<T>* target = reinterpret_cast<Vector<T>*>(to) + begin * kPieces + thread;
+    __pipeline_memcpy_async(target, source + (from + (begin + line) * stride + piece), 16);
   }
 }
 
@@ -93,6 +102,7 @@ template <Side kSide, class T>
 class BackwardStream {
   using Shape = BackwardTile<kSide, T>;
   using Stages = typename Shape::Stages;
+  static constexpr int n = Tile<T>::kVector;
 
  public:
   __device__ __forceinline__ BackwardStream(Stages* stages, const Packed<T>& packed, int own_tile, int begin, int end,
@@ -130,24 +140,23 @@ class BackwardStream {
   }
 
   __device__ __forceinline__ void copy_squares(typename Shape::SquaresStage& to, int d) {
-    constexpr int kRows = Shape::kRows, kComponents = Shape::kComponents;
-    const int depth = packed_.depth - d < kBackwardDepth ? packed_.depth - d : kBackwardDepth;
-    const int row_tile = Shape::kOwnsRows ? own_ : tile_, components = Shape::kOwnsRows ? tile_ : own_;
-    const T* rows = packed_.rows + (int64_t(row_tile) * packed_.depth + d) * kRows;
-    // a tile has half of a panel's components
-    const T* panel = packed_.components + (int64_t(components / 2) * packed_.depth + d) * 2 * kRows;
-    const auto copy = [&](T* to, const T* from, int stride) {  // 2 depth lines of half a tile
-      copy_lines<2 * kBackwardDepth, kComponents>(to, from, stride, 2 * depth, kComponents);
+    constexpr int kRowPieces = Shape::kRows / n, kPieces = Shape::kComponents / n;
+    const unsigned lines = 2 * (packed_.depth - d < kBackwardDepth ? packed_.depth - d : kBackwardDepth);
+    const unsigned row_tile = Shape::kOwnsRows ? own_ : tile_, components = Shape::kOwnsRows ? tile_ : own_;
+    const unsigned row_line = row_tile * packed_.depth + d, component_line = 2 * (components / 2 * packed_.depth + d);
+    const auto copy = [&](T* to, const T* array, unsigned from, unsigned stride) {  // lines of half a tile
+      copy_lines<2 * kBackwardDepth, kPieces>(to, array, from, stride, lines, kPieces);
     };
-    copy(to.rows[0], rows, kComponents);
-    copy(to.components[0][0], panel + components % 2 * kComponents, kRows);
+    copy(to.rows[0], packed_.rows, row_line * kRowPieces, kPieces);
+    // a tile has half of a panel's components
+    copy(to.components[0][0], packed_.components, component_line * kRowPieces + components % 2 * kPieces, kRowPieces);
   }
 
   __device__ __forceinline__ void copy_items(T (&to)[Shape::kArrays][Shape::kItems][kChunk], int piece) {
-    const int64_t from = (int64_t(tile_) * Shape::kOther + piece * Shape::kItems) * packed_.width + first_dimension_;
-    const int length = packed_.width - first_dimension_;
-    const auto copy = [&](T(&array)[Shape::kItems][kChunk], const T* items) {
-      copy_lines<Shape::kItems, kChunk>(array[0], items + from, packed_.width, Shape::kItems, length);
+    const unsigned stride = unsigned(packed_.width) / n, first = unsigned(first_dimension_) / n;
+    const unsigned from = unsigned(tile_ * Shape::kOther + piece * Shape::kItems) * stride + first;
+    const auto copy = [&](T(&to)[Shape::kItems][kChunk], const T* array) {
+      copy_lines<Shape::kItems, kChunk / n>(to[0], array, from, stride, Shape::kItems, stride - first);
     };
     if constexpr (Shape::kOwnsRows) {
       copy(to[0], packed_.mu);

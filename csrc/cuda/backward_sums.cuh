@@ -123,7 +123,7 @@ struct Sums<Side::rows, T, kDimensions> : SecondPass<Side::rows, T, kDimensions>
     Base::load_own_lines(packed.z, packed.width, own_tile, first_dimension, z);
   }
 
-  __device__ __forceinline__ void add_weights(const T (*)[Shared::kLine]) {}
+  static __device__ __forceinline__ void add_weights(Shared&) {}
 
   __device__ __forceinline__ void add(const T (&items)[2][Shape::kItems][kChunk], const T (*weights)[Shared::kLine]) {
     this->for_each_active(weights, [&](int i, int column, const T(&w)[kCount]) {
@@ -160,18 +160,19 @@ struct Sums<Side::components, T, kDimensions> : SecondPass<Side::components, T, 
   using typename Base::Lines, typename Base::Shape, typename Base::Shared;
   using Base::kCount;
   Lines mu, wu = {}, wuu = {};
-  // Of the weights, a thread adds up those of one component and of a group of each tile's rows.
   static constexpr int kGroups = kThreads / Shape::kOwn, kRowsOfGroup = Shape::kOther / kGroups;
-  T w_sum = 0;
 
   __device__ __forceinline__ void load_own(const Packed<T>& packed, int own_tile, int first_dimension) {
     Base::load_own_lines(packed.mu, packed.width, own_tile, first_dimension, mu);
   }
 
-  __device__ __forceinline__ void add_weights(const T (*weights)[Shared::kLine]) {
+  // Of the weights, a thread adds up those of one component and of a group of the tile's rows.
+  static __device__ __forceinline__ void add_weights(Shared& shared) {
     const unsigned thread = thread_index(), component = thread % Shape::kOwn, group = thread / Shape::kOwn;
+    T sum = shared.w_sum[thread];
 #pragma unroll 8
-    for (int row = 0; row < kRowsOfGroup; ++row) w_sum += weights[group * kRowsOfGroup + row][component];
+    for (int row = 0; row < kRowsOfGroup; ++row) sum += shared.weights[group * kRowsOfGroup + row][component];
+    shared.w_sum[thread] = sum;
   }
 
   __device__ __forceinline__ void add(const T (&items)[1][Shape::kItems][kChunk], const T (*weights)[Shared::kLine]) {
@@ -194,15 +195,13 @@ struct Sums<Side::components, T, kDimensions> : SecondPass<Side::components, T, 
                                         Shared& shared) {
     const unsigned thread = thread_index();
     const int first = Base::first_of(thread), d = first_dimension + Base::column_of(thread);
-    __syncthreads();  // no thread reads weights any more
-    shared.weights[thread / Shape::kOwn][thread % Shape::kOwn] = w_sum;
-    __syncthreads();
+    __syncthreads();  // all have added their weights
 #pragma unroll
     for (int o = 0; o < kCount; ++o) {
       const int64_t k = int64_t(own_tile) * Shape::kOwn + first + o;
       if (k >= task.mix.K) return;
       T sum = 0;
-      for (int group = 0; group < kGroups; ++group) sum += shared.weights[group][first + o];
+      for (int group = 0; group < kGroups; ++group) sum += shared.w_sum[group * Shape::kOwn + first + o];
       if (d == 0 && task.dweights) task.dweights[split * task.mix.K + k] = sum;
       const int64_t to = (split * task.mix.K + k) * task.mix.D + d;
       const T* v = task.packed.v + k * task.packed.width + d;

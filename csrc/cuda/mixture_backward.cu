@@ -5,7 +5,7 @@
 namespace fastvae::cuda {
 namespace {
 
-// The kernel for dimensions that 16 lanes share in the second pass: as few for each lane as they allow.
+// The kernel for D dimensions: 16 lanes share them in the second pass, and each has as few as they allow.
 template <Side kSide, class T>
 auto backward_kernel(int64_t D) {
   return D <= 32 ? backward<kSide, T, 2> : D <= 48 ? backward<kSide, T, 3> : backward<kSide, T, 4>;
@@ -53,6 +53,9 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   if (!wanted.dz && !wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
   const BackwardPlan<T> plan(mix, wanted, memory);
   const Packed<T>& packed = plan.packed;
+  const int64_t largest = std::max<int64_t>(packed.row_tiles, packed.panels) * Tile<T>::kSide * 2 * packed.width;
+  if (largest / Tile<T>::kVector > UINT32_MAX)  // of an array: the kernels count in 32 bits
+    throw std::runtime_error("fastvae: CUDA: too many rows or components for backward");
   if (plan.log_sigma_ratios)
     max_columns(mix.logvar, mix.log_weights, mix.K, mix.D, plan.columns, plan.max_logvar, stream);
   pack<T>(mix, wanted.log_prob, plan.log_sigma_ratios ? plan.max_logvar : nullptr, packed, stream);

@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) backward(Bac
 
   const ThreadPosition position = backward_position<kSide>();
   Sums<kSide, T, kDimensions> sums;
+  shared.w_sum[threadIdx.x] = T(0);
   BackwardStream<kSide, T> stream(shared.stages, packed, own_tile, begin, end, first_dimension);
   while (stream.tile() < end) {
     const int row_tile = kOwnsRows ? own_tile : stream.tile(), component_tile = kOwnsRows ? stream.tile() : own_tile;
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) backward(Bac
       const auto& stage = stream.next().squares;
       const int done = d + kBackwardDepth, depth = done <= packed.depth ? kBackwardDepth : packed.depth - d;
       if (shared.difference_form)
-        add_squares<true>(stage, depth, position, q);
+        add_squares<true, 2>(stage, depth, position, q);
       else
-        add_squares<false>(stage, depth, position, q);
+        add_squares<false, 2>(stage, depth, position, q);
       const bool last = done >= packed.depth;
       if (last || done % kBlock == 0) {
         auto earlier = shared.earlier();
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) backward(Bac
     sums.load_own(packed, own_tile, first_dimension);
     for (int piece = 0; piece < Shape::kPieces; ++piece) {
       const auto& stage = stream.next().items;  // the first barrier is also that of the weights
-      if (piece == 0) sums.add_weights(shared.weights);
+      if (piece == 0) sums.add_weights(shared);
       sums.add(stage, &shared.weights[piece * Shape::kItems]);
     }
   }

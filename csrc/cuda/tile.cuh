@@ -70,11 +70,12 @@ __device__ __forceinline__ void load_own(const T* line, int position, T (&out)[k
 template <class T, int kColumns = Tile<T>::kOwn>
 using Squares = T[Tile<T>::kOwn][kColumns];  // of the rows x components that a thread owns
 
-// q += t^2 over the dimensions of a stage: the innermost loop.
-template <bool kDifference, class T, int kDepth, int kComponents, int kColumns>
+// q += t^2 over the dimensions of a stage: the innermost loop, of which kUnroll turns are one.
+template <bool kDifference, int kUnroll = 1, class T, int kDepth, int kComponents, int kColumns>
 __device__ __forceinline__ void add_squares(const Stage<T, kDepth, kComponents>& stage, int depth,
                                             const ThreadPosition& position, Squares<T, kColumns>& q) {
   static_assert(kComponents == 16 * kColumns);
+#pragma unroll(kUnroll)
   for (int begin = 0; begin < depth; begin += 2) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
