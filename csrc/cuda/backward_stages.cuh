@@ -50,7 +50,7 @@ struct BackwardTile {
   };
 };
 
-// Tiles of components of backward.  The last panel's second half may be padding alone, and then is none.
+// How many tiles the components are.  Where the last panel's second half is padding alone, it is none.
 template <class T>
 FASTVAE_INLINE int component_tiles(const Mixture<T>& mix) {
   constexpr int kComponents = BackwardTile<Side::rows, T>::kComponents;
@@ -68,20 +68,22 @@ struct BackwardShared {
   // components it excludes, or -1.
   T c[Shape::kComponents], log_prob[Shape::kRows], grad[Shape::kRows], limit[Shape::kRows];
   int excluded[Shape::kRows];
-  T w_sum[kThreads];  // on the components' side: the sums of the weights that a thread adds up, over all tiles
+  T w_sum[kThreads];     // on the components' side: the sums of the weights that a thread adds up, over all tiles
   bool difference_form;  // of its squares
 
-  __device__ __forceinline__ EarlierInSharedMemory<T, Shape::kColumns> earlier() { return {weights[0] + thread_index()}; }
+  __device__ __forceinline__ EarlierInSharedMemory<T, Shape::kColumns> earlier() {
+    return {weights[0] + thread_index()};
+  }
 };
 
-// Two blocks run at a time on a multiprocessor of sm_80, which has 164 KiB, of which each block takes 1 KiB beside its own.
+// Two blocks run at a time on a multiprocessor of sm_80, which has 164 KiB.  A block takes 1 KiB beside its own.
 template <class Shared>
 constexpr bool kTwoFit = 2 * (sizeof(Shared) + 1024) <= 164 * 1024;
 static_assert(kTwoFit<BackwardShared<Side::rows, float>> && kTwoFit<BackwardShared<Side::components, float>>);
 static_assert(kTwoFit<BackwardShared<Side::rows, double>> && kTwoFit<BackwardShared<Side::components, double>>);
 
-// Begins to copy lines (kMaxLines at most) of pieces of 16 bytes (kPieces at most), from the piece `from` of an array on.
-// Pieces are counted in 32 bits, which is cheaper and enough for arrays of 64 GB.
+// Begins to copy lines (kMaxLines at most) of pieces of 16 bytes (kPieces at most), from the piece `from` of an array
+// on.  Pieces are counted in 32 bits, which is cheaper and enough for arrays of 64 GB.
 template <int kMaxLines, int kPieces, class T>
 __device__ __forceinline__ void copy_lines(T* to, const T* array, unsigned from, unsigned stride, unsigned lines,
                                            unsigned pieces) {

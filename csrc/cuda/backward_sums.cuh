@@ -1,8 +1,8 @@
 // The second pass of backward for large problems: the sums over the other side's items, in registers.
 //
-// A thread has 8 rows (4 components) of its own, 4 and 2 in double precision, and kDimensions dimensions; 16 lanes share
-// the rows.  So a warp has 16 rows (8 components) of its own, and takes only those items of the other side for which
-// one of them has a weight.
+// A thread has 8 rows (4 components) of its own, 4 and 2 in double precision, and kDimensions dimensions; 16 lanes
+// share the rows.  So a warp has 16 rows (8 components) of its own, and takes only those items of the other side for
+// which one of them has a weight.
 #pragma once
 
 #include "backward_stages.cuh"
@@ -47,9 +47,7 @@ struct SecondPass {
 
   // Where a thread's own items begin in the tile, and its dimensions in the stage.  The lanes 2 i and 2 i + 1 have the
   // same dimensions, so that loads of 16 bytes take half as many passes.
-  static __device__ __forceinline__ int first_of(unsigned thread) {
-    return int(thread / 32 * 2 + thread % 2) * kCount;
-  }
+  static __device__ __forceinline__ int first_of(unsigned thread) { return int(thread / 32 * 2 + thread % 2) * kCount; }
   static __device__ __forceinline__ int column_of(unsigned thread) { return int(thread % 32 / 2) * kDimensions; }
 
   // Takes a thread's own from lines of `width` dimensions; 0 where it has no dimensions.  (Their old values must not
@@ -88,8 +86,8 @@ struct SecondPass {
     return found & kAll;
   }
 
-  // Calls add(i, column, w) for each item i of a stage that has a weight for one of the warp's own; `column` is where the
-  // thread's dimensions begin, and w are the weights of its own items.
+  // Calls add(i, column, w) for each item i of a stage that has a weight for one of the warp's own.  The thread's
+  // dimensions begin at `column`, and w are the weights of its own items.
   template <class Add>
   __device__ __forceinline__ void for_each_active(const T (*weights)[Shared::kLine], const Add& add) const {
     const unsigned thread = thread_index();
@@ -115,8 +113,8 @@ struct Sums;
 template <class T, int kDimensions>
 struct Sums<Side::rows, T, kDimensions> : SecondPass<Side::rows, T, kDimensions> {
   using Base = SecondPass<Side::rows, T, kDimensions>;
-  using typename Base::Lines, typename Base::Shape, typename Base::Shared;
   using Base::kCount;
+  using typename Base::Lines, typename Base::Shape, typename Base::Shared;
   Lines z, wuv = {};
 
   __device__ __forceinline__ void load_own(const Packed<T>& packed, int own_tile, int first_dimension) {
@@ -157,8 +155,8 @@ struct Sums<Side::rows, T, kDimensions> : SecondPass<Side::rows, T, kDimensions>
 template <class T, int kDimensions>
 struct Sums<Side::components, T, kDimensions> : SecondPass<Side::components, T, kDimensions> {
   using Base = SecondPass<Side::components, T, kDimensions>;
-  using typename Base::Lines, typename Base::Shape, typename Base::Shared;
   using Base::kCount;
+  using typename Base::Lines, typename Base::Shape, typename Base::Shared;
   Lines mu, wu = {}, wuu = {};
   static constexpr int kGroups = kThreads / Shape::kOwn, kRowsOfGroup = Shape::kOther / kGroups;
 
