@@ -1,4 +1,4 @@
-"""Elementary functions to about one unit in the last place, the same on every device; compensated sums; TF32.
+"""Elementary functions to about one unit in the last place, the same on every device, and compensated sums.
 
 A GPU's fast instructions are too inaccurate here.  lg2.approx has no relative accuracy near 1, where the radius of a
 normal number comes from.  ex2.approx(x log2 e) is wrong by |x| roundings, which is too much for a variance.  In float64
@@ -15,7 +15,6 @@ LN_2_LOW = tl.constexpr(-2.12194440e-4)
 EXP_LIMIT = tl.constexpr(87.0)  # |x| beyond which float32 exp(x) leaves the normal numbers
 LOWEST_32 = tl.constexpr(-3.4028234663852886e38)
 LOWEST_64 = tl.constexpr(-1.7976931348623157e308)
-TF32_MASK = tl.constexpr(-8192)  # the upper 19 bits of a float32: sign, exponent, 10 bits of fraction
 
 
 @triton.jit
@@ -108,13 +107,6 @@ def add_compensated(total, compensation, x):
 def compensated_total(total, compensation):
     """What `add_compensated` has added up; the compensation of an infinite total is NaN, and is not added."""
     return total + tl.where(compensation == compensation, compensation, 0.0)
-
-
-@triton.jit
-def round_to_tf32(x):
-    """The nearest number that the tensor cores' TF32 holds; NaN stays NaN."""
-    nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & TF32_MASK).to(tl.float32, bitcast=True)
-    return tl.where(x == x, nearest, x)
 
 
 @triton.jit

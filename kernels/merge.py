@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import exp, log, lowest
+from .halves import reciprocal
 
 
 @triton.jit
@@ -47,13 +48,13 @@ def merge_rows_kernel(
 
 @triton.jit
 def merge_components_kernel(
-    s0, s1, s2, mu, logvar, origin, log_weights, dmu, dlogvar, dlog_weights, K, K_PADDED, D, WIDTH, SPLITS,
+    s0, s1, s2, mu, logvar, origin, unit, log_weights, dmu, dlogvar, dlog_weights, K, K_PADDED, D, WIDTH, SPLITS,
     SHARED: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the parameters from S0 [K], S1 and S2 [K, D]; those that are None are not wanted.
 
-    dmu = s S1 and dlogvar = (S2 - S0) / 2, for sums of t = (z - mu) s and t^2.  Where origin is given, s1 and s2 are
-    sums of z' = z - origin and z'^2, from which those of z - mu = z' - mu' follow.
+    dmu = s S1 and dlogvar = (S2 - S0) / 2, for sums of t = (z - mu) s and t^2.  Where origin and unit are given, s1 and
+    s2 are sums of z' = (z - origin) / unit and z'^2, from which those of (z - mu) / unit = z' - mu' follow.
     """
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     d = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
@@ -87,10 +88,13 @@ def merge_components_kernel(
             lv = tl.load(logvar + out, present, 0.0)
         s = exp(-0.5 * lv)
         if origin is not None:
+            u = tl.load(unit + d, d < D, 1.0)
             centred = tl.load(mu + out, present, 0.0) - tl.load(origin + d, d < D, 0.0)[None, :]
+            centred *= reciprocal(u)[None, :]
+            scaled = s * u[None, :]
             if s2 is not None:
-                sum2 = (sum2 + centred * (centred * sum0[:, None] - 2.0 * sum1)) * s * s
-            sum1 = (sum1 - centred * sum0[:, None]) * s
+                sum2 = (sum2 + centred * (centred * sum0[:, None] - 2.0 * sum1)) * scaled * scaled
+            sum1 = (sum1 - centred * sum0[:, None]) * scaled
         if dmu is not None:
             tl.store(dmu + out, tl.where(present, s * sum1, 0.0), inside)
         if dlogvar is not None:

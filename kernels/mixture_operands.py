@@ -39,37 +39,34 @@ class Problem(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """How many TF32 numbers stand for an operand of the product form."""
+        """How many fp16 numbers stand for an operand of the product form."""
         return 2 if self.precision == "high" else 1
 
 
 class Survey(NamedTuple):
-    """What must be known of all components before any is packed, [D] each."""
+    """What must be known of all components before any is packed, [D] each; the last two for the product form alone."""
 
     max_logvar: Tensor
     origin: Tensor
+    unit: Tensor | None  # a power of two amid the sigmas
+    min_precision: Tensor | None  # exp(-max_logvar) unit^2
 
 
 class Features(NamedTuple):
-    """Operands of a product, [n, F] and transposed [2 D, n], each in a high and a low part; None: not wanted."""
+    """An operand of the product form, fp16 [n, F] in a high and a low part, and the power of two [n] of each line."""
 
     high: Tensor
-    low: Tensor | None
-    high_t: Tensor | None
-    low_t: Tensor | None
+    low: Tensor  # where there is one part, high once more, which is not read
+    scale: Tensor
 
     @property
-    def pair(self) -> tuple[Tensor | None, ...]:
-        """(high, low) as kernels take them: where there is no low part, high stands for it, unread."""
-        return self.high, self.high if self.low is None else self.low
-
-    @property
-    def pair_t(self) -> tuple[Tensor | None, ...]:
-        return self.high_t, self.high_t if self.low_t is None else self.low_t
+    def width(self) -> int:
+        """F."""
+        return self.high.shape[1]
 
 
 class Rows(NamedTuple):
-    """Padded to `count`; term: what the squares add to a, in the product form with a shared logvar."""
+    """Padded to `count`; term: what all components' squares add to a, in the product form."""
 
     count: int  # type: ignore[assignment]  # a tuple's method of that name is not used
     operand: Tensor | Features  # z [D, M] for the difference form
@@ -90,26 +87,22 @@ class Components(NamedTuple):
 
 
 def survey_components(problem: Problem) -> Survey:
-    (_, K, D), mu = problem.shape, problem.mu
+    (_, K, D), mu, product = problem.shape, problem.mu, problem.precision != "highest"
     span = round_up(cdiv(K, min(SURVEY_PARTS, cdiv(K, SURVEY_COLUMNS))), SURVEY_COLUMNS)
     parts = cdiv(K, span)
-    max_logvar, weight, mean = mu.new_empty(3, parts, D)
+    partial = mu.new_empty(4, parts, D)
     chunks = cdiv(D, packing.CHUNK.value)
     packing.survey_kernel[(parts, chunks)](
-        mu, problem.logvar, problem.log_weights, max_logvar, weight, mean, K, D, span,
+        mu, problem.logvar, problem.log_weights, *partial, K, D, span,
         SHARED=problem.shared_logvar is not None, COLUMNS=SURVEY_COLUMNS,
     )  # fmt: skip
-    survey = Survey(*mu.new_empty(2, D))
-    packing.survey_merge_kernel[(chunks,)](
-        max_logvar, weight, mean, *survey, parts, D, ROWS=tiles.next_power_of_2(parts)
-    )
+    survey = Survey(*mu.new_empty(2, D), *(mu.new_empty(2, D) if product else (None, None)))
+    packing.survey_merge_kernel[(chunks,)](*partial, *survey, parts, D, ROWS=tiles.next_power_of_2(parts))
     return survey
 
 
-def pack_components(
-    problem: Problem, survey: Survey | None, tile: Tile, *, transposed: bool, skipping: bool
-) -> Components:
-    """transposed: the features of a product both ways; skipping: with what a score needs that may leave tiles out."""
+def pack_components(problem: Problem, survey: Survey | None, tile: Tile, *, skipping: bool) -> Components:
+    """skipping: with what a score needs that may leave tiles out."""
     precision, _, mu, logvar, log_weights, _ = problem
     (_, K, D), shared = problem.shape, problem.shared_logvar is not None
     count, padded = round_up(K, tile.columns), tiles.padded_dimensions(precision, D)
@@ -127,15 +120,16 @@ def pack_components(
     assert survey is not None
     peak = torch.empty_like(c) if skipping else None
     F = padded if shared else 2 * padded
-    features = _empty_features(mu, count, F, F, problem.parts, transposed)
+    high, low, scale = _empty_features(mu, count, F, problem.parts)
     packing.components_product_kernel[grid](
-        mu, logvar, log_weights, *survey, *features, c, peak, log_sigma_ratio, K, count, D, padded, F, **sizes
+        mu, logvar, log_weights, *survey, high, low, scale, c, peak, log_sigma_ratio, K, D, padded, F, **sizes
     )
-    return Components(count, features, c, peak, log_sigma_ratio)
+    return Components(count, _features(high, low, scale), c, peak, log_sigma_ratio)
 
 
-def pack_rows(problem: Problem, survey: Survey | None, tile: Tile, *, transposed: bool) -> Rows:
-    precision, z, logvar, (M, _, D) = problem.precision, problem.z, problem.shared_logvar, problem.shape
+def pack_rows(problem: Problem, survey: Survey | None, tile: Tile, *, squares: bool) -> Rows:
+    """squares: with those of z' as features, in the product form."""
+    precision, z, (M, _, D) = problem.precision, problem.z, problem.shape
     count, padded = round_up(M, tile.rows), tiles.padded_dimensions(precision, D)
     at_once = min(PACKED_AT_ONCE[z.dtype], tile.rows)
     if precision == "highest":
@@ -145,22 +139,20 @@ def pack_rows(problem: Problem, survey: Survey | None, tile: Tile, *, transposed
         )
         return Rows(count, z_t, None)
     assert survey is not None
-    F = 2 * padded if logvar is None else padded
-    features = _empty_features(z, count, F, 2 * padded, problem.parts, transposed)
-    term = None if logvar is None else z.new_empty(count)
+    F = 2 * padded if squares else padded
+    high, low, scale = _empty_features(z, count, F, problem.parts)
+    term = z.new_empty(count)
     packing.rows_product_kernel[(count // at_once,)](
-        z, survey.origin, logvar, *features, term, M, count, D, padded, F, ROWS=at_once
-    )
-    return Rows(count, features, term)
+        z, survey.origin, survey.unit, survey.min_precision, high, low, scale, term, M, D, padded, F,
+        SQUARES=squares, ROWS=at_once,
+    )  # fmt: skip
+    return Rows(count, _features(high, low, scale), term)
 
 
-def _empty_features(like: Tensor, n: int, F: int, F_t: int, parts: int, transposed: bool) -> Features:
-    def empty(wanted: bool, *shape: int) -> Tensor | None:
-        return like.new_empty(shape) if wanted else None
+def _empty_features(like: Tensor, n: int, F: int, parts: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    high = like.new_empty(n, F, dtype=torch.float16)
+    return high, torch.empty_like(high) if parts == 2 else None, like.new_empty(n)
 
-    return Features(
-        like.new_empty(n, F),
-        empty(parts == 2, n, F),
-        empty(transposed, F_t, n),
-        empty(transposed and parts == 2, F_t, n),
-    )
+
+def _features(high: Tensor, low: Tensor | None, scale: Tensor) -> Features:
+    return Features(high, high if low is None else low, scale)

@@ -6,6 +6,7 @@ parts are merged.  dL/dmu, dL/dlogvar and dL/dlog w follow from the sums S0, S1 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,10 +29,10 @@ def launch(problem: Problem, grad: Tensor, log_prob: Tensor, dense: bool, wanted
     precision, z, mu, logvar, log_weights, exclude = problem
     (M, K, D), shared = problem.shape, problem.shared_logvar
     survey = survey_components(problem) if precision != "highest" else None
-    components = pack_components(problem, survey, tile, transposed=False, skipping=False)
+    components = pack_components(problem, survey, tile, skipping=False)
     need_s2 = wanted.logvar is not None
     need_s1 = need_s2 or wanted.mu is not None
-    rows = pack_rows(problem, survey, tile, transposed=need_s1)
+    rows = pack_rows(problem, survey, tile, squares=shared is None or need_s2)
 
     slices = cdiv(D, tile.dims) if need_s1 else 1
     blocks = components.count // tile.columns
@@ -53,13 +54,15 @@ def launch(problem: Problem, grad: Tensor, log_prob: Tensor, dense: bool, wanted
         )  # fmt: skip
     else:
         assert isinstance(rows.operand, Features) and isinstance(components.operand, Features)
+        F = components.operand.width
         product.parameters_kernel[(blocks, splits, slices)](
-            *rows.operand.pair, *rows.operand.pair_t, *components.operand.pair, rows.term, *given,
-            M, rows.count, components.count, padded, padded if shared is not None else 2 * padded, span, limit,
-            PARTS=problem.parts, CHUNK=tile.chunk, **sizes,
+            *rows.operand, rows.term, *components.operand, *given,
+            M, rows.count, components.count, padded, F, rows.operand.width, span, limit,
+            PARTS=problem.parts, SQUARES=shared is None, WHOLE=padded == tile.dims, CHUNK=math.gcd(F, tile.chunk),
+            **sizes,
         )  # fmt: skip
-    origin = None if survey is None else survey.origin
+    origin, unit = (None, None) if survey is None else (survey.origin, survey.unit)
     merge.merge_components_kernel[(cdiv(components.count, 16), cdiv(D, 64) if need_s1 else 1)](
-        s0, s1, s2, mu, logvar, origin, log_weights, *wanted, K, components.count, D, width, splits,
+        s0, s1, s2, mu, logvar, origin, unit, log_weights, *wanted, K, components.count, D, width, splits,
         SHARED=shared is not None, COLUMNS=16, DIMS=64 if need_s1 else 1,
     )  # fmt: skip

@@ -14,22 +14,24 @@ Padding, and a component with a weight of -inf, have mu = 0, s = v = 0, c = -inf
 import triton
 import triton.language as tl
 
-from .arithmetic import add_compensated, compensated_total, exp, lowest, round_to_tf32
+from .arithmetic import EXP_LIMIT, LOG2_E, add_compensated, compensated_total, exp, lowest
 from .components import HALF_LOG_2_PI, log_weight, tile_parameters
+from .halves import reciprocal, scales, to_pair
 
 CHUNK = tl.constexpr(16)  # dimensions at a time
 
 
 @triton.jit
 def survey_kernel(
-    mu, logvar, log_weights, partial_max_logvar, partial_weight, partial_mean, K, D, SPAN,
+    mu, logvar, log_weights, partial_max_logvar, partial_min_logvar, partial_weight, partial_mean, K, D, SPAN,
     SHARED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """For CHUNK dimensions of SPAN components: the largest logvar, sum 1 / sigma and sum mu / sigma."""
+    """For CHUNK dimensions of SPAN components: the largest and least logvar, sum 1 / sigma and sum mu / sigma."""
     part = tl.program_id(0)
     d = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     dtype: tl.constexpr = mu.dtype.element_ty
     max_logvar = tl.full((CHUNK,), lowest(dtype), dtype)
+    min_logvar = -max_logvar
     weight = tl.zeros((CHUNK,), dtype)
     mean = tl.zeros((CHUNK,), dtype)
     for start in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), COLUMNS):
@@ -38,19 +40,22 @@ def survey_kernel(
         m, lv, present = tile_parameters(mu, logvar, absent, k, d, D, SHARED)
         s = tl.where(present, exp(-0.5 * lv), 0.0)
         max_logvar = tl.maximum(max_logvar, tl.max(tl.where(present, lv, lowest(dtype)), 0))
+        min_logvar = tl.minimum(min_logvar, tl.min(tl.where(present, lv, -lowest(dtype)), 0))
         weight += tl.sum(s, 0)
         mean += tl.sum(s * m, 0)
     at = part * D + d
     tl.store(partial_max_logvar + at, max_logvar, d < D)
+    tl.store(partial_min_logvar + at, min_logvar, d < D)
     tl.store(partial_weight + at, weight, d < D)
     tl.store(partial_mean + at, mean, d < D)
 
 
 @triton.jit
 def survey_merge_kernel(
-    partial_max_logvar, partial_weight, partial_mean, max_logvar, origin, PARTS, D, ROWS: tl.constexpr
+    partial_max_logvar, partial_min_logvar, partial_weight, partial_mean, max_logvar, origin, unit, min_precision,
+    PARTS, D, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of the survey: max_logvar [D] and origin [D]."""
+    """Merge the parts of the survey, [D] each; unit, min_precision: None where no product is wanted."""
     d = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     part = tl.arange(0, ROWS)
     inside = (part < PARTS)[:, None] & (d < D)[None, :]
@@ -58,8 +63,16 @@ def survey_merge_kernel(
     dtype: tl.constexpr = max_logvar.dtype.element_ty
     weight = tl.sum(tl.load(partial_weight + at, inside, 0.0), 0)
     mean = tl.sum(tl.load(partial_mean + at, inside, 0.0), 0)
-    tl.store(max_logvar + d, tl.max(tl.load(partial_max_logvar + at, inside, lowest(dtype)), 0), d < D)
+    largest = tl.max(tl.load(partial_max_logvar + at, inside, lowest(dtype)), 0)
+    tl.store(max_logvar + d, largest, d < D)
     tl.store(origin + d, mean / tl.where(weight == 0.0, 1.0, weight), d < D)  # 0 where there is no component
+    if unit is not None:
+        least = tl.min(tl.load(partial_min_logvar + at, inside, -lowest(dtype)), 0)
+        log_sigma = 0.25 * (tl.maximum(least, -EXP_LIMIT) + tl.minimum(largest, EXP_LIMIT))
+        power = tl.floor(tl.where(weight == 0.0, 0.0, log_sigma) * LOG2_E + 0.5)
+        u = ((power.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        tl.store(unit + d, u, d < D)
+        tl.store(min_precision + d, tl.where(weight == 0.0, 0.0, exp(-largest) * u * u), d < D)
 
 
 @triton.jit
@@ -99,8 +112,8 @@ def components_difference_kernel(
 
 @triton.jit
 def components_product_kernel(
-    mu, logvar, log_weights, max_logvar, origin, p_high, p_low, p_high_t, p_low_t, c, peak, log_sigma_ratio,
-    K, K_PADDED, D, D_PADDED, F, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
+    mu, logvar, log_weights, max_logvar, origin, unit, min_precision, p_high, p_low, p_scale, c, peak, log_sigma_ratio,
+    K, D, D_PADDED, F, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """peak and log_sigma_ratio: None where no score is wanted that may leave tiles out."""
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -111,41 +124,54 @@ def components_product_kernel(
     mu_square = logvar_sum
     square_compensation = logvar_sum
     ratio = logvar_sum
-    for start in range(0, D_PADDED, CHUNK):
+    largest = logvar_sum
+    for start in range(0, D, CHUNK):
         d = start + tl.arange(0, CHUNK)
         m, lv, present = tile_parameters(mu, logvar, absent, k, d, D, SHARED)
-        m = tl.where(present, m - tl.load(origin + d, d < D, 0.0)[None, :], 0.0)
-        v = tl.where(present, exp(-lv), 0.0)
-        _store_feature(m * v, p_high, p_low, p_high_t, p_low_t, k, d, F, K_PADDED)
-        if not SHARED:
-            _store_feature(-0.5 * v, p_high, p_low, p_high_t, p_low_t, k, D_PADDED + d, F, K_PADDED)
+        m, v, excess = _in_units(m, lv, present, origin, unit, min_precision, d, D, SHARED)
+        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(m * v), 0.5 * excess), 1))
         logvar_sum, compensation = add_compensated(logvar_sum, compensation, tl.sum(lv, 1))
         mu_square, square_compensation = add_compensated(mu_square, square_compensation, tl.sum(m * m * v, 1))
         if log_sigma_ratio is not None:
             ratio = _larger_log_sigma_ratio(ratio, max_logvar, lv, present, d, D)
+    inverse, scale = scales(largest)
+    tl.store(p_scale + k, scale)
     log_determinant = compensated_total(logvar_sum, compensation)
     constant = log_w - 0.5 * log_determinant - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
     tl.store(c + k, constant - 0.5 * compensated_total(mu_square, square_compensation))
     if log_sigma_ratio is not None:
         tl.store(peak + k, constant)
         tl.store(log_sigma_ratio + k, ratio)
+    for start in range(0, D_PADDED, CHUNK):
+        d = start + tl.arange(0, CHUNK)
+        m, lv, present = tile_parameters(mu, logvar, absent, k, d, D, SHARED)
+        m, v, excess = _in_units(m, lv, present, origin, unit, min_precision, d, D, SHARED)
+        _store_feature(m * v * inverse[:, None], p_high, p_low, k, d, F)
+        if not SHARED:
+            _store_feature(-0.5 * excess * inverse[:, None], p_high, p_low, k, D_PADDED + d, F)
 
 
 @triton.jit
-def _store_feature(value, high, low, high_t, low_t, i, f, F, STRIDE):
-    """Store a tile [i, f] as high + low, TF32 each, in [., F], and transposed in [., STRIDE], or not if None."""
-    first = round_to_tf32(value)
-    second = round_to_tf32(value - first)
+def _in_units(m, lv, present, origin, unit, min_precision, d, D, SHARED: tl.constexpr):
+    """(mu', v, v - the least v) of a tile, in the units of its dimensions."""
+    u = tl.load(unit + d, d < D, 1.0)[None, :]
+    least = tl.load(min_precision + d, d < D, 0.0)[None, :]
+    m = tl.where(present, (m - tl.load(origin + d, d < D, 0.0)[None, :]) * reciprocal(u), 0.0)
+    if SHARED:
+        v = tl.where(present, least, 0.0)
+    else:
+        v = tl.where(present, exp(-lv) * u * u, 0.0)
+    return m, v, tl.where(present, v - least, 0.0)
+
+
+@triton.jit
+def _store_feature(value, high, low, i, f, F):
+    """Store a tile [i, f] of features, already scaled, in [., F]; low: None where high alone is wanted."""
+    first, second = to_pair(value)
     at = (i.to(tl.int64) * F)[:, None] + f[None, :]
-    if high is not None:
-        tl.store(high + at, first)
+    tl.store(high + at, first)
     if low is not None:
         tl.store(low + at, second)
-    at = (f.to(tl.int64) * STRIDE)[:, None] + i[None, :]
-    if high_t is not None:
-        tl.store(high_t + at, tl.trans(first))
-    if low_t is not None:
-        tl.store(low_t + at, tl.trans(second))
 
 
 @triton.jit
@@ -159,23 +185,37 @@ def rows_difference_kernel(z, z_t, M, M_PADDED, D, D_PADDED, ROWS: tl.constexpr)
 
 @triton.jit
 def rows_product_kernel(
-    z, origin, shared_logvar, x_high, x_low, x_high_t, x_low_t, row_term, M, M_PADDED, D, D_PADDED, F,
-    ROWS: tl.constexpr,
+    z, origin, unit, min_precision, x_high, x_low, x_scale, row_term, M, D, D_PADDED, F,
+    SQUARES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """SQUARES: whether the squares are features too."""
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    square = tl.zeros((ROWS,), tl.float32)
-    compensation = square
+    term = tl.zeros((ROWS,), tl.float32)
+    compensation = term
+    largest = term
+    for start in range(0, D, CHUNK):
+        d = start + tl.arange(0, CHUNK)
+        value = _row_in_units(z, origin, unit, m, d, M, D)
+        largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
+        least = tl.load(min_precision + d, d < D, 0.0)[None, :]
+        term, compensation = add_compensated(term, compensation, tl.sum(value * least * value, 1))
+    tl.store(row_term + m, -0.5 * compensated_total(term, compensation))
+    if SQUARES:
+        largest = tl.maximum(largest, largest * largest)
+    inverse, scale = scales(largest)
+    tl.store(x_scale + m, scale)
     for start in range(0, D_PADDED, CHUNK):
         d = start + tl.arange(0, CHUNK)
-        inside = (m < M)[:, None] & (d < D)[None, :]
-        value = tl.load(z + (m.to(tl.int64) * D)[:, None] + d[None, :], inside, 0.0)
-        value = tl.where(inside, value - tl.load(origin + d, d < D, 0.0)[None, :], 0.0)
-        _store_feature(value, x_high, x_low, x_high_t, x_low_t, m, d, F, M_PADDED)
-        if shared_logvar is None:
-            _store_feature(value * value, x_high, x_low, x_high_t, x_low_t, m, D_PADDED + d, F, M_PADDED)
-        else:
-            _store_feature(value * value, None, None, x_high_t, x_low_t, m, D_PADDED + d, F, M_PADDED)
-            v = exp(-tl.load(shared_logvar + d, d < D, 0.0))
-            square, compensation = add_compensated(square, compensation, tl.sum(value * value * v[None, :], 1))
-    if shared_logvar is not None:
-        tl.store(row_term + m, -0.5 * compensated_total(square, compensation))
+        value = _row_in_units(z, origin, unit, m, d, M, D)
+        _store_feature(value * inverse[:, None], x_high, x_low, m, d, F)
+        if SQUARES:
+            _store_feature(value * value * inverse[:, None], x_high, x_low, m, D_PADDED + d, F)
+
+
+@triton.jit
+def _row_in_units(z, origin, unit, m, d, M, D):
+    """z' of a tile, in the units of its dimensions; 0 beyond the last row and dimension."""
+    inside = (m < M)[:, None] & (d < D)[None, :]
+    value = tl.load(z + (m.to(tl.int64) * D)[:, None] + d[None, :], inside, 0.0)
+    centred = value - tl.load(origin + d, d < D, 0.0)[None, :]
+    return tl.where(inside, centred * reciprocal(tl.load(unit + d, d < D, 1.0))[None, :], 0.0)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+MAX_DIMS = 64  # of a slice
 PROGRAMS = 264  # as many fill a large GPU twice over; where there are fewer, what each goes through is split
 
 
@@ -14,7 +15,7 @@ class Tile(NamedTuple):
 
     rows: int
     columns: int
-    chunk: int  # features in a step of a product; unused by the difference form
+    chunk: int  # features in a step of a product, at most; unused by the difference form
     dims: int  # of the score, or of the parameters' gradients, that a program accumulates
     warps: int
     stages: int
@@ -33,8 +34,15 @@ def round_up(n: int, to: int) -> int:
 
 
 def padded_dimensions(precision: str, D: int) -> int:
-    """D as the packed operands have it."""
-    return round_up(D, 4 if precision == "highest" else 16)
+    """D as the packed operands have it; in the product form a slice's dimensions where there is one slice."""
+    if precision == "highest":
+        return round_up(D, 4)
+    return _dims(D) if D <= MAX_DIMS else round_up(D, 16)
+
+
+def _dims(D: int) -> int:
+    """The dimensions of a slice."""
+    return min(MAX_DIMS, max(16, next_power_of_2(D)))
 
 
 def capability(device: torch.device) -> int:
@@ -51,14 +59,14 @@ def tile_for(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = 
     Each is, by what `tools.static_report` says, the largest whose registers do not spill and whose operands fit shared
     memory; none was timed on a GPU.  Hopper and data-centre Blackwell have room for more, float64 for less.
     """
-    dims = min(64, max(16, next_power_of_2(D)))
+    dims = _dims(D)
     if dtype == torch.float64:
         sizes = {"forward": (64, 32), "score": (64, 32), "parameters": (32, 64)}[kind]
         return Tile(*sizes, 4, dims, 8, 1)
     if precision == "highest":
         sizes = {"forward": (128, 128), "score": (128, 64), "parameters": (32, 128)}[kind]
         return Tile(*sizes, 4, dims, 8, 1)
-    chunk = 32 if padded_dimensions(precision, D) % 32 == 0 else 16
+    chunk = 64  # 128 bytes of fp16, a line of shared memory
     if kind == "forward":  # with twice the operands, 128 columns spill on an A100
         return Tile(128, 64 if precision == "high" else 128, chunk, dims, 8, 3)
     inner = 32 if arch in (90, 100, 103) or precision == "medium" or kind == "parameters" else 16

@@ -155,7 +155,7 @@ def test_the_floor_names_what_binds(kernels: list[dict[str, Any]]) -> None:
     assert forward["work"]["fp32"] == 3 * 64 * pairs and forward["bound_by"] == "fp32 issue"
     assert forward["floor_seconds"] == pytest.approx(3 * 64 * pairs / (132 * 128 * 1.98e9))
     (high,) = of(kernels, "product.forward_kernel", "high, general, forward", arch=90)
-    assert high["work"]["tf32"] == 3 * 2 * 128 * pairs and high["bound_by"] == "TF32 tensor cores"
+    assert high["work"]["fp16"] == 3 * 2 * 128 * pairs and high["bound_by"] == "fp16 tensor cores"
 
 
 def test_how_many_blocks_fit() -> None:
@@ -171,7 +171,7 @@ def test_how_many_blocks_fit() -> None:
 def test_the_table_has_a_line_for_each(kernels: list[dict[str, Any]]) -> None:
     table = all_fields(kernels).splitlines()
     assert len(table) == 2 + len(kernels)
-    assert any("HGMMA" in line and "sm_90" in line and "TF32 tensor cores" in line for line in table)
+    assert any("HGMMA" in line and "sm_90" in line and "fp16 tensor cores" in line for line in table)
 
 
 def test_the_record_has_what_the_tables_print(kernels: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ class Kernel:
         cubin: the machine code, with this kernel alone in it, or with `function` naming it.
         threads: of a block.
         shared: bytes of shared memory a block takes, dynamic memory included.
-        work: the minimal work of a launch for `case`: multiply-adds, TF32 products, bytes and so on, by the names of
+        work: the minimal work of a launch for `case`: multiply-adds, fp16 products, bytes and so on, by the names of
             `limits.RATES`.  Empty where nobody counted.
         tensor_cores: it is meant to use them.
         function: its name in the machine code, where that holds others too.

@@ -9,7 +9,7 @@ MULTIPROCESSORS, CLOCK = 132, 1.98e9
 RATES: Mapping[str, float] = {
     "fp32": MULTIPROCESSORS * 128 * CLOCK,  # instructions: additions, products or multiply-adds
     "exp2": MULTIPROCESSORS * 16 * CLOCK,
-    "tf32": 495e12,  # flops of dense matrix products
+    "fp16": 990e12,  # flops of dense matrix products
     "fp64": 67e12,  # the same, in float64
     "fp64 issue": MULTIPROCESSORS * 64 * CLOCK,  # instructions, as fp32
     "fill": MULTIPROCESSORS * 64 * CLOCK,  # bytes that the multiprocessors take from the L2 cache
@@ -18,7 +18,7 @@ RATES: Mapping[str, float] = {
 NAMES = {
     "fp32": "fp32 issue",
     "exp2": "exponentials",
-    "tf32": "TF32 tensor cores",
+    "fp16": "fp16 tensor cores",
     "fp64": "fp64 tensor cores",
     "fp64 issue": "fp64 issue",
     "fill": "L2 cache",

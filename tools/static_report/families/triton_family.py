@@ -83,7 +83,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-_POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
+_POINTERS = {torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64"}
 
 
 def _kind(value: Any) -> tuple[str | None, bool]:
@@ -226,7 +226,7 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
         return counted | {"fp32": issued}
     products = 3 if arguments["PARTS"] == 2 else 1
     second = arguments["F"] * score if kernel == "forward_kernel" else arguments["D_PADDED"] * (gradients - 1)
-    return counted | {"tf32": 2.0 * pairs * (arguments["F"] + second) * products}
+    return counted | {"fp16": 2.0 * pairs * (arguments["F"] + second) * products}
 
 
 EXP = 19  # fp32 instructions of s = exp(-logvar / 2), see kernels/arithmetic.py
