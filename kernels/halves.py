@@ -40,22 +40,14 @@ def to_pair(x):
 
 
 @triton.jit
-def load_pair(high, low, at, mask, PARTS: tl.constexpr):
-    """(high, low) at offsets, 0 where a mask says so; with one part, (high, high)."""
-    first = _load(high + at, mask)
+def load_pair(high, low, at, PARTS: tl.constexpr):
+    """(high, low) at offsets; with one part, (high, high)."""
+    first = tl.load(high + at)
     if PARTS == 2:
-        second = _load(low + at, mask)
+        second = tl.load(low + at)
     else:
         second = first
     return first, second
-
-
-@triton.jit
-def _load(pointers, mask):
-    if mask is None:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask, 0.0)
 
 
 @triton.jit

@@ -6,8 +6,6 @@ whose parts are merged.
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from . import difference, merge, product, skipping, tiles
@@ -23,7 +21,7 @@ def launch(
     M, K, D = problem.shape
     may_skip = score is not None and not dense
     survey = survey_components(problem) if precision != "highest" or may_skip else None
-    components = pack_components(problem, survey, tile, skipping=may_skip)
+    components = pack_components(problem, survey, tile, squares=shared is None, skipping=may_skip)
     rows = pack_rows(problem, survey, tile, squares=shared is None)
 
     slices = 1 if score is None else cdiv(D, tile.dims)
@@ -45,13 +43,11 @@ def launch(
         )  # fmt: skip
     else:
         assert isinstance(rows.operand, Features) and isinstance(components.operand, Features) and survey is not None
-        F = components.operand.width
         product.forward_kernel[(blocks, splits, slices)](
             *rows.operand, rows.term, *components.operand, z, survey.origin, survey.unit, survey.min_precision,
             components.c, components.peak, components.log_sigma_ratio, exclude, *outputs,
-            M, rows.count, components.count, D, padded, F, span, log_negligible,
-            PARTS=problem.parts, SQUARES=shared is None, WHOLE=padded == tile.dims, CHUNK=math.gcd(F, tile.chunk),
-            **sizes,
+            M, rows.count, components.count, D, components.operand.width, span, log_negligible,
+            PARTS=problem.parts, SQUARES=shared is None, WHOLE=padded == tile.dims, **sizes,
         )  # fmt: skip
     merge.merge_rows_kernel[(cdiv(rows.count, 16), 1 if score is None else cdiv(D, 64))](
         *outputs, grad, log_prob, score, M, rows.count, D, width, splits, ROWS=16, DIMS=64 if score is not None else 1

@@ -101,8 +101,10 @@ def survey_components(problem: Problem) -> Survey:
     return survey
 
 
-def pack_components(problem: Problem, survey: Survey | None, tile: Tile, *, skipping: bool) -> Components:
-    """skipping: with what a score needs that may leave tiles out."""
+def pack_components(
+    problem: Problem, survey: Survey | None, tile: Tile, *, squares: bool, skipping: bool
+) -> Components:
+    """squares: with features for those of z', in the product form; skipping: with what a score needs to leave tiles out."""
     precision, _, mu, logvar, log_weights, _ = problem
     (_, K, D), shared = problem.shape, problem.shared_logvar is not None
     count, padded = round_up(K, tile.columns), tiles.padded_dimensions(precision, D)
@@ -119,16 +121,16 @@ def pack_components(problem: Problem, survey: Survey | None, tile: Tile, *, skip
         return Components(count, (mu_t, s_t), c, None, log_sigma_ratio)
     assert survey is not None
     peak = torch.empty_like(c) if skipping else None
-    F = padded if shared else 2 * padded
-    high, low, scale = _empty_features(mu, count, F, problem.parts)
+    high, low, scale = _empty_features(mu, count, padded, squares, problem.parts)
     packing.components_product_kernel[grid](
-        mu, logvar, log_weights, *survey, high, low, scale, c, peak, log_sigma_ratio, K, D, padded, F, **sizes
-    )
+        mu, logvar, log_weights, *survey, high, low, scale, c, peak, log_sigma_ratio, K, D, high.shape[1], tile.dims,
+        SQUARES=squares, **sizes,
+    )  # fmt: skip
     return Components(count, _features(high, low, scale), c, peak, log_sigma_ratio)
 
 
 def pack_rows(problem: Problem, survey: Survey | None, tile: Tile, *, squares: bool) -> Rows:
-    """squares: with those of z' as features, in the product form."""
+    """squares: with those of z' among the features, in the product form."""
     precision, z, (M, _, D) = problem.precision, problem.z, problem.shape
     count, padded = round_up(M, tile.rows), tiles.padded_dimensions(precision, D)
     at_once = min(PACKED_AT_ONCE[z.dtype], tile.rows)
@@ -139,18 +141,17 @@ def pack_rows(problem: Problem, survey: Survey | None, tile: Tile, *, squares: b
         )
         return Rows(count, z_t, None)
     assert survey is not None
-    F = 2 * padded if squares else padded
-    high, low, scale = _empty_features(z, count, F, problem.parts)
+    high, low, scale = _empty_features(z, count, padded, squares, problem.parts)
     term = z.new_empty(count)
     packing.rows_product_kernel[(count // at_once,)](
-        z, survey.origin, survey.unit, survey.min_precision, high, low, scale, term, M, D, padded, F,
+        z, survey.origin, survey.unit, survey.min_precision, high, low, scale, term, M, D, high.shape[1], tile.dims,
         SQUARES=squares, ROWS=at_once,
     )  # fmt: skip
     return Rows(count, _features(high, low, scale), term)
 
 
-def _empty_features(like: Tensor, n: int, F: int, parts: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    high = like.new_empty(n, F, dtype=torch.float16)
+def _empty_features(like: Tensor, n: int, padded: int, squares: bool, parts: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    high = like.new_empty(n, padded * (1 + squares), dtype=torch.float16)
     return high, torch.empty_like(high) if parts == 2 else None, like.new_empty(n)
 
 

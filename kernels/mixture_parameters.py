@@ -6,7 +6,6 @@ parts are merged.  dL/dmu, dL/dlogvar and dL/dlog w follow from the sums S0, S1 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,10 +28,11 @@ def launch(problem: Problem, grad: Tensor, log_prob: Tensor, dense: bool, wanted
     precision, z, mu, logvar, log_weights, exclude = problem
     (M, K, D), shared = problem.shape, problem.shared_logvar
     survey = survey_components(problem) if precision != "highest" else None
-    components = pack_components(problem, survey, tile, skipping=False)
     need_s2 = wanted.logvar is not None
     need_s1 = need_s2 or wanted.mu is not None
-    rows = pack_rows(problem, survey, tile, squares=shared is None or need_s2)
+    squares = shared is None or need_s2
+    components = pack_components(problem, survey, tile, squares=squares, skipping=False)
+    rows = pack_rows(problem, survey, tile, squares=squares)
 
     slices = cdiv(D, tile.dims) if need_s1 else 1
     blocks = components.count // tile.columns
@@ -54,12 +54,10 @@ def launch(problem: Problem, grad: Tensor, log_prob: Tensor, dense: bool, wanted
         )  # fmt: skip
     else:
         assert isinstance(rows.operand, Features) and isinstance(components.operand, Features)
-        F = components.operand.width
         product.parameters_kernel[(blocks, splits, slices)](
             *rows.operand, rows.term, *components.operand, *given,
-            M, rows.count, components.count, padded, F, rows.operand.width, span, limit,
-            PARTS=problem.parts, SQUARES=shared is None, WHOLE=padded == tile.dims, CHUNK=math.gcd(F, tile.chunk),
-            **sizes,
+            M, rows.count, components.count, components.operand.width, span, limit,
+            PARTS=problem.parts, SQUARES=squares, WHOLE=padded == tile.dims, **sizes,
         )  # fmt: skip
     origin, unit = (None, None) if survey is None else (survey.origin, survey.unit)
     merge.merge_components_kernel[(cdiv(components.count, 16), cdiv(D, 64) if need_s1 else 1)](

@@ -112,10 +112,13 @@ def components_difference_kernel(
 
 @triton.jit
 def components_product_kernel(
-    mu, logvar, log_weights, max_logvar, origin, unit, min_precision, p_high, p_low, p_scale, c, peak, log_sigma_ratio,
-    K, D, D_PADDED, F, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
+    mu, logvar, log_weights, max_logvar, origin, unit, min_precision, y_high, y_low, y_scale, c, peak, log_sigma_ratio,
+    K, D, F, DIMS, SQUARES: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """peak and log_sigma_ratio: None where no score is wanted that may leave tiles out."""
+    """F features by slices of DIMS dimensions; SQUARES: whether those of the squares are among them.
+
+    peak and log_sigma_ratio: None where no score is wanted that may leave tiles out.
+    """
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     log_w = log_weight(log_weights, k, K, tl.float32)
     absent = log_w == float("-inf")
@@ -135,20 +138,18 @@ def components_product_kernel(
         if log_sigma_ratio is not None:
             ratio = _larger_log_sigma_ratio(ratio, max_logvar, lv, present, d, D)
     inverse, scale = scales(largest)
-    tl.store(p_scale + k, scale)
+    tl.store(y_scale + k, scale)
     log_determinant = compensated_total(logvar_sum, compensation)
     constant = log_w - 0.5 * log_determinant - D * tl.full((COLUMNS,), HALF_LOG_2_PI, log_w.dtype)
     tl.store(c + k, constant - 0.5 * compensated_total(mu_square, square_compensation))
     if log_sigma_ratio is not None:
         tl.store(peak + k, constant)
         tl.store(log_sigma_ratio + k, ratio)
-    for start in range(0, D_PADDED, CHUNK):
+    for start in range(0, F // (2 if SQUARES else 1), CHUNK):
         d = start + tl.arange(0, CHUNK)
         m, lv, present = tile_parameters(mu, logvar, absent, k, d, D, SHARED)
         m, v, excess = _in_units(m, lv, present, origin, unit, min_precision, d, D, SHARED)
-        _store_feature(m * v * inverse[:, None], p_high, p_low, k, d, F)
-        if not SHARED:
-            _store_feature(-0.5 * excess * inverse[:, None], p_high, p_low, k, D_PADDED + d, F)
+        _store_features(m * v, -0.5 * excess, inverse, y_high, y_low, k, start, F, DIMS, SQUARES)
 
 
 @triton.jit
@@ -165,10 +166,21 @@ def _in_units(m, lv, present, origin, unit, min_precision, d, D, SHARED: tl.cons
 
 
 @triton.jit
-def _store_feature(value, high, low, i, f, F):
-    """Store a tile [i, f] of features, already scaled, in [., F]; low: None where high alone is wanted."""
+def _store_features(linear, square, inverse, high, low, i, start, F, DIMS, SQUARES: tl.constexpr):
+    """Store the features of lines i [n] and of CHUNK dimensions from `start`, [n, CHUNK], times `inverse` [n].
+
+    low: None where high alone is wanted.
+    """
+    width = 2 * DIMS if SQUARES else DIMS
+    at = (i.to(tl.int64) * F + start // DIMS * width + start % DIMS)[:, None] + tl.arange(0, CHUNK)[None, :]
+    _store_pair(linear * inverse[:, None], high, low, at)
+    if SQUARES:
+        _store_pair(square * inverse[:, None], high, low, at + DIMS)
+
+
+@triton.jit
+def _store_pair(value, high, low, at):
     first, second = to_pair(value)
-    at = (i.to(tl.int64) * F)[:, None] + f[None, :]
     tl.store(high + at, first)
     if low is not None:
         tl.store(low + at, second)
@@ -185,10 +197,10 @@ def rows_difference_kernel(z, z_t, M, M_PADDED, D, D_PADDED, ROWS: tl.constexpr)
 
 @triton.jit
 def rows_product_kernel(
-    z, origin, unit, min_precision, x_high, x_low, x_scale, row_term, M, D, D_PADDED, F,
+    z, origin, unit, min_precision, x_high, x_low, x_scale, row_term, M, D, F, DIMS,
     SQUARES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """SQUARES: whether the squares are features too."""
+    """F features by slices of DIMS dimensions; SQUARES: whether those of the squares are among them."""
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     term = tl.zeros((ROWS,), tl.float32)
     compensation = term
@@ -204,12 +216,9 @@ def rows_product_kernel(
         largest = tl.maximum(largest, largest * largest)
     inverse, scale = scales(largest)
     tl.store(x_scale + m, scale)
-    for start in range(0, D_PADDED, CHUNK):
-        d = start + tl.arange(0, CHUNK)
-        value = _row_in_units(z, origin, unit, m, d, M, D)
-        _store_feature(value * inverse[:, None], x_high, x_low, m, d, F)
-        if SQUARES:
-            _store_feature(value * value * inverse[:, None], x_high, x_low, m, D_PADDED + d, F)
+    for start in range(0, F // (2 if SQUARES else 1), CHUNK):
+        value = _row_in_units(z, origin, unit, m, start + tl.arange(0, CHUNK), M, D)
+        _store_features(value, value * value, inverse, x_high, x_low, m, start, F, DIMS, SQUARES)
 
 
 @triton.jit

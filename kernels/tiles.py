@@ -15,7 +15,6 @@ class Tile(NamedTuple):
 
     rows: int
     columns: int
-    chunk: int  # features in a step of a product, at most; unused by the difference form
     dims: int  # of the score, or of the parameters' gradients, that a program accumulates
     warps: int
     stages: int
@@ -34,10 +33,8 @@ def round_up(n: int, to: int) -> int:
 
 
 def padded_dimensions(precision: str, D: int) -> int:
-    """D as the packed operands have it; in the product form a slice's dimensions where there is one slice."""
-    if precision == "highest":
-        return round_up(D, 4)
-    return _dims(D) if D <= MAX_DIMS else round_up(D, 16)
+    """D as the packed operands have it: in whole slices for the product form."""
+    return round_up(D, 4 if precision == "highest" else _dims(D))
 
 
 def _dims(D: int) -> int:
@@ -62,20 +59,23 @@ def tile_for(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = 
     dims = _dims(D)
     if dtype == torch.float64:
         sizes = {"forward": (64, 32), "score": (64, 32), "parameters": (32, 64)}[kind]
-        return Tile(*sizes, 4, dims, 8, 1)
+        return Tile(*sizes, dims, 8, 1)
     if precision == "highest":
         sizes = {"forward": (128, 128), "score": (128, 64), "parameters": (32, 128)}[kind]
-        return Tile(*sizes, 4, dims, 8, 1)
-    chunk = 64  # 128 bytes of fp16, a line of shared memory
-    if kind == "forward":  # with twice the operands, 128 columns spill on an A100
-        return Tile(128, 64 if precision == "high" else 128, chunk, dims, 8, 3)
-    inner = 32 if arch in (90, 100, 103) or precision == "medium" or kind == "parameters" else 16
-    sizes = {"score": (128, inner), "parameters": (inner, 128)}[kind]
-    return Tile(*sizes, chunk, dims, 8, 2)
+        return Tile(*sizes, dims, 8, 1)
+    roomy = arch in (90, 100, 103)
+    if kind == "forward":  # products of 64 x 128 or more run at the full rate; an A100 has no registers for them in "high"
+        wide = precision == "medium" or (roomy and D <= MAX_DIMS)
+        return Tile(128, 128 if wide else 64, dims, 8, 3 if precision == "medium" or not wide else 2)
+    if roomy and (arch == 90 or precision == "medium" or D <= MAX_DIMS):
+        outer, inner, warps = 128, 64, 8
+    else:  # two blocks at once
+        outer, inner, warps = 64, 64 if precision == "medium" else 32, 4
+    return Tile(*((outer, inner) if kind == "score" else (inner, outer)), dims, warps, 3)
 
 
 class Candidate(NamedTuple):
-    """A tile to be timed, with the chunk and dims of the table's; `where`: the generations on which nothing spills."""
+    """A tile to be timed, with the dims of the table's; `where`: the generations on which nothing spills."""
 
     rows: int
     columns: int
@@ -102,34 +102,38 @@ OTHERS: dict[tuple[str, str], list[Candidate]] = {
         Candidate(32, 64, 4, 1),  # three, and less padding of few components
     ],
     ("high", "forward"): [
-        Candidate(128, 64, 8, 2),  # less shared memory: two blocks at once
-        Candidate(128, 64, 8, 4),  # more of the operands on their way
-        Candidate(128, 128, 8, 2, where=(90,)),  # fewer bytes from L2 for each product
-        Candidate(64, 64, 8, 3),  # two blocks at once, and less padding of few rows
+        Candidate(128, 64, 8, 3, where=(90, 100)),  # fewer registers; one more of the operands on its way
+        Candidate(64, 64, 4, 3),  # up to two blocks at once, and less padding of few rows
+        Candidate(64, 64, 4, 2),  # two, also where shared memory is small
     ],
     ("high", "score"): [
-        Candidate(128, 16, 8, 3, where=(80,)),  # more of the operands on their way
-        Candidate(128, 32, 8, 3, where=(90, 100)),
-        Candidate(64, 32, 4, 2, where=(90, 100)),  # two or three blocks at once
+        Candidate(128, 16, 8, 3, where=(80,)),  # fewer bytes from L2 for each product
+        Candidate(128, 32, 8, 3, where=(90, 100)),  # fewer registers
+        Candidate(64, 64, 4, 2, where=(90, 100)),  # two blocks at once, so that exponentials and products overlap
+        Candidate(64, 32, 4, 2),  # two or three, and less padding of few rows
     ],
     ("high", "parameters"): [
-        Candidate(32, 128, 8, 3),  # more of the operands on their way
-        Candidate(32, 64, 4, 2),  # two or three blocks at once
+        Candidate(32, 128, 8, 3),  # fewer registers, or fewer bytes from L2
+        Candidate(64, 64, 4, 2, where=(90, 100)),  # two blocks at once
+        Candidate(32, 64, 4, 2),  # two or three
     ],
     ("medium", "forward"): [
         Candidate(128, 128, 8, 4),  # more of the operands on their way
-        Candidate(128, 64, 8, 3),  # up to three blocks at once, so that exponentials and products overlap
-        Candidate(64, 64, 4, 3),  # four, and less padding of few rows
+        Candidate(128, 256, 8, 2, where=(90,)),  # fewer bytes from L2 for each product
+        Candidate(128, 64, 8, 3),  # two blocks at once, so that exponentials and products overlap
+        Candidate(64, 64, 4, 3),  # three or four, and less padding of few rows
     ],
     ("medium", "score"): [
-        Candidate(128, 32, 8, 3),  # more of the operands on their way
-        Candidate(128, 64, 8, 2, where=(90, 100)),  # fewer bytes from L2 for each product
-        Candidate(64, 32, 4, 2),  # two or three blocks at once
+        Candidate(128, 64, 8, 3, where=(80,)),  # fewer bytes from L2 for each product
+        Candidate(64, 64, 4, 3, where=(90, 100)),  # two blocks at once
+        Candidate(128, 32, 8, 3),  # fewer registers
+        Candidate(64, 32, 4, 3),  # two blocks, and less padding of few rows
     ],
     ("medium", "parameters"): [
-        Candidate(32, 128, 8, 3),  # more of the operands on their way
-        Candidate(64, 64, 8, 2),  # up to two blocks at once
-        Candidate(32, 64, 4, 2),  # two or three
+        Candidate(64, 128, 8, 3, where=(80,)),  # fewer bytes from L2 for each product
+        Candidate(64, 64, 4, 3, where=(90, 100)),  # two blocks at once
+        Candidate(32, 128, 8, 3),  # fewer registers
+        Candidate(32, 64, 4, 3),  # up to three blocks
     ],
     ("float64", "forward"): [
         Candidate(32, 64, 8, 1),  # the other way round

@@ -225,8 +225,7 @@ def work(name: str, arguments: dict[str, Any]) -> dict[str, float]:
             return {"fp64 issue": issued, "memory": counted["memory"]}
         return counted | {"fp32": issued}
     products = 3 if arguments["PARTS"] == 2 else 1
-    second = arguments["F"] * score if kernel == "forward_kernel" else arguments["D_PADDED"] * (gradients - 1)
-    return counted | {"fp16": 2.0 * pairs * (arguments["F"] + second) * products}
+    return counted | {"fp16": 2.0 * pairs * arguments["F"] * (1 + (gradients > 1)) * products}
 
 
 EXP = 19  # fp32 instructions of s = exp(-logvar / 2), see kernels/arithmetic.py
