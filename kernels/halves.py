@@ -7,8 +7,8 @@ well inside fp16's range, which ends at 65504.  high has 11 binary digits and lo
 2^-23 of itself, or, where low is subnormal, by 2^-36, which is at most 2^-50 of the largest.  Without the factor of
 2^11 the second figure would be 2^-39: that is how far fp16's range reaches down.
 
-Of a product of two pairs, high high is summed for itself, because tensor cores cut off what lies below the last digit of
-a sum; the two mixed products are summed together, times 2^11; low low is left out, 2^-22 of the product at most.
+Of a product of two pairs, high high is summed for itself, because tensor cores cut off what lies below the last digit
+of a sum; the two mixed products are summed together, times 2^11; low low, at most 2^-22 of the product, is left out.
 """
 
 import triton

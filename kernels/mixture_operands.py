@@ -56,7 +56,7 @@ class Features(NamedTuple):
     """An operand of the product form, fp16 [n, F] in a high and a low part, and the power of two [n] of each line."""
 
     high: Tensor
-    low: Tensor  # where there is one part, high once more, which is not read
+    low: Tensor | None  # in "medium" there is none
     scale: Tensor
 
     @property
@@ -104,7 +104,7 @@ def survey_components(problem: Problem) -> Survey:
 def pack_components(
     problem: Problem, survey: Survey | None, tile: Tile, *, squares: bool, skipping: bool
 ) -> Components:
-    """squares: with features for those of z', in the product form; skipping: with what a score needs to leave tiles out."""
+    """squares: with features for those of z', in the product form; skipping: with what a score needs to skip tiles."""
     precision, _, mu, logvar, log_weights, _ = problem
     (_, K, D), shared = problem.shape, problem.shared_logvar is not None
     count, padded = round_up(K, tile.columns), tiles.padded_dimensions(precision, D)
@@ -121,12 +121,12 @@ def pack_components(
         return Components(count, (mu_t, s_t), c, None, log_sigma_ratio)
     assert survey is not None
     peak = torch.empty_like(c) if skipping else None
-    high, low, scale = _empty_features(mu, count, padded, squares, problem.parts)
+    features = _empty_features(mu, count, problem, squares)
     packing.components_product_kernel[grid](
-        mu, logvar, log_weights, *survey, high, low, scale, c, peak, log_sigma_ratio, K, D, high.shape[1], tile.dims,
+        mu, logvar, log_weights, *survey, *features, c, peak, log_sigma_ratio, K, D, features.width, tile.dims,
         SQUARES=squares, **sizes,
     )  # fmt: skip
-    return Components(count, _features(high, low, scale), c, peak, log_sigma_ratio)
+    return Components(count, features, c, peak, log_sigma_ratio)
 
 
 def pack_rows(problem: Problem, survey: Survey | None, tile: Tile, *, squares: bool) -> Rows:
@@ -141,19 +141,16 @@ def pack_rows(problem: Problem, survey: Survey | None, tile: Tile, *, squares: b
         )
         return Rows(count, z_t, None)
     assert survey is not None
-    high, low, scale = _empty_features(z, count, padded, squares, problem.parts)
-    term = z.new_empty(count)
+    features, term = _empty_features(z, count, problem, squares), z.new_empty(count)
     packing.rows_product_kernel[(count // at_once,)](
-        z, survey.origin, survey.unit, survey.min_precision, high, low, scale, term, M, D, high.shape[1], tile.dims,
+        z, survey.origin, survey.unit, survey.min_precision, *features, term, M, D, features.width, tile.dims,
         SQUARES=squares, ROWS=at_once,
     )  # fmt: skip
-    return Rows(count, _features(high, low, scale), term)
+    return Rows(count, features, term)
 
 
-def _empty_features(like: Tensor, n: int, padded: int, squares: bool, parts: int) -> tuple[Tensor, Tensor | None, Tensor]:
+def _empty_features(like: Tensor, n: int, problem: Problem, squares: bool) -> Features:
+    """Of n rows or components, padded to whole slices; squares: with those of z' among them."""
+    padded = tiles.padded_dimensions(problem.precision, problem.shape[2])
     high = like.new_empty(n, padded * (1 + squares), dtype=torch.float16)
-    return high, torch.empty_like(high) if parts == 2 else None, like.new_empty(n)
-
-
-def _features(high: Tensor, low: Tensor | None, scale: Tensor) -> Features:
-    return Features(high, high if low is None else low, scale)
+    return Features(high, torch.empty_like(high) if problem.parts == 2 else None, like.new_empty(n))

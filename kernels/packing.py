@@ -132,7 +132,7 @@ def components_product_kernel(
         d = start + tl.arange(0, CHUNK)
         m, lv, present = tile_parameters(mu, logvar, absent, k, d, D, SHARED)
         m, v, excess = _in_units(m, lv, present, origin, unit, min_precision, d, D, SHARED)
-        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(m * v), 0.5 * excess), 1))
+        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(m * v), 0.5 * tl.abs(excess)), 1))
         logvar_sum, compensation = add_compensated(logvar_sum, compensation, tl.sum(lv, 1))
         mu_square, square_compensation = add_compensated(mu_square, square_compensation, tl.sum(m * m * v, 1))
         if log_sigma_ratio is not None:

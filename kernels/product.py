@@ -28,7 +28,6 @@ from .halves import add_product, joined, load_pair, reciprocal, scales, to_pair
 from .logsumexp import absorb, log_responsibility, responsibility, store_sums
 from .skipping import is_active, is_active_in_score
 
-
 CHUNK = tl.constexpr(64)  # features at a time, where there are several slices
 
 

@@ -64,12 +64,13 @@ def tile_for(kind: str, precision: str, D: int, arch: int, dtype: torch.dtype = 
         sizes = {"forward": (128, 128), "score": (128, 64), "parameters": (32, 128)}[kind]
         return Tile(*sizes, dims, 8, 1)
     roomy = arch in (90, 100, 103)
-    if kind == "forward":  # products of 64 x 128 or more run at the full rate; an A100 has no registers for them in "high"
-        wide = precision == "medium" or (roomy and D <= MAX_DIMS)
-        return Tile(128, 128 if wide else 64, dims, 8, 3 if precision == "medium" or not wide else 2)
-    if roomy and (arch == 90 or precision == "medium" or D <= MAX_DIMS):
+    if kind == "forward":
+        if precision == "high" and not (roomy and D <= MAX_DIMS):  # 128 columns spill
+            return Tile(128, 64, dims, 8, 3)
+        return Tile(128, 128, dims, 8, 3 if precision == "medium" else 2)
+    if arch == 90 or (roomy and (precision == "medium" or D <= MAX_DIMS)):
         outer, inner, warps = 128, 64, 8
-    else:  # two blocks at once
+    else:  # half the registers of a multiprocessor, so that two blocks run at once
         outer, inner, warps = 64, 64 if precision == "medium" else 32, 4
     return Tile(*((outer, inner) if kind == "score" else (inner, outer)), dims, warps, 3)
 
