@@ -47,7 +47,7 @@ def launch(
             *rows.operand, rows.term, *components.operand, z, survey.origin, survey.unit, survey.min_precision,
             components.c, components.peak, components.log_sigma_ratio, exclude, *outputs,
             M, rows.count, components.count, D, components.operand.width, span, log_negligible,
-            PARTS=problem.parts, SQUARES=shared is None, WHOLE=padded == tile.dims, **sizes,
+            PARTS=problem.parts, SQUARES=shared is None, WHOLE=padded == tile.dims, STAGES=tile.stages, **sizes,
         )  # fmt: skip
     merge.merge_rows_kernel[(cdiv(rows.count, 16), 1 if score is None else cdiv(D, 64))](
         *outputs, grad, log_prob, score, M, rows.count, D, width, splits, ROWS=16, DIMS=64 if score is not None else 1

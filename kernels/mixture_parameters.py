@@ -57,7 +57,7 @@ def launch(problem: Problem, grad: Tensor, log_prob: Tensor, dense: bool, wanted
         product.parameters_kernel[(blocks, splits, slices)](
             *rows.operand, rows.term, *components.operand, *given,
             M, rows.count, components.count, components.operand.width, span, limit,
-            PARTS=problem.parts, SQUARES=squares, WHOLE=padded == tile.dims, **sizes,
+            PARTS=problem.parts, SQUARES=squares, WHOLE=padded == tile.dims, STAGES=tile.stages, **sizes,
         )  # fmt: skip
     origin, unit = (None, None) if survey is None else (survey.origin, survey.unit)
     merge.merge_components_kernel[(cdiv(components.count, 16), cdiv(D, 64) if need_s1 else 1)](

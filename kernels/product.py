@@ -79,7 +79,7 @@ def forward_kernel(
     c, peak, log_sigma_ratio, exclude, partial_top, partial_total, partial_score,
     M, M_PADDED, K_PADDED, D, F, SPAN, log_negligible,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, WHOLE: tl.constexpr, SCORE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows against SPAN components: a split's top and total, and DIMS dimensions of its score.
 
@@ -99,7 +99,7 @@ def forward_kernel(
         excluded = tl.load(exclude + rows, rows < M, -1)
     if WHOLE:
         xh, xl = load_pair(x_high, x_low, (rows.to(tl.int64) * F)[:, None] + features[None, :], PARTS)
-    for k in range(split * SPAN, tl.minimum(split * SPAN + SPAN, K_PADDED), COLUMNS):
+    for k in tl.range(split * SPAN, tl.minimum(split * SPAN + SPAN, K_PADDED), COLUMNS, num_stages=STAGES):
         columns = k + tl.arange(0, COLUMNS)
         at_y = (columns.to(tl.int64) * F)[:, None] + features[None, :]
         if WHOLE:
@@ -143,7 +143,7 @@ def parameters_kernel(
     M, M_PADDED, K_PADDED, F, SPAN, limit,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, WHOLE: tl.constexpr,
     NEED_S1: tl.constexpr, NEED_S2: tl.constexpr, DENSE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS components against SPAN rows: S0, and DIMS dimensions of S1 and S2, which are of z' and not of z - mu.
 
@@ -159,7 +159,7 @@ def parameters_kernel(
     constants = tl.load(c + columns)[:, None]
     if WHOLE:
         yh, yl = load_pair(y_high, y_low, (columns.to(tl.int64) * F)[:, None] + features[None, :], PARTS)
-    for m in range(split * SPAN, tl.minimum(split * SPAN + SPAN, M_PADDED), ROWS):
+    for m in tl.range(split * SPAN, tl.minimum(split * SPAN + SPAN, M_PADDED), ROWS, num_stages=STAGES):
         rows = m + tl.arange(0, ROWS)
         at_x = (rows.to(tl.int64) * F)[:, None] + features[None, :]
         if WHOLE:

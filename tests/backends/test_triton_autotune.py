@@ -322,7 +322,7 @@ def test_what_is_no_longer_offered_is_timed_anew(clock: Clock, monkeypatch: pyte
 MANY = """
 from fastvae.backends import triton
 tiles, tuned_tiles = triton.load("tiles"), triton.load("tuned_tiles")
-tile = tiles.Tile(16, 16, 4, 16, 4, 1)
+tile = tiles.Tile(16, 16, 16, 4, 1)
 for n in range(10):
     tuned_tiles.keep("{NAME} " + str(n), [tuned_tiles.Timed(tile, 1.0)], [tile])
 """
