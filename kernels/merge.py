@@ -9,11 +9,14 @@ from .halves import reciprocal
 
 @triton.jit
 def merge_rows_kernel(
-    partial_top, partial_total, partial_score, grad, log_prob, score, M, M_PADDED, D, WIDTH, SPLITS,
-    ROWS: tl.constexpr, DIMS: tl.constexpr,
+    partial_top, partial_total, partial_score, z, origin, unit, min_precision, grad, log_prob, score,
+    M, M_PADDED, D, WIDTH, SPLITS,
+    SQUARES: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """log p [M] and, where there are parts of it, the score [M, D], times `grad` [M] where that is given.
 
+    Parts of the score lie slice by slice of SLICE dimensions.  With z, origin, unit and min_precision they are the
+    product form's G1, in each slice before its G2 if SQUARES, from which the score follows (`product.py`).
     log_prob: None where it is known already.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -25,25 +28,41 @@ def merge_rows_kernel(
         top = tl.maximum(top, tl.load(at))
         at += M_PADDED
     total = tl.zeros((ROWS,), dtype)
-    sum_score = tl.zeros((ROWS, DIMS), dtype)
+    linear = tl.zeros((ROWS, DIMS), dtype)
+    square = linear
+    features = (dims // SLICE * (2 * SLICE if SQUARES else SLICE) + dims % SLICE)[None, :]
     offset = rows.to(tl.int64)
     for _ in range(0, SPLITS):
         shrink = tl.exp(tl.load(partial_top + offset) - top)
         total += tl.load(partial_total + offset) * shrink
         if partial_score is not None:
-            part = tl.load(partial_score + (offset * WIDTH)[:, None] + dims[None, :], (dims < WIDTH)[None, :], 0.0)
-            sum_score += tl.where(shrink[:, None] == 0.0, 0.0, part * shrink[:, None])
+            part = partial_score + (offset * WIDTH)[:, None] + features
+            linear += _shrunk(tl.load(part, (dims < D)[None, :], 0.0), shrink)
+            if SQUARES:
+                square += _shrunk(tl.load(part + SLICE, (dims < D)[None, :], 0.0), shrink)
         offset += M_PADDED
     if log_prob is not None:
         if tl.program_id(1) == 0:
             tl.store(log_prob + rows, top + log(total), rows < M)
     if partial_score is not None:
-        scale = 1.0 / tl.where(total == 0.0, 1.0, total)  # of a row without a component the score is 0
-        if grad is not None:
-            scale *= tl.load(grad + rows, rows < M, 0.0)
-        value = sum_score * scale[:, None]
         inside = (rows < M)[:, None] & (dims < D)[None, :]
-        tl.store(score + (rows.to(tl.int64) * D)[:, None] + dims[None, :], value, inside)
+        at_z = (rows.to(tl.int64) * D)[:, None] + dims[None, :]
+        scale = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]  # of a row without a component the score is 0
+        value = linear * scale
+        if unit is not None:
+            inverse = reciprocal(tl.load(unit + dims, dims < D, 1.0))[None, :]
+            centred = (tl.load(z + at_z, inside, 0.0) - tl.load(origin + dims, dims < D, 0.0)[None, :]) * inverse
+            least = tl.where(total == 0.0, 0.0, 1.0)[:, None] * tl.load(min_precision + dims, dims < D, 0.0)[None, :]
+            value = (value + centred * (2.0 * square * scale - least)) * inverse
+        if grad is not None:
+            value *= tl.load(grad + rows, rows < M, 0.0)[:, None]
+        tl.store(score + at_z, value, inside)
+
+
+@triton.jit
+def _shrunk(part, shrink):
+    """part [R, D] times shrink [R], and 0 where that is 0, whatever the part."""
+    return tl.where(shrink[:, None] == 0.0, 0.0, part * shrink[:, None])
 
 
 @triton.jit

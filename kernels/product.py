@@ -9,7 +9,7 @@ dimension (`packing.py`), v = u^2 exp(-logvar), and v0_d the least v of any comp
 so rows have features x [M, F], components have features y [K, F], and a = c' + R + x y^T.  Where all components share
 v, the squares of z' have no features, and F is half as wide.  The gradients are products with the same features:
 
-    score_md = (G1 + z' (2 G2 - v0 sum_k r)) / u,  [G1, G2] = r y       [S1, S2] = w^T x     S0 = sum_m w
+    score_md = (G1 + z' (2 G2 - v0)) / u,  [G1, G2] = r y       [S1, S2] = w^T x     S0 = sum_m w
 
 The features of a row are one power of two times pairs of fp16 numbers ("high") or single ones ("medium"), and so are
 those of a component (`halves.py`).  In the gradients' products the weights are split in the same way: each row of a
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import lowest
-from .halves import add_product, joined, load_pair, reciprocal, scales, to_pair
+from .halves import add_product, joined, load_pair, scales, to_pair
 from .logsumexp import absorb, log_responsibility, responsibility, store_sums
 from .skipping import is_active, is_active_in_score
 
@@ -75,13 +75,12 @@ def _linear_and_square(sums, SQUARES: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x_high, x_low, x_scale, row_term, y_high, y_low, y_scale, z, origin, unit, min_precision,
-    c, peak, log_sigma_ratio, exclude, partial_top, partial_total, partial_score,
-    M, M_PADDED, K_PADDED, D, F, SPAN, log_negligible,
+    x_high, x_low, x_scale, row_term, y_high, y_low, y_scale, c, peak, log_sigma_ratio, exclude,
+    partial_top, partial_total, partial_score, M, M_PADDED, K_PADDED, F, SPAN, log_negligible,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, WHOLE: tl.constexpr, SCORE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows against SPAN components: a split's top and total, and DIMS dimensions of its score.
+    """ROWS rows against SPAN components: a split's top and total, and G1 and G2 of a slice.
 
     row_term is R above, c is c', and peak is c, the largest a that the component has anywhere.
     peak, log_sigma_ratio: None where there is no score, or no tile of it may be left out.
@@ -126,15 +125,7 @@ def forward_kernel(
     tl.store(partial_top + out, top)
     tl.store(partial_total + out, total)
     if SCORE:
-        linear, square = _linear_and_square(sums, SQUARES)
-        dims = tl.program_id(2) * DIMS + tl.arange(0, DIMS)
-        inside = (rows < M)[:, None] & (dims < D)[None, :]
-        centred = tl.load(z + (rows.to(tl.int64) * D)[:, None] + dims[None, :], inside, 0.0)
-        inverse = reciprocal(tl.load(unit + dims, dims < D, 1.0))[None, :]
-        centred = (centred - tl.load(origin + dims, dims < D, 0.0)[None, :]) * inverse
-        least = tl.load(min_precision + dims, dims < D, 0.0)[None, :]
-        score = (linear + centred * (2.0 * square - least * total[:, None])) * inverse
-        tl.store(partial_score + (out * (tl.num_programs(2) * DIMS))[:, None] + dims[None, :], score)
+        tl.store(partial_score + (out * F)[:, None] + features[None, :], sums)
 
 
 @triton.jit
@@ -173,8 +164,9 @@ def parameters_kernel(
         active = True
         if not DENSE:
             active = is_active(x, limit)
+        g = tl.load(grad + rows, rows < M, 0.0)[None, :]  # here, because what is loaded under a condition is waited for
         if active:
-            w = tl.load(grad + rows, rows < M, 0.0)[None, :] * responsibility(x)
+            w = g * responsibility(x)
             sum0 += tl.sum(w, 1)
             if NEED_S1:
                 if not WHOLE:
