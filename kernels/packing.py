@@ -2,9 +2,9 @@
 
 For the difference form the dimension comes first: z [D, M], mu and s = exp(-logvar / 2) [D, K].  For the product form
 each row and component has 2 D features (`product.py`), of z' = (z - o) / u and mu' = (mu - o) / u, and a power of two
-that scales them (`halves.py`).  The origin o is the mean of mu weighted by 1 / sigma, because the expansion cancels more,
-the larger (z - o)^2 / sigma^2 and (mu - o)^2 / sigma^2 are.  The unit u of a dimension is the power of two next to the
-geometric mean of its largest and its least sigma.  v, and the least v of a dimension, are exp(-logvar) u^2.
+that scales them (`halves.py`).  The origin o is the mean of mu weighted by 1 / sigma, because the expansion cancels
+more, the larger (z - o)^2 / sigma^2 and (mu - o)^2 / sigma^2 are.  The unit u of a dimension is the power of two next
+to the geometric mean of its largest and its least sigma.  v, and the least v of a dimension, are exp(-logvar) u^2.
 
 Each component also has its constant c, and what the score's skipping needs (`skipping.py`): its log sigma ratio
 max_d (max_logvar_d - logvar_kd) / 2, where max_logvar_d is the largest logvar of any component; and in the product
