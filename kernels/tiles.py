@@ -115,7 +115,7 @@ OTHERS: dict[tuple[str, str], list[Candidate]] = {
     ],
     ("high", "parameters"): [
         Candidate(32, 128, 8, 3),  # fewer registers, or fewer bytes from L2
-        Candidate(64, 64, 4, 2, where=(90, 100)),  # two blocks at once
+        Candidate(64, 64, 4, 2, where=(100,)),  # two blocks at once
         Candidate(32, 64, 4, 2),  # two or three
     ],
     ("medium", "forward"): [
