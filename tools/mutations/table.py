@@ -294,9 +294,9 @@ MUTATIONS = [
     ),
     triton(
         "half of the score's square term",
-        "product.py",
-        "linear + 2.0 * centred * square",
-        "linear + centred * square",
+        "merge.py",
+        "2.0 * square * scale - least",
+        "square * scale - least",
         "the score of the lower precisions",
     ),
     triton(
