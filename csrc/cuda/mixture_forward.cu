@@ -8,11 +8,6 @@
 namespace fastvae::cuda {
 namespace {
 
-// The smallest problem for which the product form is tried: rows that pay for the packing of the components' features, and
-// multiply-adds, of which 2^28 take the difference form about 20 microseconds.
-constexpr int64_t kMinCertified = 256;
-constexpr double kMinCertifiedWork = 1 << 28;
-
 // Dimensions of a stage: with 16 of them a block takes 66 KiB of shared memory, so that two blocks run at a time.
 constexpr int kForwardDepth = 16;
 
@@ -114,15 +109,6 @@ struct ForwardPlan {
     if (splits == 1) partial = nullptr;
   }
 };
-
-// Whether the product form is tried first, which says on the device where it is not as exact as the difference form.  It
-// takes about 10 microseconds to find that out.  FASTVAE_CERTIFICATE=0 tries it never, and 1 always: for the tests.
-template <class T>
-bool is_certificate_tried(const Mixture<T>& mix) {
-  if (sizeof(T) != 4) return false;
-  if (const char* asked = std::getenv("FASTVAE_CERTIFICATE")) return asked[0] == '1';
-  return mix.M >= kMinCertified && double(mix.M) * double(mix.K) * double(mix.D) >= kMinCertifiedWork;
-}
 
 template <class T>
 int64_t certified_scratch(const Mixture<T>& mix) {

@@ -46,6 +46,16 @@ inline bool is_small(int64_t M, int64_t K, int64_t D) {
          !(tiles && tiles[0] == '1');
 }
 
+// Whether the product form is tried first, which says on the device where it is not as exact as the difference form.  That
+// takes about 10 microseconds to find out: the rows are to pay for packing the components' features, and 2^28 multiply-adds
+// take the difference form about 20 microseconds.  FASTVAE_CERTIFICATE=0 tries it never, and 1 always: for the tests.
+template <class T>
+bool is_certificate_tried(const Mixture<T>& mix) {
+  if (sizeof(T) != 4) return false;
+  if (const char* asked = std::getenv("FASTVAE_CERTIFICATE")) return asked[0] == '1';
+  return mix.M >= 256 && double(mix.M) * double(mix.K) * double(mix.D) >= double(1 << 28);
+}
+
 // How many of the n rows, or components, a block of a small problem owns: one where each can have a multiprocessor.
 template <class T>
 int small_own(int64_t n) {

@@ -183,7 +183,7 @@ const int* run(const Mixture<float>& mix, const Gradients<float>& wanted, float*
   launch_sums<kParts, kCertified, false>(mix, features, plan.task, stream);
   launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components, mix, features, plan.task,
          wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights);
-  if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
+  if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, nullptr, plan.columns, wanted.dlogvar, stream);
   return uncertain;
 }
 

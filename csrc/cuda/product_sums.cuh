@@ -46,11 +46,16 @@ struct SumsTask {
   float* sums;               // [splits, own.count, shape.steps kStep]; null where only totals are wanted
 };
 
+// The memory of the stages, through which the own items' features come as well, and the two flags of a block behind it.
+template <bool kCertified>
+FASTVAE_INLINE int stage_bytes(int lines) {
+  const int others = int(lines * kLineBytes + sizeof(ItemTerms) + (kCertified ? sizeof(ItemBounds) : 0));
+  const int stages = kStages * kOthersAtOnce<kCertified> * others, own = kOwnItems * kLineBytes;
+  return stages > own ? stages : own;
+}
 template <bool kCertified>
 int64_t sums_shared_bytes(int lines) {
-  const int64_t terms = sizeof(ItemTerms) + (kCertified ? sizeof(ItemBounds) : 0);
-  return std::max<int64_t>(kStages * kOthersAtOnce<kCertified> * (lines * kLineBytes + terms), kOwnItems * kLineBytes) +
-         (kCertified ? 16 : 0);
+  return stage_bytes<kCertified>(lines) + (kCertified ? 2 * sizeof(int) : 0);
 }
 
 // With a certificate, pairs that are not certified are computed in the difference form.  Where they are many, the kernel
@@ -63,11 +68,13 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
   uint4* const stages = reinterpret_cast<uint4*>(shared_memory);
   ItemTerms* const stage_terms = reinterpret_cast<ItemTerms*>(stages + kStages * stage_units);
   ItemBounds* const stage_bounds = reinterpret_cast<ItemBounds*>(stage_terms + kStages * kOthers);
-  int* const given_up = reinterpret_cast<int*>(stage_bounds + kStages * kOthers);
+  int* const given_up = reinterpret_cast<int*>(shared_memory + stage_bytes<kCertified>(lines));
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int first_own = int(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
   if constexpr (kCertified) {
-    if (*features.uncertain) return;
+    if (threadIdx.x == 0) given_up[0] = *static_cast<volatile int*>(features.uncertain);  // another block may set it now
+    __syncthreads();
+    if (given_up[0]) return;
     if (is_hopeless(features.survey, mix.D)) {
       if (threadIdx.x == 0) *features.uncertain = 1;
       return;
