@@ -15,23 +15,6 @@ enum class Side { rows, components };
 constexpr int kBackwardDepth = 8;   // dimensions of a stage of the first pass
 constexpr int kBackwardStages = 5;  // of which four are on their way
 
-// threadIdx.x and blockIdx.y, of which the compiler does not know that they are always the same.  Else it would compute
-// what depends on them before the loop over the tiles and keep it, where the registers are needed for sums.
-__device__ __forceinline__ unsigned thread_index() {
-  unsigned index = threadIdx.x;
-#ifdef __CUDA_ARCH__
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-#endif
-  return index;
-}
-__device__ __forceinline__ unsigned block_index_y() {
-  unsigned index = blockIdx.y;
-#ifdef __CUDA_ARCH__
-  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(index));
-#endif
-  return index;
-}
-
 template <Side kSide, class T>
 struct BackwardTile {
   static constexpr bool kOwnsRows = kSide == Side::rows;

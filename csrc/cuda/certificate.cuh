@@ -23,6 +23,12 @@ namespace fastvae::cuda {
 
 constexpr float kError = 24.0f, kRoundoff = 0x1p-24f;
 
+// The gradients are sums of weighted features, in which z' and mu' cancel as they do in a.  A weight that is not certified
+// can be made anew, and the features cannot.  So backward gives up where e is more than so many times what is allowed: up
+// to there |mu'| is at most a few sigma, as |z'| is, and the cancellation loses a few roundings of a feature, while what is
+// allowed of a moves weights by hundreds.
+constexpr float kBeyond = 4.0f;
+
 // How what is allowed grows with c - a.
 __device__ __forceinline__ float allowed_slope(int64_t D) { return kRoundoff * (5.0f + sqrtf(float(D))); }
 
@@ -31,7 +37,8 @@ __device__ __forceinline__ float allowed_slope(int64_t D) { return kRoundoff * (
 // A whole warp calls this.
 __device__ __forceinline__ bool is_hopeless(const Survey& survey, int64_t D) {
   float rows = 0;
-  for (int64_t d = threadIdx.x % 32; d < D; d += 32) rows += 1.0f / (3.5f * survey.square_unit[d] * survey.square_unit[d]);
+  for (int64_t d = threadIdx.x % 32; d < D; d += 32)
+    rows += 1.0f / (3.5f * survey.square_unit[d] * survey.square_unit[d]);
   for (int step = 16; step > 0; step /= 2) rows += __shfl_xor_sync(0xFFFFFFFFu, rows, step);
   const float n = float(D), components = fmaxf(rows - n, 0.0f), allowed = (1.0f + sqrtf(n)) * n + 2.0f * n;
   return kError * sqrtf(rows * components) > 8.0f * allowed;
@@ -40,6 +47,7 @@ __device__ __forceinline__ bool is_hopeless(const Survey& survey, int64_t D) {
 // Of the pairs of a warp and 32 other items, how many may be computed in the difference form, on average: where they are
 // more, the kernels for the difference form alone are as fast.
 constexpr int kMaxUncertain = 32;
+constexpr int kHeadStart = 8;  // at first all pairs count, because no larger exponent has been seen
 
 // The exponent of a pair in the difference form, base 2 and without R.  Eight lanes compute it together.
 __device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const Features& features, int64_t m,

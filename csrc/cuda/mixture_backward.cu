@@ -109,7 +109,8 @@ void small_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   if (wanted.dz) small_backward_rows(mix, wanted, stream);
   if (!wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
   small_backward_components(mix, wanted, plan.dlogvar, stream);
-  if (mix.shared && wanted.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, nullptr, plan.columns, wanted.dlogvar, stream);
+  if (mix.shared && wanted.dlogvar)
+    sum_columns(plan.dlogvar, mix.K, mix.D, nullptr, plan.columns, wanted.dlogvar, stream);
 }
 
 // For the product form; 0 where it is not tried.
@@ -130,8 +131,7 @@ int64_t backward_scratch(const Mixture<T>& mix, const Gradients<T>& wanted) {
 
 template <class T>
 void mixture_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* scratch, Stream stream) {
-  if (is_small(mix.M, mix.K, mix.D))
-    return small_backward(mix, wanted, scratch, stream);
+  if (is_small(mix.M, mix.K, mix.D)) return small_backward(mix, wanted, scratch, stream);
   const int* only_if = nullptr;  // where the product form was not certified
   if constexpr (sizeof(T) == 4)
     if (certified_scratch(mix, wanted) > 0) only_if = mixture_certified_backward(mix, wanted, scratch, stream);

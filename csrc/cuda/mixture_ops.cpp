@@ -140,9 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> log_prob_backward(const Tensor& grad,
   by_dtype(z, [&](auto zero) {
     using T = decltype(zero);
     backward<kParts, T>(mixture_of<T>(z, mu, logvar, log_weights, exclude),
-                {input<T>(log_prob), input<T>(grad), false, dense, dz.data<T>(), dmu.data<T>(), dlogvar.data<T>(),
-                 dweights.data<T>()},
-                z, device);
+                        {input<T>(log_prob), input<T>(grad), false, dense, dz.data<T>(), dmu.data<T>(),
+                         dlogvar.data<T>(), dweights.data<T>()},
+                        z, device);
   });
   return {dz.tensor, dmu.tensor, dlogvar.tensor, dweights.tensor};
 }
@@ -206,9 +206,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixture_kl_backward(
            seed_of(seed), path_derivative, S, M, D, output<T>(dmu.tensor), output<T>(dlogvar.tensor)},
           device.stream());
     backward<kParts, T>(mix,
-                {input<T>(log_prob), input<T>(grad_kl), true, dense, nullptr, dprior_mu.data<T>(),
-                 dprior_logvar.data<T>(), dlog_weights.data<T>()},
-                z, device);
+                        {input<T>(log_prob), input<T>(grad_kl), true, dense, nullptr, dprior_mu.data<T>(),
+                         dprior_logvar.data<T>(), dlog_weights.data<T>()},
+                        z, device);
   });
   return {dmu.tensor, dlogvar.tensor, dprior_mu.tensor, dprior_logvar.tensor, dlog_weights.tensor};
 }

@@ -14,7 +14,9 @@ constexpr int kRows = kOwnItems;
 // The components of a panel, and those of it that a warp has.  In "high" they are fewer, because the parts of a product
 // need registers as well, and so does the certificate.
 template <int kParts, bool kCertified>
-constexpr int kWarpColumns = kCertified ? 32 : kParts == 2 ? 48 : 64;
+constexpr int kWarpColumns = kCertified    ? 32
+                             : kParts == 2 ? 48
+                                           : 64;
 template <int kParts, bool kCertified>
 constexpr int kPanel = 2 * kWarpColumns<kParts, kCertified>;
 template <int kParts>
@@ -27,8 +29,8 @@ struct ComponentTerms {  // the first two of ItemTerms
 template <int kParts, bool kResident, bool kCertified>
 int64_t shared_bytes(int lines) {
   const int64_t row_tiles = kResident ? lines : 2;
-  return (2 * kPanel<kParts, kCertified> + row_tiles * kRows) * kLineBytes + 2 * kPanel<kParts, kCertified> * sizeof(ComponentTerms) +
-         kRows * (2 * sizeof(BinaryLogSum) + sizeof(float)) +
+  return (2 * kPanel<kParts, kCertified> + row_tiles * kRows) * kLineBytes +
+         2 * kPanel<kParts, kCertified> * sizeof(ComponentTerms) + kRows * (2 * sizeof(BinaryLogSum) + sizeof(float)) +
          (kCertified ? (2 * kPanel<kParts, kCertified> + kRows) * sizeof(ItemBounds) + 16 : 0);
 }
 
@@ -39,9 +41,8 @@ inline float negligible_bits(int64_t K) { return 26.0f + std::log2(float(K)); }
 // kCertified: pairs that are not certified are computed in the difference form.  Where they are many, the kernel says so
 // in features.uncertain and ends, and what it has written does not count.
 template <int kParts, bool kResident, bool kCertified>
-__global__ void __launch_bounds__(kThreads, 2)
-    product_forward(Mixture<float> mix, Features features, float negligible, int splits, BinaryLogSum* partial,
-                    float* log_prob) {
+__global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mix, Features features, float negligible,
+                                                               int splits, BinaryLogSum* partial, float* log_prob) {
   constexpr int kSteps = kLineFeatures<kParts> / kStep;  // of a line
   constexpr int kColumns = kPanel<kParts, kCertified>, kTiles = kWarpColumns<kParts, kCertified> / 8;
   const int lines = features.shape.lines;
@@ -75,12 +76,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t first = int64_t(panel) * kColumns;
     copy_lines<kColumns>(stages + stage * kColumns * 8, features.components, first, lines, line);
     if (!kResident) copy_lines<kRows>(row_lines + stage * kRows * 8, features.rows, first_row, lines, line);
-    if (line == 0 && int(threadIdx.x) < kColumns)
-      __pipeline_memcpy_async(panel_terms + panel % 2 * kColumns + threadIdx.x,
-                              features.components.terms + first + threadIdx.x, sizeof(ComponentTerms));
-    if (kCertified && line == 0 && int(threadIdx.x) < kColumns)
-      __pipeline_memcpy_async(panel_bounds + panel % 2 * kColumns + threadIdx.x,
-                              features.components.bounds + first + threadIdx.x, sizeof(ItemBounds));
+    const int column = int(thread_index());
+    if (line == 0 && column < kColumns) {
+      const int to = panel % 2 * kColumns + column;
+      __pipeline_memcpy_async(panel_terms + to, features.components.terms + first + column, sizeof(ComponentTerms));
+      if (kCertified)
+        __pipeline_memcpy_async(panel_bounds + to, features.components.bounds + first + column, sizeof(ItemBounds));
+    }
     __pipeline_commit();
   };
   if (kResident)
@@ -120,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         if constexpr (kParts == 1) {
           load_as_columns(y, columns, warp_column + 16 * j, 2 * step);
 #pragma unroll
-          for (int n = 0; n < 4; ++n) multiply_add(a[n / 2][2 * j + n % 2], x[n / 2][0], y[n % 2 * 2], y[n % 2 * 2 + 1]);
+          for (int n = 0; n < 4; ++n)
+            multiply_add(a[n / 2][2 * j + n % 2], x[n / 2][0], y[n % 2 * 2], y[n % 2 * 2 + 1]);
         } else {
           float part[4][4] = {};
           load_as_columns(y, columns, warp_column + 16 * j, 4 + 2 * step);
@@ -183,20 +186,19 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         if (__any_sync(0xFFFFFFFFu, uncertain != 0)) {
           uncertain_pairs += warp_count(uncertain);
-          if (uncertain_pairs > kMaxUncertain * (panel - begin + 2)) {
+          if (uncertain_pairs > kMaxUncertain * (panel - begin + kHeadStart)) {
             if (lane == 0) *features.uncertain = 1;
           } else {
 #pragma unroll 1
             for (int bit = 0; bit < 8 * kTiles; ++bit) {
               const int j = bit % (2 * kTiles), column = warp_column + lane % 4 * 2 + j / 2 * 8 + j % 2;
-              for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1),
-                                 first_row + lane_row + bit / (2 * kTiles) * 8, panel * kColumns + column,
-                                 [&](float exact) {
+              for_each_uncertain(
+                  mix, features, __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1),
+                  first_row + lane_row + bit / (2 * kTiles) * 8, panel * kColumns + column, [&](float exact) {
 #pragma unroll
-                                   for (int n = 0; n < 8 * kTiles; ++n)
-                                     if (n == bit)
-                                       a[n / (4 * kTiles)][n % (2 * kTiles) / 2][n / (2 * kTiles) % 2 * 2 + n % 2] = exact;
-                                 });
+                    for (int n = 0; n < 8 * kTiles; ++n)
+                      if (n == bit) a[n / (4 * kTiles)][n % (2 * kTiles) / 2][n / (2 * kTiles) % 2 * 2 + n % 2] = exact;
+                  });
             }
           }
         }
@@ -241,9 +243,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // A warp for each row.
-__global__ void __launch_bounds__(kThreads)
-    merge_product_splits(const BinaryLogSum* partial, const float* row_term, int64_t M, int64_t splits,
-                         float* log_prob) {
+__global__ void __launch_bounds__(kThreads) merge_product_splits(const BinaryLogSum* partial, const float* row_term,
+                                                                 int64_t M, int64_t splits, float* log_prob) {
   const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   BinaryLogSum sum;
   if (m < M)
@@ -262,7 +263,8 @@ struct ForwardPlan {
 
   ForwardPlan(const Mixture<float>& mix, float* memory) : scratch(memory) {
     features = Features::plan<kParts>(mix, !mix.shared, kCertified, scratch);
-    splits = plan_splits(blocks_for(mix.K, kPanel<kParts, kCertified>), features.rows.count / kRows, 2 * kMultiprocessors);
+    splits =
+        plan_splits(blocks_for(mix.K, kPanel<kParts, kCertified>), features.rows.count / kRows, 2 * kMultiprocessors);
     partial = reinterpret_cast<BinaryLogSum*>(scratch.take(splits > 1 ? 2 * splits * mix.M : 0));
   }
 };

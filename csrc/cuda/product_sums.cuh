@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int first_own = int(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
   if constexpr (kCertified) {
-    if (threadIdx.x == 0) given_up[0] = *static_cast<volatile int*>(features.uncertain);  // another block may set it now
+    if (threadIdx.x == 0)
+      given_up[0] = *static_cast<volatile int*>(features.uncertain);  // another block may set it now
     __syncthreads();
     if (given_up[0]) return;
     if (is_hopeless(features.survey, mix.D)) {
@@ -110,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
   const auto copy = [&](int step) {
     if (step < end) {
       const int stage = (step - begin) % kStages;
+#pragma unroll 1
       for (int line = 0; line < lines; ++line)
         copy_lines<kOthers>(stages + stage * stage_units + line * kOthers * 8, task.other, int64_t(step) * kOthers,
                             lines, line);
@@ -154,6 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
     const float own_scale[2] = {task.own.terms[lane_own].scale, task.own.terms[lane_own + 8].scale};
     const float own_constant[2] = {task.own.terms[lane_own].constant, task.own.terms[lane_own + 8].constant};
     unsigned uncertain = 0;  // a bit for each of the lane's pairs
+    bool beyond = false;     // the sums of such a pair would be wrong even if its weight were right
 #pragma unroll
     for (int j = 0; j < kOthers / 8; ++j) {
 #pragma unroll
@@ -167,8 +170,11 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
           const float error = fma(own.linear, bound.linear, own.square * bound.square);
           const float shift = kOwnAreRows ? own.shift : bound.shift;
           const float allowed = kOwnAreRows ? bound.allowed : own.allowed;
-          const bool certified = fma(allowed_slope(mix.D), b[j][i], error + shift) <= allowed;
-          uncertain |= unsigned(!certified) << (4 * j + i);
+          const float spent = fma(allowed_slope(mix.D), b[j][i], shift);
+          const bool counts = kOwnAreRows ? !(b[j][i] + other.weighted + error < max[i / 2] - task.negligible)
+                                          : !(b[j][i] + other.constant + error < task.limit);
+          uncertain |= unsigned(counts && !(spent + error <= allowed)) << (4 * j + i);
+          beyond |= counts && !(spent + error / kBeyond <= allowed);
         }
         if constexpr (!kOwnAreRows) {
           b[j][i] += other.constant;
@@ -183,21 +189,18 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
         for (int i = 0; i < 4; ++i) {
           const int own = lane_own + i / 2 * 8, other = now * kOthers + 8 * j + lane % 4 * 2 + i % 2;
           const int m = kOwnAreRows ? own : other, k = kOwnAreRows ? other : own;
-          if (m < task.M && task.exclude[m] == k) b[j][i] = -INFINITY;
+          if (m >= task.M || task.exclude[m] != k) continue;
+          b[j][i] = -INFINITY;
+          uncertain &= ~(1u << (4 * j + i));
         }
       }
     }
 
     if constexpr (kCertified) {
-#pragma unroll
-      for (int j = 0; j < kOthers / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (b[j][i] == -INFINITY) uncertain &= ~(1u << (4 * j + i));  // left out already
-      }
       if (__any_sync(0xFFFFFFFFu, uncertain != 0)) {
         uncertain_pairs += warp_count(uncertain);
-        if (uncertain_pairs > kMaxUncertain * (now - begin + 2)) {
+        const bool too_many = uncertain_pairs > kMaxUncertain * (now - begin + kHeadStart);
+        if (__any_sync(0xFFFFFFFFu, beyond) || too_many) {
           if (lane == 0) *features.uncertain = 1;
         } else {
 #pragma unroll 1
@@ -208,7 +211,8 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
             for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1),
                                kOwnAreRows ? own : other_item, kOwnAreRows ? other_item : own, [&](float exact) {
                                  const ItemTerms& t = stage_terms[stage * kOthers + other];
-                                 if (!kOwnAreRows) exact = exact + t.constant + t.weighted;
+                                 if (!kOwnAreRows) exact += t.constant;
+                                 if (!kOwnAreRows) exact = exact < task.limit ? -INFINITY : exact + t.weighted;
 #pragma unroll
                                  for (int n = 0; n < kOthers / 2; ++n)
                                    if (n == bit) b[n / 4][n % 4] = exact;

@@ -17,7 +17,7 @@ __device__ __forceinline__ int unit_at(int item, int unit) { return item * 8 + (
 template <int kItems>
 __device__ __forceinline__ void copy_lines(uint4* to, const Items& items, int64_t first, int lines, int line) {
   constexpr int kAtOnce = kThreads / 8;  // items
-  const int item = int(threadIdx.x) / 8, unit = int(threadIdx.x) % 8;
+  const int thread = int(thread_index()), item = thread / 8, unit = thread % 8;
   const uint4* from = items.lines + ((first + item) * lines + line) * 8 + unit;
   to += unit_at(item, unit);
 #pragma unroll

@@ -10,7 +10,8 @@ namespace fastvae::cuda {
 
 // out[i] = splits[0][i] + splits[1][i] + ..., in that order; splits [count, n].
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_splits(const T* splits, int64_t count, int64_t n, const int* only_if, T* out) {
+__global__ void __launch_bounds__(kThreads)
+    sum_splits(const T* splits, int64_t count, int64_t n, const int* only_if, T* out) {
   if (is_off(only_if)) return;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
@@ -41,13 +42,13 @@ __global__ void __launch_bounds__(kThreads)
 inline int64_t columns_scratch(int64_t rows, int64_t D) { return 2 * blocks_for(rows, kRowsOfAThread) * D; }
 
 template <bool kSum, class T>
-void reduce_to_one_row(const T* x, const T* log_weights, int64_t rows, int64_t D, const int* only_if, T* scratch, T* out,
-                       Stream stream) {
+void reduce_to_one_row(const T* x, const T* log_weights, int64_t rows, int64_t D, const int* only_if, T* scratch,
+                       T* out, Stream stream) {
   while (rows > 0) {
     const int64_t blocks = blocks_for(rows, kRowsOfAThread);
     T* to = blocks == 1 ? out : scratch;
-    launch(stream, blocks, blocks_for(D, kThreads), kThreads, 0, reduce_columns<kSum, T>, x, log_weights, rows, D, only_if,
-           to);
+    launch(stream, blocks, blocks_for(D, kThreads), kThreads, 0, reduce_columns<kSum, T>, x, log_weights, rows, D,
+           only_if, to);
     if (blocks == 1) return;
     x = to, log_weights = nullptr, rows = blocks, scratch += blocks * D;
   }

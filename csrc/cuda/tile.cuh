@@ -22,6 +22,23 @@ namespace fastvae::cuda {
 
 alignas(16) extern __shared__ unsigned char shared_memory[];
 
+// threadIdx.x and blockIdx.y, of which the compiler does not know that they are always the same.  Else it would compute
+// what depends on them before the loop over the tiles and keep it, where the registers are needed for sums.
+__device__ __forceinline__ unsigned thread_index() {
+  unsigned index = threadIdx.x;
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+#endif
+  return index;
+}
+__device__ __forceinline__ unsigned block_index_y() {
+  unsigned index = blockIdx.y;
+#ifdef __CUDA_ARCH__
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(index));
+#endif
+  return index;
+}
+
 template <class T, int kDepth, int kComponents = Tile<T>::kSide>
 struct alignas(16) Stage {
   T rows[kDepth][Tile<T>::kSide];
