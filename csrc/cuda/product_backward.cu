@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(kThreads) finish_rows(Mixture<float> mix, Feat
   const float l = BinaryLogSum{merged.reference, merged.total}.log(term);
   if (log_prob && lane == 0) log_prob[m] = l;
   const Survey& survey = features.survey;
-  const float upstream = upstream_gradient(grad, negated, m);
+  const float upstream = upstream_gradient(grad, negated, m), per_total = 1.0f / (merged.total * float(kLog2E));
   for (int d = lane; d < mix.D; d += 32) {
     const float centred = mix.z[m * mix.D + d] - survey.origin[d], unit = survey.unit[d];
     float score = merged.sum(task, m, d) * unit;
     if (features.shape.squares)
       score += 2.0f * centred * merged.sum(task, m, features.shape.width + d) * (unit * unit * survey.square_unit[d]);
-    score = score / (merged.total * float(kLog2E)) - centred * exp(-bounded(survey.max_logvar[d]));
+    score = score * per_total - centred * exp(-bounded(survey.max_logvar[d]));
     if (l != l) score = l;  // the features of a row that has NaN are 0
     out[m * mix.D + d] = l == -INFINITY ? 0.0f : upstream * score;
   }
