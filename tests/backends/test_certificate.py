@@ -1,4 +1,4 @@
-"""Precision "highest" on CUDA devices by products of tensor cores, where these are certified (csrc/cuda/certificate.cuh).
+"""Precision "highest" on CUDA by products of tensor cores, where these are certified (csrc/cuda/certificate.cuh).
 
 In the emulation, whose tensor cores lose more digits than any device's.
 """

@@ -23,6 +23,7 @@ ARGUMENTS = ("tests/backends/test_mixture_arguments.py",)
 SAMPLING = ("tests/backends/test_gaussian.py", "tests/backends/test_mixture_kl.py")
 CPU = (*DENSITY, *ARGUMENTS, "tests/backends/test_skipping.py", "tests/backends/test_order.py")
 CUDA = ("tests/backends/test_emulated_smoke.py", "tests/backends/test_cuda.py", *CPU[:-1])
+PRODUCTS = ("tests/backends/test_certificate.py", "tests/backends/test_cuda_precisions.py")
 TRITON = (
     *("tests/backends/test_triton_smoke.py", "tests/backends/test_triton_small.py"),
     *("tests/backends/test_triton.py", *CPU[:-1]),
@@ -220,9 +221,9 @@ MUTATIONS = [
     ),
     cuda(
         "dlogvar's sum has the wrong sign",
-        "mixture_backward.cuh",
-        "T(fma(v[i], sums.wuu[o][i], -sums.w_sum[o]))",
-        "T(fma(v[i], sums.wuu[o][i], sums.w_sum[o]))",
+        "backward_sums.cuh",
+        "T(fma(v[j], wuu[o][j], -sum))",
+        "T(fma(v[j], wuu[o][j], sum))",
         "(t^2 - 1) / 2 becomes (t^2 + 1) / 2",
     ),
     cuda(
@@ -263,6 +264,38 @@ MUTATIONS = [
         "",
         "sticking the landing does not stick",
         ("tests/backends/test_emulated_smoke.py", *SAMPLING),
+    ),
+    cuda(
+        "products are always certified",
+        "certificate.cuh",
+        "kError = 24.0f",
+        "kError = 0.0f",
+        "where the expansion cancels, highest is as inexact as high",
+        PRODUCTS,
+    ),
+    cuda(
+        "backward is certified wherever the weights are",
+        "certificate.cuh",
+        "kBeyond = 4.0f",
+        "kBeyond = 1e9f",
+        "the features of narrow components cancel in the gradients",
+        PRODUCTS,
+    ),
+    cuda(
+        "pairs that are not certified keep the product's value",
+        "certificate.cuh",
+        "if ((lanes >> lane & 1) && rank < 4) assign(own);",
+        "",
+        "single pairs are as inexact as high",
+        PRODUCTS,
+    ),
+    cuda(
+        "lo hi is left out",
+        "product_forward.cu",
+        "multiply_add(part[n], x[n / 2][1], y[n % 2 * 2], y[n % 2 * 2 + 1]);",
+        "",
+        "high has the digits of medium in the rows",
+        PRODUCTS,
     ),
     triton(
         "earlier sums keep the old maximum",
