@@ -23,11 +23,9 @@ namespace fastvae::cuda {
 
 constexpr float kError = 24.0f, kRoundoff = 0x1p-24f;
 
-// The gradients are sums of weighted features, in which z' and mu' cancel as they do in a.  A weight that is not certified
-// can be made anew, and the features cannot.  So backward gives up where e is more than so many times what is allowed: up
-// to there |mu'| is at most a few sigma, as |z'| is, and the cancellation loses a few roundings of a feature, while what is
-// allowed of a moves weights by hundreds.
-constexpr float kBeyond = 4.0f;
+// In units of log 2, 1e-4 nats: e is to be at most that as well.  Backward makes weights exp(a - l) in the difference form,
+// whose sum differs from 1 by the error of l: in a far row, as much is allowed as a responsibility.
+constexpr float kMaxError = 1.5e-4f;
 
 // How what is allowed grows with c - a.
 __device__ __forceinline__ float allowed_slope(int64_t D) { return kRoundoff * (5.0f + sqrtf(float(D))); }

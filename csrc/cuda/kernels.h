@@ -94,12 +94,10 @@ void mixture_product_forward(const Mixture<float>&, float* scratch, float* log_p
 template <int kParts>
 void mixture_product_backward(const Mixture<float>&, const Gradients<float>&, float* log_prob, float* scratch, Stream);
 
-// log p and the gradients in the product form where that is as exact as the difference form.  What these functions return
-// is on the device, and not 0 where the results do not count.
+// log p in the product form where that is as exact as the difference form.  `uncertain` is on the device, and not 0
+// afterwards where the result does not count.
 int64_t certified_forward_scratch(const Mixture<float>&);
-int64_t certified_backward_scratch(const Mixture<float>&, const Gradients<float>&);
-const int* mixture_certified_forward(const Mixture<float>&, float* scratch, float* log_prob, Stream);
-const int* mixture_certified_backward(const Mixture<float>&, const Gradients<float>&, float* scratch, Stream);
+void mixture_certified_forward(const Mixture<float>&, int* uncertain, float* scratch, float* log_prob, Stream);
 
 // Of a small problem (is_small in plan.h).  Where `sample` is not null, z is drawn first, into sample->z, which is
 // mix.z, and kl = log q - log p.  The score is null where it is not wanted.

@@ -49,20 +49,19 @@ struct BackwardPlan {
 };
 
 template <class T>
-void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, const int* only_if, T* memory, Stream stream) {
+void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory, Stream stream) {
   if (!wanted.dz && !wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
-  BackwardPlan<T> plan(mix, wanted, memory);
-  plan.packed.only_if = only_if;
+  const BackwardPlan<T> plan(mix, wanted, memory);
   const Packed<T>& packed = plan.packed;
   const int64_t largest = std::max<int64_t>(packed.row_tiles, packed.panels) * Tile<T>::kSide * 2 * packed.width;
   if (largest / Tile<T>::kVector > UINT32_MAX)  // of an array: the kernels count in 32 bits
     throw std::runtime_error("fastvae: CUDA: too many rows or components for backward");
   if (plan.log_sigma_ratios)
-    max_columns(mix.logvar, mix.log_weights, mix.K, mix.D, only_if, plan.columns, plan.max_logvar, stream);
+    max_columns(mix.logvar, mix.log_weights, mix.K, mix.D, plan.columns, plan.max_logvar, stream);
   pack<T>(mix, wanted.log_prob, plan.log_sigma_ratios ? plan.max_logvar : nullptr, packed, stream);
 
   const auto sum = [&](const T* splits, int64_t count, int64_t n, T* out) {
-    if (splits) launch(stream, blocks_for(n, kThreads), 1, kThreads, 0, sum_splits<T>, splits, count, n, only_if, out);
+    if (splits) launch(stream, blocks_for(n, kThreads), 1, kThreads, 0, sum_splits<T>, splits, count, n, out);
   };
   BackwardTask<T> task{
       mix, packed, wanted.log_prob, wanted.grad, wanted.negated, wanted.dense, log_negligible<T>(mix.K)};
@@ -85,7 +84,7 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, const int
   sum(plan.dmu, plan.splits_parameters, mix.K * mix.D, wanted.dmu);
   sum(plan.dweights, plan.splits_parameters, mix.K, wanted.dweights);
   if (mix.shared && wanted.dlogvar)
-    sum_columns(plan.dlogvar, plan.summed, mix.D, only_if, plan.columns, wanted.dlogvar, stream);
+    sum_columns(plan.dlogvar, plan.summed, mix.D, plan.columns, wanted.dlogvar, stream);
   else
     sum(plan.dlogvar, plan.splits_parameters, mix.K * mix.D, wanted.dlogvar);
 }
@@ -109,16 +108,7 @@ void small_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   if (wanted.dz) small_backward_rows(mix, wanted, stream);
   if (!wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
   small_backward_components(mix, wanted, plan.dlogvar, stream);
-  if (mix.shared && wanted.dlogvar)
-    sum_columns(plan.dlogvar, mix.K, mix.D, nullptr, plan.columns, wanted.dlogvar, stream);
-}
-
-// For the product form; 0 where it is not tried.
-template <class T>
-int64_t certified_scratch(const Mixture<T>& mix, const Gradients<T>& wanted) {
-  if constexpr (sizeof(T) == 4)
-    return is_certificate_tried(mix) && mix.D <= kMaxProductDimensions ? certified_backward_scratch(mix, wanted) : 0;
-  return 0;
+  if (mix.shared && wanted.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
 }
 
 }  // namespace
@@ -126,16 +116,15 @@ int64_t certified_scratch(const Mixture<T>& mix, const Gradients<T>& wanted) {
 template <class T>
 int64_t backward_scratch(const Mixture<T>& mix, const Gradients<T>& wanted) {
   if (is_small(mix.M, mix.K, mix.D)) return SmallPlan<T>(mix, wanted, nullptr).scratch.size();
-  return certified_scratch(mix, wanted) + BackwardPlan<T>(mix, wanted, nullptr).scratch.size();
+  return BackwardPlan<T>(mix, wanted, nullptr).scratch.size();
 }
 
 template <class T>
 void mixture_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* scratch, Stream stream) {
-  if (is_small(mix.M, mix.K, mix.D)) return small_backward(mix, wanted, scratch, stream);
-  const int* only_if = nullptr;  // where the product form was not certified
-  if constexpr (sizeof(T) == 4)
-    if (certified_scratch(mix, wanted) > 0) only_if = mixture_certified_backward(mix, wanted, scratch, stream);
-  tiled_backward(mix, wanted, only_if, scratch + certified_scratch(mix, wanted), stream);
+  if (is_small(mix.M, mix.K, mix.D))
+    small_backward(mix, wanted, scratch, stream);
+  else
+    tiled_backward(mix, wanted, scratch, stream);
 }
 
 template int64_t backward_scratch<float>(const Mixture<float>&, const Gradients<float>&);

@@ -104,7 +104,6 @@ __device__ __forceinline__ void exclude(BackwardShared<kSide, T>& shared) {
 // Blocks: x is the tile of rows, or of components, that a block owns; y counts chunks of dimensions within splits.
 template <Side kSide, class T, int kDimensions>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) backward(BackwardTask<T> task) {
-  if (is_off(task.packed.only_if)) return;
   using Shape = BackwardTile<kSide, T>;
   constexpr bool kOwnsRows = Shape::kOwnsRows;
   BackwardShared<kSide, T>& shared = *reinterpret_cast<BackwardShared<kSide, T>*>(shared_memory);

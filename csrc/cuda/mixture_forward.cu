@@ -110,24 +110,29 @@ struct ForwardPlan {
   }
 };
 
-template <class T>
-int64_t certified_scratch(const Mixture<T>& mix) {
-  if constexpr (sizeof(T) == 4) return is_certificate_tried(mix) ? certified_forward_scratch(mix) : 0;
-  return 0;
-}
+// The two forms take the same memory in turn, behind what the product form says of itself.
+constexpr int64_t kUncertain = 4;  // numbers
 
 }  // namespace
 
 template <class T>
 int64_t forward_scratch(const Mixture<T>& mix) {
-  return certified_scratch(mix) + ForwardPlan<T>(mix, nullptr).scratch.size();
+  int64_t size = ForwardPlan<T>(mix, nullptr).scratch.size();
+  if constexpr (sizeof(T) == 4)
+    if (is_certificate_tried(mix)) size = std::max(size, certified_forward_scratch(mix));
+  return kUncertain + size;
 }
 
 template <class T>
 void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stream) {
-  ForwardPlan<T> plan(mix, scratch + certified_scratch(mix));
-  if constexpr (sizeof(T) == 4)
-    if (is_certificate_tried(mix)) plan.packed.only_if = mixture_certified_forward(mix, scratch, log_prob, stream);
+  ForwardPlan<T> plan(mix, scratch + kUncertain);
+  if constexpr (sizeof(T) == 4) {
+    if (is_certificate_tried(mix)) {
+      int* uncertain = reinterpret_cast<int*>(scratch);
+      mixture_certified_forward(mix, uncertain, scratch + kUncertain, log_prob, stream);
+      plan.packed.only_if = uncertain;
+    }
+  }
   pack<T>(mix, nullptr, nullptr, plan.packed, stream);
   launch(stream, plan.packed.row_tiles, plan.splits, kThreads, sizeof(Shared<T>),
          plan.wide ? forward_wide<T> : forward<T>, mix, plan.packed, plan.splits, plan.partial, log_prob);

@@ -87,7 +87,6 @@ struct Features {
   float* doubtful;  // [rows.count]: not 0 where log_prob is too inexact for the row's constant
 
   int* uncertain = nullptr;  // not 0 where the difference form has to compute all; null without a certificate
-  bool clears = true;        // the survey sets it to 0
 
   template <int kParts>
   static Features plan(const Mixture<float>& mix, bool squares, bool certified, Scratch<float>& scratch) {
@@ -103,7 +102,6 @@ struct Features {
     if (!certified) return f;
     f.rows.bounds = reinterpret_cast<ItemBounds*>(scratch.take(f.rows.count * 4));
     f.components.bounds = reinterpret_cast<ItemBounds*>(scratch.take(f.components.count * 4));
-    f.uncertain = reinterpret_cast<int*>(scratch.take(1));
     return f;
   }
 

@@ -74,27 +74,26 @@ __global__ void __launch_bounds__(kThreads) finish_components(Mixture<float> mix
   const int lane = int(threadIdx.x) % 32;
   if (k >= mix.K) return;
   const Merged merged(task, k);
-  const float scale = exp2(merged.reference), s0 = merged.total * scale;
-  if (dweights && lane == 0) dweights[k] = s0;
+  // 2^reference times the sums, in two steps: by itself it may be too small for a number, and they too large.
+  const float root = exp2(0.5f * merged.reference), s0 = merged.total;
+  if (dweights && lane == 0) dweights[k] = s0 * root * root;
   if (!task.sums) return;
   const bool present = is_present(mix, k);
   const Survey& survey = features.survey;
   for (int d = lane; d < mix.D; d += 32) {
     const float unit = survey.unit[d], mu = present ? mix.mu[k * mix.D + d] - survey.origin[d] : 0.0f;
     const float v = present ? exp(-bounded(mix.logvar[(mix.shared ? 0 : k * mix.D) + d])) : 0.0f;
-    const float s1 = merged.sum(task, k, d) * scale / unit, wu = s1 - mu * s0;
-    if (dmu) dmu[k * mix.D + d] = v * wu;
+    const float s1 = merged.sum(task, k, d) / unit, wu = s1 - mu * s0;
+    if (dmu) dmu[k * mix.D + d] = v * wu * root * root;
     if (!dlogvar) continue;
-    const float s2 = merged.sum(task, k, features.shape.width + d) * scale / (unit * unit * survey.square_unit[d]);
-    dlogvar[k * mix.D + d] = 0.5f * (v * (s2 - mu * s1 - mu * wu) - s0);
+    const float s2 = merged.sum(task, k, features.shape.width + d) / (unit * unit * survey.square_unit[d]);
+    dlogvar[k * mix.D + d] = 0.5f * (v * (s2 - mu * s1 - mu * wu) - s0) * root * root;
   }
 }
 
-constexpr int64_t kUncertain = 4;  // numbers of scratch memory, of which one says whether the certificate held
-
 // with_sums: false where totals alone are wanted.
-SumsTask plan_sums(const Mixture<float>& mix, const Features& features, int others_at_once, bool own_are_rows,
-                   bool with_sums, bool dense, Scratch<float>& scratch) {
+SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own_are_rows, bool with_sums, bool dense,
+                   Scratch<float>& scratch) {
   SumsTask task;
   task.own = own_are_rows ? features.rows : features.components;
   task.other = own_are_rows ? features.components : features.rows;
@@ -107,33 +106,32 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, int othe
   task.negligible = dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
   task.doubtful = nullptr;
   const int64_t blocks = task.own.count / kOwnItems;
-  task.splits = plan_splits(blocks_for(task.others, others_at_once), blocks, kMultiprocessors);
+  task.splits = plan_splits(blocks_for(task.others, kOthers), blocks, kMultiprocessors);
   task.reference = scratch.take(task.splits * task.own.count);
   task.total = scratch.take(task.splits * task.own.count);
   task.sums = scratch.take(with_sums ? task.splits * task.own.count * task.shape.steps * kStep : 0);
   return task;
 }
 
-template <int kParts, bool kCertified, bool kOwnAreRows>
-void launch_sums(const Mixture<float>& mix, const Features& features, const SumsTask& task, Stream stream) {
-  launch(stream, task.own.count / kOwnItems, task.splits, kThreads,
-         size_t(sums_shared_bytes<kCertified>(task.shape.lines)), weighted_sums<kParts, kCertified, kOwnAreRows>, mix,
-         features, task);
+template <int kParts, bool kOwnAreRows>
+void launch_sums(const SumsTask& task, Stream stream) {
+  launch(stream, task.own.count / kOwnItems, task.splits, kThreads, size_t(sums_shared_bytes(task.shape.lines)),
+         weighted_sums<kParts, kOwnAreRows>, task);
 }
 
-template <int kParts, bool kCertified>
+template <int kParts>
 struct RowsPlan {
   Scratch<float> scratch;
   Features features;
   SumsTask task;
 
   RowsPlan(const Mixture<float>& mix, bool dense, float* memory) : scratch(memory) {
-    features = Features::plan<kParts>(mix, !mix.shared, kCertified, scratch);
-    task = plan_sums(mix, features, kOthersAtOnce<kCertified>, true, true, dense, scratch);
+    features = Features::plan<kParts>(mix, !mix.shared, false, scratch);
+    task = plan_sums(mix, features, true, true, dense, scratch);
   }
 };
 
-template <int kParts, bool kCertified>
+template <int kParts>
 struct ParametersPlan {
   Scratch<float> scratch;
   Features features;
@@ -142,11 +140,9 @@ struct ParametersPlan {
   float* columns = nullptr;  // scratch memory of sum_columns
 
   ParametersPlan(const Mixture<float>& mix, const Gradients<float>& wanted, float* memory) : scratch(memory) {
-    features = Features::plan<kParts>(mix, !mix.shared || wanted.dlogvar, kCertified, scratch);
-    features.clears = !wanted.dz;
-    const int others = kOthersAtOnce<kCertified>;
-    task = plan_sums(mix, features, others, false, wanted.dmu || wanted.dlogvar, wanted.dense, scratch);
-    doubtful_rows = plan_sums(mix, features, others, true, false, true, scratch);
+    features = Features::plan<kParts>(mix, !mix.shared || wanted.dlogvar, false, scratch);
+    task = plan_sums(mix, features, false, wanted.dmu || wanted.dlogvar, wanted.dense, scratch);
+    doubtful_rows = plan_sums(mix, features, true, false, true, scratch);
     doubtful_rows.doubtful = features.doubtful;
     if (!mix.shared || !wanted.dlogvar) return;
     dlogvar = scratch.take(mix.K * mix.D);
@@ -154,59 +150,35 @@ struct ParametersPlan {
   }
 };
 
-// The gradient in z and those of the parameters are made one after the other in the same memory, behind `uncertain`.
-template <int kParts, bool kCertified>
-int64_t scratch_of(const Mixture<float>& mix, const Gradients<float>& wanted) {
-  const int64_t rows = wanted.dz ? RowsPlan<kParts, kCertified>(mix, wanted.dense, nullptr).scratch.size() : 0;
-  return kUncertain + std::max(rows, ParametersPlan<kParts, kCertified>(mix, wanted, nullptr).scratch.size());
-}
-
-template <int kParts, bool kCertified>
-const int* run(const Mixture<float>& mix, const Gradients<float>& wanted, float* log_prob, float* scratch,
-               Stream stream) {
-  int* uncertain = kCertified ? reinterpret_cast<int*>(scratch) : nullptr;
-  if (wanted.dz) {
-    RowsPlan<kParts, kCertified> plan(mix, wanted.dense, scratch + kUncertain);
-    plan.features.uncertain = uncertain;
-    pack_features<kParts>(mix, {}, plan.features, stream);
-    launch_sums<kParts, kCertified, true>(mix, plan.features, plan.task, stream);
-    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
-           wanted.grad, wanted.negated, log_prob, wanted.dz);
-  }
-  if (!wanted.dmu && !wanted.dlogvar && !wanted.dweights) return uncertain;
-  ParametersPlan<kParts, kCertified> plan(mix, wanted, scratch + kUncertain);
-  plan.features.uncertain = uncertain;
-  const Features& features = plan.features;
-  pack_features<kParts>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
-  launch_sums<kParts, kCertified, true>(mix, features, plan.doubtful_rows, stream);
-  launch(stream, blocks_for(mix.M, kThreads), 1, kThreads, 0, correct_rows, mix.M, features, plan.doubtful_rows);
-  launch_sums<kParts, kCertified, false>(mix, features, plan.task, stream);
-  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components, mix, features, plan.task,
-         wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights);
-  if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, nullptr, plan.columns, wanted.dlogvar, stream);
-  return uncertain;
-}
-
 }  // namespace
 
+// The gradient in z and those of the parameters are made one after the other in the same memory.
 template <int kParts>
 int64_t product_backward_scratch(const Mixture<float>& mix, const Gradients<float>& wanted) {
-  return scratch_of<kParts, false>(mix, wanted);
+  const int64_t rows = wanted.dz ? RowsPlan<kParts>(mix, wanted.dense, nullptr).scratch.size() : 0;
+  return std::max(rows, ParametersPlan<kParts>(mix, wanted, nullptr).scratch.size());
 }
 
 template <int kParts>
 void mixture_product_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* log_prob,
                               float* scratch, Stream stream) {
-  run<kParts, false>(mix, wanted, log_prob, scratch, stream);
-}
-
-int64_t certified_backward_scratch(const Mixture<float>& mix, const Gradients<float>& wanted) {
-  return scratch_of<2, true>(mix, wanted);
-}
-
-const int* mixture_certified_backward(const Mixture<float>& mix, const Gradients<float>& wanted, float* scratch,
-                                      Stream stream) {
-  return run<2, true>(mix, wanted, nullptr, scratch, stream);
+  if (wanted.dz) {
+    const RowsPlan<kParts> plan(mix, wanted.dense, scratch);
+    pack_features<kParts>(mix, {}, plan.features, stream);
+    launch_sums<kParts, true>(plan.task, stream);
+    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
+           wanted.grad, wanted.negated, log_prob, wanted.dz);
+  }
+  if (!wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
+  const ParametersPlan<kParts> plan(mix, wanted, scratch);
+  const Features& features = plan.features;
+  pack_features<kParts>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
+  launch_sums<kParts, true>(plan.doubtful_rows, stream);
+  launch(stream, blocks_for(mix.M, kThreads), 1, kThreads, 0, correct_rows, mix.M, features, plan.doubtful_rows);
+  launch_sums<kParts, false>(plan.task, stream);
+  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components, mix, features, plan.task,
+         wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights);
+  if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
 }
 
 template int64_t product_backward_scratch<1>(const Mixture<float>&, const Gradients<float>&);

@@ -180,8 +180,9 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
             const ItemBounds& component = bounds[j / 2 * 8 + j % 2];
             const float x = a[i / 2][j / 2][i % 2 * 2 + j % 2];
             const float error = fma(row.linear, component.linear, row.square * component.square);
-            const bool certified = fma(slope, x, error + row.shift) <= component.allowed || x + error < counts;
-            uncertain |= unsigned(!certified) << (2 * kTiles * i + j);
+            const bool certified = fma(slope, x, error + row.shift) <= component.allowed && error <= kMaxError;
+            const bool left_out = x == -INFINITY || x + error < counts;
+            uncertain |= unsigned(!certified && !left_out) << (2 * kTiles * i + j);
           }
         }
         if (__any_sync(0xFFFFFFFFu, uncertain != 0)) {
@@ -243,8 +244,10 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
 }
 
 // A warp for each row.
-__global__ void __launch_bounds__(kThreads) merge_product_splits(const BinaryLogSum* partial, const float* row_term,
-                                                                 int64_t M, int64_t splits, float* log_prob) {
+__global__ void __launch_bounds__(kThreads)
+    merge_product_splits(const BinaryLogSum* partial, const float* row_term, int64_t M, int64_t splits,
+                         const int* uncertain, float* log_prob) {
+  if (uncertain && *uncertain) return;
   const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   BinaryLogSum sum;
   if (m < M)
@@ -269,10 +272,12 @@ struct ForwardPlan {
   }
 };
 
+// uncertain: null without a certificate.
 template <int kParts, bool kCertified>
-const int* run(const Mixture<float>& mix, float* scratch, float* log_prob, Stream stream) {
+void run(const Mixture<float>& mix, int* uncertain, float* scratch, float* log_prob, Stream stream) {
   const ForwardPlan<kParts, kCertified> plan(mix, scratch);
-  const Features& features = plan.features;
+  Features features = plan.features;
+  features.uncertain = uncertain;
   pack_features<kParts>(mix, {}, features, stream);
   const auto start = [&](auto kernel, int64_t bytes) {
     launch(stream, features.rows.count / kRows, plan.splits, kThreads, size_t(bytes), kernel, mix, features,
@@ -285,8 +290,7 @@ const int* run(const Mixture<float>& mix, float* scratch, float* log_prob, Strea
     start(product_forward<kParts, false, kCertified>, shared_bytes<kParts, false, kCertified>(lines));
   if (plan.partial)
     launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, merge_product_splits, plan.partial,
-           features.row_term, mix.M, plan.splits, log_prob);
-  return features.uncertain;
+           features.row_term, mix.M, plan.splits, uncertain, log_prob);
 }
 
 }  // namespace
@@ -298,15 +302,16 @@ int64_t product_forward_scratch(const Mixture<float>& mix) {
 
 template <int kParts>
 void mixture_product_forward(const Mixture<float>& mix, float* scratch, float* log_prob, Stream stream) {
-  run<kParts, false>(mix, scratch, log_prob, stream);
+  run<kParts, false>(mix, nullptr, scratch, log_prob, stream);
 }
 
 int64_t certified_forward_scratch(const Mixture<float>& mix) {
   return ForwardPlan<2, true>(mix, nullptr).scratch.size();
 }
 
-const int* mixture_certified_forward(const Mixture<float>& mix, float* scratch, float* log_prob, Stream stream) {
-  return run<2, true>(mix, scratch, log_prob, stream);
+void mixture_certified_forward(const Mixture<float>& mix, int* uncertain, float* scratch, float* log_prob,
+                               Stream stream) {
+  run<2, true>(mix, uncertain, scratch, log_prob, stream);
 }
 
 template int64_t product_forward_scratch<1>(const Mixture<float>&);

@@ -131,7 +131,9 @@ __device__ __forceinline__ int store_features(uint4* lines, const FeatureShape& 
     largest = fmaxf(largest, fabs(x));
     (f < shape.width ? linear : square) += x * x;
   }
-  bounds.linear = sqrtf(warp_sum(linear)), bounds.square = sqrtf(warp_sum(square));
+  // at most the largest number, so that its product with a norm of 0 is 0
+  bounds.linear = fminf(sqrtf(warp_sum(linear)), -Limits<float>::kLowest);
+  bounds.square = fminf(sqrtf(warp_sum(square)), -Limits<float>::kLowest);
   largest = fminf(warp_max(largest), Limits<float>::kLowest * -1.0f);
   int exponent = largest > 1e-37f ? exponent_of(largest) - 13 : 0;
   exponent = exponent < -kMaxExponent ? -kMaxExponent : exponent > kMaxExponent ? kMaxExponent : exponent;
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kThreads)
   const int exponent = store_features<kParts>(features.components.lines + k * shape.lines * 8, shape, value, bounds);
   if (lane != 0) return;
   ItemTerms terms = {-INFINITY, 1.0f, -INFINITY, 0.0f};
-  bounds.allowed = INFINITY;  // of a component that is absent
+  bounds.allowed = INFINITY, bounds.shift = -INFINITY;  // of a component that is absent
   if (present) {
     const double log_weight = mix.log_weights ? double(mix.log_weights[k]) : uniform_log_weight;
     const double peak = log_weight - 0.5 * (log_determinant + double(mix.D) * kLog2Pi), c = peak - 0.5 * squares;
@@ -251,7 +253,7 @@ void pack_features(const Mixture<float>& mix, const RowWeights& weights, const F
   launch(stream, features.parts, blocks_for(mix.D, kThreads), kThreads, kThreads * sizeof(SurveySums), survey_parts,
          mix, across, partial);
   launch(stream, blocks_for(mix.D, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features.parts,
-         features.survey, features.clears ? features.uncertain : nullptr);
+         features.survey, features.uncertain);
   launch(stream, blocks_for(features.components.count, kThreads / 32), 1, kThreads, 0, pack_components<kParts>, mix,
          -std::log(double(mix.K)), features);
   launch(stream, blocks_for(features.rows.count, kThreads / 32), 1, kThreads, 0, pack_rows<kParts>, mix, weights,

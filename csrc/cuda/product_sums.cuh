@@ -14,18 +14,15 @@
 // A reference near the largest exponent so far is subtracted, and where a larger one appears, what was summed is scaled
 // down, as in flash attention.  So no exponent is too large, for whatever scales the items have.
 //
-// A block has 128 own items and goes through the others, 64 at a time, or 32 with a certificate.  A warp has 16 own items:
+// A block has 128 own items and goes through the others, 64 at a time.  A warp has 16 own items:
 // their features stay in registers, the weights go from one product to the other in registers, and so do the sums.
 #pragma once
 
-#include "certificate.cuh"
 #include "product_tile.cuh"
 
 namespace fastvae::cuda {
 
-template <bool kCertified>
-constexpr int kOthersAtOnce = kCertified ? 32 : 64;
-constexpr int kStages = 3;
+constexpr int kOthers = 64, kStages = 3;
 constexpr int kMaxSteps = 8;  // D <= 64: the sums of more features would not fit into the registers
 
 // What is subtracted from exponents whose largest is `max`.  Weights then reach 2^14, as fp16 numbers are precise above
@@ -46,42 +43,18 @@ struct SumsTask {
   float* sums;               // [splits, own.count, shape.steps kStep]; null where only totals are wanted
 };
 
-// The memory of the stages, through which the own items' features come as well, and the two flags of a block behind it.
-template <bool kCertified>
-FASTVAE_INLINE int stage_bytes(int lines) {
-  const int others = int(lines * kLineBytes + sizeof(ItemTerms) + (kCertified ? sizeof(ItemBounds) : 0));
-  const int stages = kStages * kOthersAtOnce<kCertified> * others, own = kOwnItems * kLineBytes;
-  return stages > own ? stages : own;
-}
-template <bool kCertified>
-int64_t sums_shared_bytes(int lines) {
-  return stage_bytes<kCertified>(lines) + (kCertified ? 2 * sizeof(int) : 0);
+inline int64_t sums_shared_bytes(int lines) {
+  return kStages * kOthers * (int64_t(lines) * kLineBytes + int64_t(sizeof(ItemTerms)));
 }
 
-// With a certificate, pairs that are not certified are computed in the difference form.  Where they are many, the kernel
-// says so in features.uncertain and ends, and what it has written does not count.
-template <int kParts, bool kCertified, bool kOwnAreRows>
-__global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix, Features features, SumsTask task) {
-  constexpr int kOthers = kOthersAtOnce<kCertified>;
+template <int kParts, bool kOwnAreRows>
+__global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
   constexpr int kLineSteps = kLineFeatures<kParts> / kStep;
   const int lines = task.shape.lines, steps = task.shape.steps, stage_units = kOthers * 8 * lines;
   uint4* const stages = reinterpret_cast<uint4*>(shared_memory);
   ItemTerms* const stage_terms = reinterpret_cast<ItemTerms*>(stages + kStages * stage_units);
-  ItemBounds* const stage_bounds = reinterpret_cast<ItemBounds*>(stage_terms + kStages * kOthers);
-  int* const given_up = reinterpret_cast<int*>(shared_memory + stage_bytes<kCertified>(lines));
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int first_own = int(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
-  if constexpr (kCertified) {
-    if (threadIdx.x == 0)
-      given_up[0] = *static_cast<volatile int*>(features.uncertain);  // another block may set it now
-    __syncthreads();
-    if (given_up[0]) return;
-    if (is_hopeless(features.survey, mix.D)) {
-      if (threadIdx.x == 0) *features.uncertain = 1;
-      return;
-    }
-  }
-  int uncertain_pairs = 0;
   if (task.doubtful) {
     bool any = false;
     for (int i = lane; i < kOwnItems; i += 32) any |= task.doubtful[first_own + i] != 0.0f;
@@ -118,9 +91,6 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
       if (int(threadIdx.x) < kOthers)
         __pipeline_memcpy_async(stage_terms + stage * kOthers + threadIdx.x,
                                 task.other.terms + int64_t(step) * kOthers + threadIdx.x, sizeof(ItemTerms));
-      if (kCertified && int(threadIdx.x) < kOthers)
-        __pipeline_memcpy_async(stage_bounds + stage * kOthers + threadIdx.x,
-                                task.other.bounds + int64_t(step) * kOthers + threadIdx.x, sizeof(ItemBounds));
     }
     __pipeline_commit();  // an empty group, where nothing is left to copy
   };
@@ -132,7 +102,6 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
   for (int now = begin; now < end; ++now) {
     __pipeline_wait_prior(1);
     __syncthreads();  // every thread's copies have arrived, and no thread reads the stage that is copied to next
-    if (kCertified && now > begin && given_up[(now - 1) % 2]) return;
     copy(now + 2);
     const int stage = (now - begin) % kStages;
     const uint4* others = stages + stage * stage_units;
@@ -155,8 +124,6 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
     }
     const float own_scale[2] = {task.own.terms[lane_own].scale, task.own.terms[lane_own + 8].scale};
     const float own_constant[2] = {task.own.terms[lane_own].constant, task.own.terms[lane_own + 8].constant};
-    unsigned uncertain = 0;  // a bit for each of the lane's pairs
-    bool beyond = false;     // the sums of such a pair would be wrong even if its weight were right
 #pragma unroll
     for (int j = 0; j < kOthers / 8; ++j) {
 #pragma unroll
@@ -164,18 +131,6 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
         const ItemTerms& other = terms[8 * j + i % 2];
         const float c = kOwnAreRows ? other.constant : own_constant[i / 2];
         b[j][i] = fma(b[j][i], own_scale[i / 2] * other.scale, c);
-        if constexpr (kCertified) {
-          const ItemBounds& own = task.own.bounds[lane_own + i / 2 * 8];
-          const ItemBounds& bound = stage_bounds[stage * kOthers + 8 * j + lane % 4 * 2 + i % 2];
-          const float error = fma(own.linear, bound.linear, own.square * bound.square);
-          const float shift = kOwnAreRows ? own.shift : bound.shift;
-          const float allowed = kOwnAreRows ? bound.allowed : own.allowed;
-          const float spent = fma(allowed_slope(mix.D), b[j][i], shift);
-          const bool counts = kOwnAreRows ? !(b[j][i] + other.weighted + error < max[i / 2] - task.negligible)
-                                          : !(b[j][i] + other.constant + error < task.limit);
-          uncertain |= unsigned(counts && !(spent + error <= allowed)) << (4 * j + i);
-          beyond |= counts && !(spent + error / kBeyond <= allowed);
-        }
         if constexpr (!kOwnAreRows) {
           b[j][i] += other.constant;
           b[j][i] = b[j][i] < task.limit ? -INFINITY : b[j][i] + other.weighted;
@@ -189,39 +144,11 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(Mixture<float> mix,
         for (int i = 0; i < 4; ++i) {
           const int own = lane_own + i / 2 * 8, other = now * kOthers + 8 * j + lane % 4 * 2 + i % 2;
           const int m = kOwnAreRows ? own : other, k = kOwnAreRows ? other : own;
-          if (m >= task.M || task.exclude[m] != k) continue;
-          b[j][i] = -INFINITY;
-          uncertain &= ~(1u << (4 * j + i));
+          if (m < task.M && task.exclude[m] == k) b[j][i] = -INFINITY;
         }
       }
     }
 
-    if constexpr (kCertified) {
-      if (__any_sync(0xFFFFFFFFu, uncertain != 0)) {
-        uncertain_pairs += warp_count(uncertain);
-        const bool too_many = uncertain_pairs > kMaxUncertain * (now - begin + kHeadStart);
-        if (__any_sync(0xFFFFFFFFu, beyond) || too_many) {
-          if (lane == 0) *features.uncertain = 1;
-        } else {
-#pragma unroll 1
-          for (int bit = 0; bit < kOthers / 2; ++bit) {
-            const int64_t own = lane_own + bit % 4 / 2 * 8;
-            const int other = 8 * (bit / 4) + lane % 4 * 2 + bit % 2;
-            const int64_t other_item = int64_t(now) * kOthers + other;
-            for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1),
-                               kOwnAreRows ? own : other_item, kOwnAreRows ? other_item : own, [&](float exact) {
-                                 const ItemTerms& t = stage_terms[stage * kOthers + other];
-                                 if (!kOwnAreRows) exact += t.constant;
-                                 if (!kOwnAreRows) exact = exact < task.limit ? -INFINITY : exact + t.weighted;
-#pragma unroll
-                                 for (int n = 0; n < kOthers / 2; ++n)
-                                   if (n == bit) b[n / 4][n % 4] = exact;
-                               });
-          }
-        }
-      }
-      if (threadIdx.x == 0) given_up[now % 2] = *static_cast<volatile int*>(features.uncertain);
-    }
     // What is left to add to b: the components' exponents only after a reference of any size is subtracted, so that
     // they are not lost in it.
     const auto weighted = [&](float x, int j, int column) {

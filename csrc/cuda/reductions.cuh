@@ -4,15 +4,12 @@
 
 #include "launch.cuh"
 #include "plan.h"
-#include "tile.cuh"
 
 namespace fastvae::cuda {
 
 // out[i] = splits[0][i] + splits[1][i] + ..., in that order; splits [count, n].
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    sum_splits(const T* splits, int64_t count, int64_t n, const int* only_if, T* out) {
-  if (is_off(only_if)) return;
+__global__ void __launch_bounds__(kThreads) sum_splits(const T* splits, int64_t count, int64_t n, T* out) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= n) return;
   T sum = 0;
@@ -26,8 +23,7 @@ constexpr int64_t kRowsOfAThread = 512;
 // whose weight is -inf do not count; log_weights [rows], or null.
 template <bool kSum, class T>
 __global__ void __launch_bounds__(kThreads)
-    reduce_columns(const T* x, const T* log_weights, int64_t rows, int64_t D, const int* only_if, T* out) {
-  if (is_off(only_if)) return;
+    reduce_columns(const T* x, const T* log_weights, int64_t rows, int64_t D, T* out) {
   const int64_t d = int64_t(blockIdx.y) * kThreads + threadIdx.x, begin = int64_t(blockIdx.x) * kRowsOfAThread;
   if (d >= D) return;
   T result = kSum ? T(0) : T(-INFINITY);
@@ -42,13 +38,11 @@ __global__ void __launch_bounds__(kThreads)
 inline int64_t columns_scratch(int64_t rows, int64_t D) { return 2 * blocks_for(rows, kRowsOfAThread) * D; }
 
 template <bool kSum, class T>
-void reduce_to_one_row(const T* x, const T* log_weights, int64_t rows, int64_t D, const int* only_if, T* scratch,
-                       T* out, Stream stream) {
+void reduce_to_one_row(const T* x, const T* log_weights, int64_t rows, int64_t D, T* scratch, T* out, Stream stream) {
   while (rows > 0) {
     const int64_t blocks = blocks_for(rows, kRowsOfAThread);
     T* to = blocks == 1 ? out : scratch;
-    launch(stream, blocks, blocks_for(D, kThreads), kThreads, 0, reduce_columns<kSum, T>, x, log_weights, rows, D,
-           only_if, to);
+    launch(stream, blocks, blocks_for(D, kThreads), kThreads, 0, reduce_columns<kSum, T>, x, log_weights, rows, D, to);
     if (blocks == 1) return;
     x = to, log_weights = nullptr, rows = blocks, scratch += blocks * D;
   }
@@ -56,15 +50,14 @@ void reduce_to_one_row(const T* x, const T* log_weights, int64_t rows, int64_t D
 
 // out[d] is the sum of column d of x [rows, D].
 template <class T>
-void sum_columns(const T* x, int64_t rows, int64_t D, const int* only_if, T* scratch, T* out, Stream stream) {
-  reduce_to_one_row<true, T>(x, nullptr, rows, D, only_if, scratch, out, stream);
+void sum_columns(const T* x, int64_t rows, int64_t D, T* scratch, T* out, Stream stream) {
+  reduce_to_one_row<true, T>(x, nullptr, rows, D, scratch, out, stream);
 }
 
 // out[d] is the largest number of column d of x [rows, D], of the rows whose weight is not -inf.
 template <class T>
-void max_columns(const T* x, const T* log_weights, int64_t rows, int64_t D, const int* only_if, T* scratch, T* out,
-                 Stream stream) {
-  reduce_to_one_row<false, T>(x, log_weights, rows, D, only_if, scratch, out, stream);
+void max_columns(const T* x, const T* log_weights, int64_t rows, int64_t D, T* scratch, T* out, Stream stream) {
+  reduce_to_one_row<false, T>(x, log_weights, rows, D, scratch, out, stream);
 }
 
 }  // namespace fastvae::cuda

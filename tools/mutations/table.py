@@ -274,14 +274,6 @@ MUTATIONS = [
         PRODUCTS,
     ),
     cuda(
-        "backward is certified wherever the weights are",
-        "certificate.cuh",
-        "kBeyond = 4.0f",
-        "kBeyond = 1e9f",
-        "the features of narrow components cancel in the gradients",
-        PRODUCTS,
-    ),
-    cuda(
         "pairs that are not certified keep the product's value",
         "certificate.cuh",
         "if ((lanes >> lane & 1) && rank < 4) assign(own);",
