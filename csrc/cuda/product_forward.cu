@@ -37,6 +37,13 @@ int64_t shared_bytes(int lines) {
 // A pair that is 2^-extra / K of the largest term so far does not count: K of them are less than a quarter of a rounding.
 inline float negligible_bits(int64_t K) { return 26.0f + std::log2(float(K)); }
 
+// Writes l.  Where |l| is large its rounding moves backward's weights exp(a - l), unless a has the same bits in forward:
+// so a certified l is taken up to the size of which a rounding is 1e-4.
+__device__ __forceinline__ void store_log_prob(const BinaryLogSum& sum, float row_term, int* uncertain, float& to) {
+  to = sum.log(row_term);
+  if (uncertain && fabs(to) > 2048.0f && fabs(to) < INFINITY) *uncertain = 1;
+}
+
 // partial [splits, M]; null where there is one split, which writes log_prob itself.
 // kCertified: pairs that are not certified are computed in the difference form.  Where they are many, the kernel says so
 // in features.uncertain and ends, and what it has written does not count.
@@ -240,21 +247,21 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
   if (partial)
     partial[int64_t(blockIdx.y) * mix.M + m] = sum;
   else
-    log_prob[m] = sum.log(features.row_term[m]);
+    store_log_prob(sum, features.row_term[m], features.uncertain, log_prob[m]);
 }
 
 // A warp for each row.
 __global__ void __launch_bounds__(kThreads)
-    merge_product_splits(const BinaryLogSum* partial, const float* row_term, int64_t M, int64_t splits,
-                         const int* uncertain, float* log_prob) {
-  if (uncertain && *uncertain) return;
+    merge_product_splits(const BinaryLogSum* partial, const float* row_term, int64_t M, int64_t splits, int* uncertain,
+                         float* log_prob) {
+  if (uncertain && __any_sync(0xFFFFFFFFu, *static_cast<volatile int*>(uncertain))) return;
   const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   BinaryLogSum sum;
   if (m < M)
     for (int64_t i = threadIdx.x % 32; i < splits; i += 32) sum.merge(partial[i * M + m]);
   for (int step = 1; step < 32; step *= 2)
     sum.merge({__shfl_xor_sync(0xFFFFFFFFu, sum.max, step), __shfl_xor_sync(0xFFFFFFFFu, sum.total, step)});
-  if (m < M && threadIdx.x % 32 == 0) log_prob[m] = sum.log(row_term[m]);
+  if (m < M && threadIdx.x % 32 == 0) store_log_prob(sum, row_term[m], uncertain, log_prob[m]);
 }
 
 template <int kParts, bool kCertified>

@@ -23,7 +23,7 @@ ARGUMENTS = ("tests/backends/test_mixture_arguments.py",)
 SAMPLING = ("tests/backends/test_gaussian.py", "tests/backends/test_mixture_kl.py")
 CPU = (*DENSITY, *ARGUMENTS, "tests/backends/test_skipping.py", "tests/backends/test_order.py")
 CUDA = ("tests/backends/test_emulated_smoke.py", "tests/backends/test_cuda.py", *CPU[:-1])
-PRODUCTS = ("tests/backends/test_certificate.py", "tests/backends/test_cuda_precisions.py")
+PRODUCTS = ("tests/backends/test_cuda_certificate.py", "tests/backends/test_cuda_precisions.py")
 TRITON = (
     *("tests/backends/test_triton_smoke.py", "tests/backends/test_triton_small.py"),
     *("tests/backends/test_triton.py", *CPU[:-1]),

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 from budget import Case, allowance, assert_within, hard_case, run
-from support.backend import use_backend
 from torch import Tensor
 
 import fastvae
@@ -25,19 +24,13 @@ def benchmark_case(M: int, K: int, D: int) -> Case:
     return Case(inputs.z, inputs.mu, inputs.logvar, inputs.log_weights, grad)
 
 
-@pytest.fixture
-def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels for large problems, at any size."""
-    use_backend("cuda-emulated-tiled", monkeypatch)
-
-
 def log_prob(case: Case, tried: bool, monkeypatch: pytest.MonkeyPatch, precision: str = "highest") -> Tensor:
     monkeypatch.setenv("FASTVAE_CERTIFICATE", "1" if tried else "0")
     args = case.z, case.mu, case.logvar, case.log_weights
     return fastvae.mixture_log_prob(*args, exclude=case.exclude, impl="cuda", precision=precision)
 
 
-@pytest.mark.usefixtures("tiled")
+@pytest.mark.usefixtures("emulated_tiled")
 @pytest.mark.parametrize("M, K, D", [(130, 200, 40), (64, 130, 64), (40, 70, 70), (40, 70, 100)])
 def test_diffuse_inputs_are_certified_and_exact(M: int, K: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to 128 features of rows stay in shared memory, and more do not."""
@@ -48,7 +41,7 @@ def test_diffuse_inputs_are_certified_and_exact(M: int, K: int, D: int, monkeypa
     assert_within(run(case, "cuda"), *allowance(case))
 
 
-@pytest.mark.usefixtures("tiled")
+@pytest.mark.usefixtures("emulated_tiled")
 def test_shared_variance(monkeypatch: pytest.MonkeyPatch) -> None:
     case = benchmark_case(100, 200, 40)
     case = replace(case, logvar=case.logvar[:1].clone())
@@ -57,7 +50,7 @@ def test_shared_variance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_within(run(case, "cuda"), *allowance(case))
 
 
-@pytest.mark.usefixtures("tiled")
+@pytest.mark.usefixtures("emulated_tiled")
 def test_where_few_are_certified_the_difference_form_computes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the cases is given up before its features are packed, and the other after the first panels."""
     trained = concentrated(130, 300, 20)
@@ -83,7 +76,7 @@ def mostly_diffuse() -> Case:
     return replace(case, mu=mu, logvar=logvar)
 
 
-@pytest.mark.usefixtures("tiled")
+@pytest.mark.usefixtures("emulated_tiled")
 def test_single_pairs_are_computed_in_the_difference_form(monkeypatch: pytest.MonkeyPatch) -> None:
     case = mostly_diffuse()
     want, allowed = allowance(case)
@@ -97,7 +90,7 @@ def test_single_pairs_are_computed_in_the_difference_form(monkeypatch: pytest.Mo
     assert float((certified[[3, 64, 100]] - near).abs().max()) < 1e-4
 
 
-@pytest.mark.usefixtures("tiled")
+@pytest.mark.usefixtures("emulated_tiled")
 def test_a_row_that_is_not_finite_is_its_own_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     case = benchmark_case(130, 200, 40)
     spoiled = case.z.clone()
@@ -109,7 +102,7 @@ def test_a_row_that_is_not_finite_is_its_own_matter(monkeypatch: pytest.MonkeyPa
     assert not torch.equal(clean, log_prob(case, False, monkeypatch))
 
 
-@pytest.mark.usefixtures("tiled")
+@pytest.mark.usefixtures("emulated_tiled")
 def test_absent_components_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever they hold: also the first one, from which the survey takes its reference."""
     case = benchmark_case(64, 200, 40)
@@ -125,7 +118,7 @@ def test_absent_components_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None
     assert_within(got, want, allowed)
 
 
-@pytest.mark.usefixtures("tiled")
+@pytest.mark.usefixtures("emulated_tiled")
 @pytest.mark.parametrize("order", ["descending", "shuffled"])
 def test_no_thread_depends_on_when_another_runs(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Certified, given up, and with single pairs in the difference form."""
@@ -136,3 +129,32 @@ def test_no_thread_depends_on_when_another_runs(order: str, monkeypatch: pytest.
             monkeypatch.setenv("FASTVAE_EMULATION_ORDER", each)
             results.append(run(case, "cuda"))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("emulated_tiled")
+@pytest.mark.parametrize("D", [40, 70])
+def test_a_row_beyond_all_norms(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norms overflow, and 0 times infinity must not bring up padding, absent components, or what it excludes."""
+    case = benchmark_case(64, 200, D)
+    assert case.log_weights is not None
+    z, mu, log_weights = case.z.clone(), case.mu.clone(), case.log_weights.clone()
+    z[3, 1], mu[9], log_weights[9] = 1e10, math.nan, -math.inf
+    case = replace(case, z=z, mu=mu, log_weights=log_weights, exclude=torch.arange(64))
+    got, want = log_prob(case, True, monkeypatch), log_prob(case, False, monkeypatch)
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.usefixtures("emulated_tiled")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("D", [40, 70])
+def test_responsibilities_of_an_outlier_sum_to_one(D: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward may be of products and backward of differences."""
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+    case = benchmark_case(130, 200, D)
+    for distance in (1.0, 100.0, 1000.0, 10_000.0):
+        z = case.z.clone()
+        z[77] *= distance / float(z[77].norm())
+        args = z, case.mu, case.logvar, case.log_weights.clone().requires_grad_()
+        density = fastvae.mixture_log_prob(*args, impl="cuda", precision=precision)
+        (given,) = torch.autograd.grad(density[77], args[3])
+        assert abs(float(given.sum()) - 1) < 1e-3, distance
