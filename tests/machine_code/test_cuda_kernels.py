@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from budget import hard_case
+from budget import diffuse_case, hard_case
 from emulation import cuda
 from support.internals import Operators
 
@@ -67,6 +67,25 @@ def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
         )
         # copies to shared memory are asynchronous and 16 bytes wide
         assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
+
+
+def test_the_product_form_runs_on_tensor_cores(arch: int) -> None:
+    """Matrices come from shared memory by ldmatrix, and lines of features go there by asynchronous 16-byte copies."""
+    forward = [f"product_forward<{part}, {line}>" for part in (1, 2) for line in ("true, false", "false, false")]
+    forward += ["product_forward<2, true, true>", "product_forward<2, false, true>"]
+    kinds = ("1, false", "2, false", "2, true")
+    wanted = [*forward, *(f"weighted_sums<{kind}, {rows}>" for kind in kinds for rows in ("true", "false"))]
+    found = {kernel.name: (kernel, code) for kernel, code in compiled_for(arch) if kernel.name in wanted}
+    assert sorted(found) == sorted(wanted)
+    for name, (kernel, code) in found.items():
+        assert kernel.tensor_cores and set(code.matrix) == {"HMMA"}, name
+        assert code.memory["LDSM"] > 0 and code.memory["LDGSTS.128"] > 0 and not code.memory["LDGSTS.32"], name
+        if name in forward:  # two blocks, so that the exponentials of one overlap with the products of the other
+            assert code.registers <= 128, name
+            assert arch == 80 or limits.blocks_at_once(arch, code.registers, 256, kernel.shared) == 2, name
+    assert {name for name, (kernel, _) in found.items() if kernel.work} == {
+        name for name in wanted if not name.startswith(("product_forward<1, false", "product_forward<2, false"))
+    }
 
 
 def test_backward_waits_for_no_memory_but_shared_memory(arch: int) -> None:
@@ -139,3 +158,29 @@ def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtyp
             lane = 2 if D <= 32 else 4
             components = f"backward<components, {{}}, {lane}>" if tiled else f"small_components<{{}}, {whole}, {own}>"
             assert cuda.largest_shared() == cuda_family.SHARED[components.format(name)]
+
+
+def test_the_report_knows_the_shared_memory_of_products(
+    emulated_tiled: Operators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For 64 dimensions; beyond, the rows' lines are not kept, and gradients are differences."""
+    if torch.cuda.is_available():
+        pytest.skip("the emulation tells what is launched, a GPU does not")
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+    forward = {"cuda-high": "2, {}, false", "cuda-medium": "1, {}, false", "cuda": "2, {}, true"}
+    for backend, template in forward.items():
+        operators = cuda.operators(backend)
+        for D, stays in ((64, "true"), (200, "false")):
+            case = diffuse_case(3, 140, D)
+            args = case.z, case.mu, case.logvar, None, None
+            cuda.largest_shared()
+            log_prob = operators.mixture_log_prob(*args)
+            if backend != "cuda" or D == 64:  # else the difference form takes more
+                name = f"product_forward<{template.format(stays)}>"
+                assert cuda.largest_shared() == cuda_family.SHARED[name], name
+            if backend == "cuda" or D > 64:
+                continue
+            cuda.largest_shared()
+            operators.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
+            name = f"weighted_sums<{template[0]}, false, false>"
+            assert cuda.largest_shared() == cuda_family.SHARED[name], name

@@ -21,7 +21,7 @@ MATRIX = ("HGMMA", "HMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "QGMMA")
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.M)
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
-_MEMORY = ("LDG", "STG", "LDGSTS", "LDS", "STS", "LDL", "STL")
+_MEMORY = ("LDG", "STG", "LDGSTS", "LDS", "LDSM", "STS", "LDL", "STL")
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -122,7 +122,7 @@ def _listings(cubin: bytes) -> tuple[str, str]:
 
 
 def _kind(head: str, *modifiers: str) -> str:
-    if head not in _MEMORY:
+    if head not in _MEMORY or head == "LDSM":  # matrices, all lanes together
         return head
     return f"{head}.{next((m for m in modifiers if m in ('64', '128', '256')), '32')}"
 

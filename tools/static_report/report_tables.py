@@ -16,7 +16,7 @@ from . import limits
 from .families.triton_family import FORMS
 
 Entry = Mapping[str, Any]  # what `describe.entry` says of a kernel, or those of its fields that a table prints
-MEMORY = ("LDGSTS.128", "LDS.128", "LDG.128", "LDG.64", "LDG.32")
+MEMORY = ("LDGSTS.128", "LDSM", "LDS.128", "LDG.128", "LDG.64", "LDG.32")
 _CANDIDATE = re.compile(r"(\w+), candidate (.*), (\d+) warps, (\d+) stages, (\w+)")
 
 
@@ -107,17 +107,18 @@ def cuda_kernels(kernels: Iterable[Entry]) -> str:
             f"{k['shared'] / 1024:.0f}",
             str(k["blocks"]),
             formatting.percent(k["loop"] and k["loop"]["kinds"].get("FFMA", 0) / k["loop"]["instructions"]),
+            str(k["matrix"].get("HMMA", 0)),
             *(str(k["memory"].get(kind, 0)) for kind in MEMORY),
         ]
         for k in kernels
     ]
     headings = ["kernel", "for", "registers", "bytes spilled", "shared, KiB", "blocks at once"]
-    return formatting.markdown([*headings, "FFMA in the innermost loop", *MEMORY], rows, left=2)
+    return formatting.markdown([*headings, "FFMA in the innermost loop", "HMMA", *MEMORY], rows, left=2)
 
 
 def cuda_floors(kernels: Iterable[Entry]) -> str:
     """The minimal time of each CUDA kernel on an H200, by each limit that could bind it."""
-    named = ("fp32", "exp2", "fill", "memory")
+    named = ("fp16", "fp32", "exp2", "fill", "memory")
 
     def time(kernel: Entry, limit: str) -> float | None:
         return kernel["work"][limit] / limits.RATES[limit] if limit in kernel["work"] else None
@@ -160,7 +161,7 @@ _SPILLED = ("registers", "stack", "local")
 _OCCUPANCY = (*_SPILLED, "shared", "blocks")
 TABLES: Mapping[str, MachineCodeTable] = {
     "cuda-static": MachineCodeTable(
-        "cuda", lambda k: bool(k.get("work")), (*_OCCUPANCY, "loop", "memory", "work"), cuda_kernels
+        "cuda", lambda k: bool(k.get("work")), (*_OCCUPANCY, "loop", "matrix", "memory", "work"), cuda_kernels
     ),
     "cuda-floors": MachineCodeTable("cuda", lambda k: bool(k.get("work")) and k["arch"] == 90, ("work",), cuda_floors),
     "triton-static": MachineCodeTable(

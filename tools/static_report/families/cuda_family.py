@@ -24,6 +24,8 @@ NARROW = (1000, 50_000, 40)  # where backward has fewer dimensions a lane
 SMALL = (100, 500, 40)
 GAUSSIAN = (16_384, 256)
 
+PRODUCTS = ("product_forward<", "weighted_sums<")  # the kernels of the product form
+
 # Of a block, in bytes: the size of each kernel's struct Shared, which the machine code does not tell.
 # tests/machine_code/test_cuda_kernels.py compares it with what is launched.
 SHARED: Mapping[str, int] = {
@@ -32,6 +34,13 @@ SHARED: Mapping[str, int] = {
     **{f"backward<rows, double, {lane}>": 61_968 for lane in (2, 3, 4)},
     **{f"backward<components, float, {lane}>": 79_120 for lane in (2, 3, 4)},
     **{f"backward<components, double, {lane}>": 62_480 for lane in (2, 3, 4)},
+    # of the product form at D = 64, by the parts of a feature, whether rows stay there, whether pairs are certified
+    **{"product_forward<2, true, false>": 94_208, "product_forward<2, false, false>": 61_440},
+    **{"product_forward<1, true, false>": 70_144, "product_forward<1, false, false>": 70_144},
+    **{"product_forward<2, true, true>": 89_616, "product_forward<2, false, true>": 56_848},
+    **{f"weighted_sums<2, false, {rows}>": 101_376 for rows in ("true", "false")},
+    **{f"weighted_sums<1, false, {rows}>": 52_224 for rows in ("true", "false")},
+    **{f"weighted_sums<2, true, {rows}>": 52_232 for rows in ("true", "false")},
     **{f"small_rows<float, {whole}, 1>": 73_808 for whole in ("true", "false")},
     **{f"small_rows<float, {whole}, 4>": 95_520 for whole in ("true", "false")},
     **{f"small_rows<double, {whole}, 1>": 81_040 for whole in ("true", "false")},
@@ -85,7 +94,7 @@ def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
                     threads={"pack_components<float>": 128, "pack_components<double>": 64}.get(name, 256),
                     shared=SHARED.get(name, 0),
                     work=work,
-                    tensor_cores=source == EXPANSION,
+                    tensor_cores=source == EXPANSION or name.startswith(PRODUCTS),
                     function=symbol,
                 )
 
@@ -132,6 +141,8 @@ def case_of(name: str) -> tuple[str, dict[str, float]]:
         (m, k, d), instructions, written, rows = large[name]
         memory = 4.0 * (2 * k + 1) * d * (1 + written) + rows * 4.0 * m * (d + 1)
         return str((m, k, d)), {"memory": memory, "exp2": 1.0 * m * k, "fp32": 1.0 * instructions * m * k * d}
+    if found := re.match(r"(?:product_forward<(\d), true|weighted_sums<(\d))", name):
+        return str(LARGE), product_work(int(found[1] or found[2]), passes=1 if found[1] else 2)
     # A block of each multiprocessor: what all do is that many times what one does.  A number of the components costs
     # the exponential and two instructions for it, and three of each row; what a block reads comes from the L2 cache.
     m, k, d = SMALL
@@ -154,6 +165,26 @@ def case_of(name: str) -> tuple[str, dict[str, float]]:
     if name in gaussian:
         return str(GAUSSIAN), {"memory": 4.0 * gaussian[name] * GAUSSIAN[0] * GAUSSIAN[1]}
     return "any", {}
+
+
+def product_work(parts: int, passes: int) -> dict[str, float]:
+    """Of the product form, with features in one part of fp16 or two: one product for the exponents, one more for sums.
+
+    Two parts are three products, with an addition for each 16 features.  A pair takes an addition for c', a maximum,
+    a subtraction and one for the sum; in sums of features, four more instructions for the parts of its weight.
+    Every block of 128 rows, or components, reads all of the other side from the L2 cache.
+    """
+    m, k, d = LARGE
+    features, products = 2 * d, {1: 1, 2: 3}[parts]
+    item = 2.0 * parts * features + 16  # bytes
+    additions = features / 16 if parts == 2 else 0
+    return {
+        "fp16": 2.0 * passes * products * m * k * features,
+        "fp32": m * k * (additions + (4 if passes == 1 else 8)),
+        "exp2": 1.0 * m * k,
+        "fill": m * k / 128 * item,
+        "memory": (m + k) * item,
+    }
 
 
 FAMILY = Family("cuda", missing, kernels)
