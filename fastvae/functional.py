@@ -47,8 +47,8 @@ def mixture_log_prob(
             What a row leaves out is below a rounding.  A parameter that no row uses gets a gradient of exactly 0
             instead of about 1e-12.
         precision: "highest", "high" or "medium": how inexact tensor cores may be; None follows
-            `torch.get_float32_matmul_precision()`.  "highest" is the difference form, which all backends compute; only
-            "triton" has the others, and docs/guides/backends-and-precision.md has their errors.
+            `torch.get_float32_matmul_precision()`.  "highest" is as exact as the difference form, and all backends
+            compute it; "cuda" and "triton" have the others, and docs/guides/backends-and-precision.md has their errors.
         impl: "cpu", "triton", "cuda", "composite", "reference", or None to choose by device, see
             :func:`fastvae.backends.choose`.
 
