@@ -136,7 +136,7 @@ def test_the_status_says_what_ran_where_and_what_never(root: Path) -> None:
     row = dict(zip(status_table.OPERATIONS, line(root, "status", "triton, high |")[1:], strict=True))
     assert row["mixture_log_prob"] == "H200" and row["mixture_log_prob, backward"] == row["gaussian_kl"] == "never"
     assert line(root, "status", "triton, highest")[1:] == ["never"] * 3 + ["H200"] + ["never"] * 4
-    assert line(root, "status", "cuda |")[1:] == ["never", "H200"] + ["never"] * 6
+    assert line(root, "status", "cuda, highest")[1:] == ["never", "H200"] + ["never"] * 6
     cpu = record_module.machine("cpu")["cpu"]
     assert line(root, "status", "cpu, avx2")[1] == cpu, "a contender by the name of its instruction set"
     default = record_module.default_backend("cpu")
@@ -156,7 +156,7 @@ def test_the_status_of_the_kept_records() -> None:
     for start in (
         "| cpu, avx512 | AMD EPYC |",
         "| cpu, avx2 | AMD EPYC |",
-        "| cuda | H100, H200 | H100, H200 | never |",
+        "| cuda, highest | H100, H200 | H100, H200 | never |",
     ):
         assert [row for row in rows if row.startswith(start)], start
 
@@ -257,9 +257,13 @@ def test_words() -> None:
 
 
 def test_a_default_rests_on_records_that_are_there() -> None:
-    """A compiled backend is a default by measurements, and the table of the choice names them."""
+    """A compiled backend is a default by measurements, and the table of the choice names them.
+
+    Two have not run on a GPU yet, and are taken only where their precision is asked for.
+    """
     for backend in BACKENDS.values():
-        assert bool(backend.measured_in) == (backend.impl != "composite"), backend.name
+        unmeasured = backend.name in ("composite", "cuda-high", "cuda-medium")
+        assert bool(backend.measured_in) != unmeasured, backend.name
         for record in backend.measured_in:
             assert (ROOT / "benchmarks" / "results" / record).exists()
             assert f"`{record}`" in render("choice", Results(ROOT / "benchmarks" / "results"))

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from fastvae.backends import PRECISIONS
 from fastvae.benchmarks import formatting
 from fastvae.benchmarks.record import Record
 
@@ -26,15 +27,15 @@ OPERATIONS = (
     "gaussian_kl, backward",
     "VampPrior step",
 )
-TRITON = tuple(f"triton, {precision}" for precision in ("highest", "high", "medium"))
-BACKENDS = ("cpu, baseline", "cpu, avx2", "cpu, avx512", "composite", *TRITON, "cuda")
+TRITON, CUDA = (tuple(f"{impl}, {precision}" for precision in PRECISIONS) for impl in ("triton", "cuda"))
+BACKENDS = ("cpu, baseline", "cpu, avx2", "cpu, avx512", "composite", *TRITON, *CUDA)
 # figures of tools/gpu/measure.py that are no "forward WHO" and no "both WHO": (backend, operation)
 FIGURES = {
     "rsample": ("triton, highest", "gaussian_rsample"),
-    "rsample cuda": ("cuda", "gaussian_rsample"),
+    "rsample cuda": ("cuda, highest", "gaussian_rsample"),
     "KL graph": ("triton, highest", "mixture_kl, backward"),
-    "KL graph cuda": ("cuda", "mixture_kl, backward"),
-    "step cuda 500": ("cuda", "VampPrior step"),
+    "KL graph cuda": ("cuda, highest", "mixture_kl, backward"),
+    "step cuda 500": ("cuda, highest", "VampPrior step"),
     "step triton 500": ("triton, highest", "VampPrior step"),
     "step composite 500": ("composite", "VampPrior step"),
 }
@@ -72,7 +73,7 @@ def _backend(contender: str, default: str) -> str | None:
     if contender in ("fastvae", "fastvae-dense", "fastvae-shared"):
         return default
     named = contender.removeprefix("fastvae-")
-    known = {"composite": "composite", "cuda": "cuda", **{name.replace(", ", "-"): name for name in TRITON}}
+    known = {"composite": "composite", "cuda": "cuda, highest", **{name.replace(", ", "-"): name for name in TRITON}}
     known |= {isa: f"cpu, {isa}" for isa in ("baseline", "avx2", "avx512")}
     return known.get(named) if named != contender else None
 
@@ -87,7 +88,8 @@ def _operation(case: Mapping[str, Any]) -> str:
 
 def figures_ran(gpu: GpuRecord) -> Iterator[Ran]:
     """What the figures of a run on a GPU show."""
-    who = {"cuda": "cuda"} | {name.removeprefix("triton, "): name for name in TRITON}
+    who = {name.removeprefix("triton, "): name for name in TRITON}
+    who |= {name.removesuffix(", highest").replace(", ", " "): name for name in CUDA}  # "cuda", "cuda high", ...
     for figure in gpu.figures:
         work, _, name = figure.partition(" ")
         if name in who and work in ("forward", "both"):
