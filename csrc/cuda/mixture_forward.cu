@@ -116,23 +116,14 @@ constexpr int64_t kUncertain = 4;  // numbers
 }  // namespace
 
 template <class T>
-int64_t forward_scratch(const Mixture<T>& mix) {
-  int64_t size = ForwardPlan<T>(mix, nullptr).scratch.size();
-  if constexpr (sizeof(T) == 4)
-    if (is_certificate_tried(mix)) size = std::max(size, certified_forward_scratch(mix));
-  return kUncertain + size;
+int64_t difference_forward_scratch(const Mixture<T>& mix) {
+  return ForwardPlan<T>(mix, nullptr).scratch.size();
 }
 
 template <class T>
-void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stream) {
-  ForwardPlan<T> plan(mix, scratch + kUncertain);
-  if constexpr (sizeof(T) == 4) {
-    if (is_certificate_tried(mix)) {
-      int* uncertain = reinterpret_cast<int*>(scratch);
-      mixture_certified_forward(mix, uncertain, scratch + kUncertain, log_prob, stream);
-      plan.packed.only_if = uncertain;
-    }
-  }
+void difference_forward(const Mixture<T>& mix, const int* only_if, T* scratch, T* log_prob, Stream stream) {
+  ForwardPlan<T> plan(mix, scratch);
+  plan.packed.only_if = only_if;
   pack<T>(mix, nullptr, nullptr, plan.packed, stream);
   launch(stream, plan.packed.row_tiles, plan.splits, kThreads, sizeof(Shared<T>),
          plan.wide ? forward_wide<T> : forward<T>, mix, plan.packed, plan.splits, plan.partial, log_prob);
@@ -141,6 +132,31 @@ void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stre
            plan.packed.only_if, log_prob);
 }
 
+template <class T>
+int64_t forward_scratch(const Mixture<T>& mix) {
+  int64_t size = difference_forward_scratch(mix);
+  if constexpr (sizeof(T) == 4)
+    if (is_certificate_tried(mix)) size = std::max(size, certified_forward_scratch(mix));
+  return kUncertain + size;
+}
+
+template <class T>
+void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stream) {
+  const int* only_if = nullptr;
+  if constexpr (sizeof(T) == 4) {
+    if (is_certificate_tried(mix)) {
+      int* uncertain = reinterpret_cast<int*>(scratch);
+      mixture_certified_forward(mix, uncertain, scratch + kUncertain, log_prob, stream);
+      only_if = uncertain;
+    }
+  }
+  difference_forward(mix, only_if, scratch + kUncertain, log_prob, stream);
+}
+
+template int64_t difference_forward_scratch<float>(const Mixture<float>&);
+template int64_t difference_forward_scratch<double>(const Mixture<double>&);
+template void difference_forward<float>(const Mixture<float>&, const int*, float*, float*, Stream);
+template void difference_forward<double>(const Mixture<double>&, const int*, double*, double*, Stream);
 template int64_t forward_scratch<float>(const Mixture<float>&);
 template int64_t forward_scratch<double>(const Mixture<double>&);
 template void mixture_forward<float>(const Mixture<float>&, float*, float*, Stream);

@@ -42,15 +42,7 @@ void backward(const Mixture<T>& mix, Gradients<T> wanted, const Tensor& like, co
       return with_scratch<T>(like, product_backward_scratch<kParts>(mix, wanted), [&](T* scratch) {
         mixture_product_backward<kParts>(mix, wanted, nullptr, scratch, device.stream());
       });
-  // The difference form makes weights exp(a - l) of its own a, so l is to be of that form as well: that of the product
-  // form is off by so much in a far row that the weights would not be below one.
-  const bool of_products = kParts > 0 && sizeof(T) == 4 && !is_small(mix.M, mix.K, mix.D);
-  const Tensor log_prob = empty(like, {of_products ? mix.M : 0});
-  if (of_products) {
-    with_scratch<T>(like, forward_scratch(mix),
-                    [&](T* scratch) { mixture_forward(mix, scratch, output<T>(log_prob), device.stream()); });
-    wanted.log_prob = input<T>(log_prob);
-  }
+  wanted.of_products = kParts > 0 && sizeof(T) == 4;
   with_scratch<T>(like, backward_scratch(mix, wanted),
                   [&](T* scratch) { mixture_backward(mix, wanted, scratch, device.stream()); });
 }
