@@ -61,7 +61,7 @@ struct Gradients {
   T *dz, *dmu;               // [M, D], [K, D]
   T* dlogvar;                // [K, D], or [D] if shared
   T* dweights;               // [K]
-  bool of_products = false;  // log_prob is of the product form
+  bool of_products = false;  // log_prob is that of "high" or "medium"
 };
 
 template <class T>

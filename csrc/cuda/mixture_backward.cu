@@ -111,18 +111,17 @@ void small_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   if (mix.shared && wanted.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
 }
 
-// For large problems.  The difference form makes weights exp(a - l) of its own a.  In a far row an l of the product form is
-// off by so much that they would not be below one: then l is made anew, and backward follows in the same memory.
+// For large problems.  The difference form makes weights exp(a - l) of its own a.  In a far row the l of "high" or "medium"
+// is off by so much that they would not be below one: then l is made anew, and backward follows in the same memory.
 template <class T>
 struct LargePlan {
   Scratch<T> scratch;
   T *log_prob, *rest;  // log_prob is null where it is not made anew
 
   LargePlan(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory) : scratch(memory) {
-    const bool anew = wanted.of_products || is_certificate_tried(mix);
-    log_prob = scratch.take(anew ? mix.M : 0);
-    rest = scratch.take(
-        std::max(anew ? difference_forward_scratch(mix) : 0, BackwardPlan<T>(mix, wanted, nullptr).scratch.size()));
+    const int64_t forward = wanted.of_products ? difference_forward_scratch(mix) : 0;
+    log_prob = scratch.take(wanted.of_products ? mix.M : 0);
+    rest = scratch.take(std::max(forward, BackwardPlan<T>(mix, wanted, nullptr).scratch.size()));
   }
 };
 

@@ -109,14 +109,15 @@ __global__ void __launch_bounds__(kThreads)
   survey.square_unit[d] = power_of_two(nearest_exponent(-0.5f * log2f(3.5f * (spread + 1.0f))));
 }
 
-// x y and what is left of x: two numbers in fp16 whose sum has 22 digits.
-__device__ __forceinline__ void store_feature(uint4* lines, int parts, int feature, float x) {
-  x = fminf(fmaxf(x, -65504.0f), 65504.0f);
+// x as two numbers in fp16, whose sum has 22 digits.  Features come in double precision, so that nothing else is rounded:
+// v, z' and mu' are the same float32 numbers in all features, in R and in c', as if the inputs had been a rounding off.
+__device__ __forceinline__ void store_feature(uint4* lines, int parts, int feature, double x) {
+  x = fmin(fmax(x, -65504.0), 65504.0);
   const int per_line = kLineBytes / 2 / parts;
   __half* line = reinterpret_cast<__half*>(lines) + feature / per_line * (kLineBytes / 2);
-  const __half hi = __float2half_rn(x);
+  const __half hi = __float2half_rn(float(x));
   line[feature % per_line] = hi;
-  if (parts == 2) line[per_line + feature % per_line] = __float2half_rn(x - __half2float(hi));
+  if (parts == 2) line[per_line + feature % per_line] = __float2half_rn(float(x - double(__half2float(hi))));
 }
 
 // Stores the features of an item, which value(feature) gives in the common scale, in the item's own; returns the
@@ -127,7 +128,7 @@ __device__ __forceinline__ int store_features(uint4* lines, const FeatureShape& 
   const int lane = int(threadIdx.x) % 32, all = shape.lines * kLineFeatures<kParts>;
   float largest = 0, linear = 0, square = 0;
   for (int f = lane; f < all; f += 32) {
-    const float x = value(f);
+    const float x = float(value(f));
     largest = fmaxf(largest, fabs(x));
     (f < shape.width ? linear : square) += x * x;
   }
@@ -152,18 +153,18 @@ __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWei
   const float* z = mix.z + m * mix.D;
 
   if (features.uncertain && is_hopeless(survey, mix.D)) return;
-  float term = 0;
+  double sum = 0;
   for (int64_t d = lane; d < mix.D && m < mix.M; d += 32) {
     const float centred = z[d] - survey.origin[d];
-    term += centred * centred * exp(-bounded(survey.max_logvar[d]));
+    sum += double(centred) * centred * exp(-bounded(survey.max_logvar[d]));
   }
-  term = -0.5f * warp_sum(term);  // not finite if a coordinate is not: then the row has no features
+  const float term = float(-0.5 * warp_sum(sum));  // not finite if a coordinate is not: then the row has no features
   const float log_prob = weights.log_prob && m < mix.M ? weights.log_prob[m] : 0.0f;
   const bool has_features = m < mix.M && fabs(term) < INFINITY && log_prob != -INFINITY;
   const auto value = [&](int feature) {
     const int d = feature < shape.width ? feature : feature - shape.width;
-    if (!has_features || d >= mix.D || (feature >= shape.width && !shape.squares)) return 0.0f;
-    const float scaled = (z[d] - survey.origin[d]) * survey.unit[d];
+    if (!has_features || d >= mix.D || (feature >= shape.width && !shape.squares)) return 0.0;
+    const double scaled = (z[d] - survey.origin[d]) * survey.unit[d];
     return feature < shape.width ? scaled : scaled * scaled * survey.square_unit[d];
   };
   ItemBounds bounds;
@@ -204,25 +205,25 @@ __global__ void __launch_bounds__(kThreads)
   if (features.uncertain && is_hopeless(survey, mix.D)) return;
 
   float logvar_size = 0;
-  CompensatedSum<float> logvar_sum, square_sum;
+  double square_sum = 0;
+  CompensatedSum<float> logvar_sum;
   for (int64_t d = lane; d < mix.D && present; d += 32) {
     const float lv = logvar_of(mix, k, d), scaled = (mix.mu[k * mix.D + d] - survey.origin[d]) * survey.unit[d];
     logvar_sum.add(lv);
     logvar_size += fabs(lv);
-    square_sum.add(scaled * scaled * (exp(-bounded(lv)) / (survey.unit[d] * survey.unit[d])));
+    square_sum += double(scaled) * scaled * (exp(-bounded(lv)) / (survey.unit[d] * survey.unit[d]));
   }
   const double log_determinant = warp_sum(total_of(logvar_sum.sum, logvar_sum.compensation));
   logvar_size = warp_sum(logvar_size);
-  const double squares = warp_sum(total_of(square_sum.sum, square_sum.compensation));
+  const double squares = warp_sum(square_sum);
   const auto value = [&](int feature) {
     const int d = feature < shape.width ? feature : feature - shape.width;
-    if (!present || d >= mix.D || (feature >= shape.width && !shape.squares)) return 0.0f;
-    const float lv = logvar_of(mix, k, d), max_lv = survey.max_logvar[d], unit = survey.unit[d];
-    const float v = exp(-bounded(lv)) / (unit * unit);
-    if (feature < shape.width) return (mix.mu[k * mix.D + d] - survey.origin[d]) * unit * v * float(kLog2E);
-    const float v_min = exp(-bounded(max_lv)) / (unit * unit);
-    const float excess = max_lv - lv < 1.0f ? v_min * float(expm1(max_lv - lv)) : v - v_min;  // of v over v_min
-    return excess * (-0.5f * float(kLog2E)) / survey.square_unit[d];
+    if (!present || d >= mix.D || (feature >= shape.width && !shape.squares)) return 0.0;
+    const float unit = survey.unit[d];
+    const double v = exp(-bounded(logvar_of(mix, k, d))) / (unit * unit);
+    if (feature < shape.width) return double((mix.mu[k * mix.D + d] - survey.origin[d]) * unit) * v * kLog2E;
+    const double v_min = exp(-bounded(survey.max_logvar[d])) / (unit * unit);
+    return (v - v_min) * (-0.5 * kLog2E) * (1.0f / survey.square_unit[d]);  // a power of two
   };
   ItemBounds bounds;
   const int exponent = store_features<kParts>(features.components.lines + k * shape.lines * 8, shape, value, bounds);

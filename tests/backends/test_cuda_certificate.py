@@ -14,7 +14,11 @@ from budget import Case, allowance, assert_within, hard_case, run
 from torch import Tensor
 
 import fastvae
-from fastvae.benchmarks.inputs import concentrated, diffuse
+from fastvae import reference
+from fastvae.benchmarks.inputs import MixtureInputs, concentrated, diffuse
+from tools.experiments import certificate
+
+from .test_cuda_precisions import MAKERS, Maker
 
 
 def benchmark_case(M: int, K: int, D: int) -> Case:
@@ -158,3 +162,25 @@ def test_responsibilities_of_an_outlier_sum_to_one(D: int, precision: str, monke
         density = fastvae.mixture_log_prob(*args, impl="cuda", precision=precision)
         (given,) = torch.autograd.grad(density[77], args[3])
         assert abs(float(given.sum()) - 1) < 1e-3, distance
+
+
+@pytest.mark.usefixtures("emulated_tiled")
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+def test_the_error_of_a_certified_exponent_is_what_it_says(maker: Maker) -> None:
+    """24 u (|x1| |y1| + |x2| |y2|), beside what any form loses: v, c' and a are rounded; 10^5 pairs in all."""
+    M, K, rng, u = 512, 24, torch.Generator().manual_seed(1), certificate.ROUNDOFF
+    for D in (3, 16, 40, 64, 100):
+        z, mu, sigma = (t.float() for t in maker(rng, M, K, D))
+        inputs = MixtureInputs(z, mu, 2 * torch.log(sigma), torch.zeros(K))
+        exact = [t.double() for t in (z, mu, inputs.logvar, inputs.log_weights)]
+        a = reference.component_log_prob(*exact)
+        rows, components = certificate.norms(inputs)
+        products = rows.linear[:, None] * components.linear + rows.square[:, None] * components.square
+        origin = (exact[1] * (-0.5 * exact[2]).exp()).sum(0) / (-0.5 * exact[2]).exp().sum(0)
+        R = 0.5 * ((exact[0] - origin) ** 2 * (-exact[2]).exp().amin(0)).sum(1, keepdim=True)
+        bound = certificate.ERROR * u * products + 6 * u * (a.abs() + R)
+        for k in range(0, K, 5):
+            alone = torch.full((K,), -1e30).index_fill(0, torch.tensor(k), 0.0)
+            got = fastvae.mixture_log_prob(z, mu, inputs.logvar, alone, impl="cuda", precision="high")
+            worst = float(((got.double() - a[:, k]).abs() / bound[:, k]).max())
+            assert worst <= 1, f"D={D} k={k}: {worst} times the bound"

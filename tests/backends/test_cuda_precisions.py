@@ -285,7 +285,7 @@ def test_responsibilities_sum_to_one(
 ) -> None:
     """However far from all components a row lies: its gradients in the weights are they.
 
-    At the highest precision log p is made of certified products, and the gradients as well where D is at most 64.
+    At the highest precision log p may be made of certified products, and gradients are of the difference form.
     """
     monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
     case, operators = diffuse_case(11, 50, D), cuda.operators(backend)
