@@ -115,8 +115,9 @@ def compile_source(source: Path, arch: int) -> tuple[bytes, list[str]]:
 def readable(symbol: str) -> str:
     """`backward<rows, float>` for what the compiler calls it."""
     found = re.search(r"\d([a-z][a-z_]+)I((?:L.*?SideE\dE|Lb\dE|Li\dE|[fd])+)E", symbol)
-    if not found:
-        return symbol
+    if not found:  # no template
+        plain = re.search(r"\d([a-z][a-z_]+)E", symbol)
+        return plain[1] if plain else symbol
     arguments = [
         {"f": "float", "d": "double"}.get(letter)
         or {"b": ("false", "true"), "i": "0123456789"}.get(kind, ("rows", "components"))[int(value)]
