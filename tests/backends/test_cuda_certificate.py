@@ -184,3 +184,16 @@ def test_the_error_of_a_certified_exponent_is_what_it_says(maker: Maker) -> None
             got = fastvae.mixture_log_prob(z, mu, inputs.logvar, alone, impl="cuda", precision="high")
             worst = float(((got.double() - a[:, k]).abs() / bound[:, k]).max())
             assert worst <= 1, f"D={D} k={k}: {worst} times the bound"
+
+
+@pytest.mark.usefixtures("emulated_tiled")
+@pytest.mark.parametrize("size", [1e-33, 1e30])
+def test_gradients_of_any_size_keep_their_digits(size: float) -> None:
+    """Of the sums of weights, a power of two is split off, which by itself may leave the range of float32."""
+    case = benchmark_case(130, 200, 40)
+    leaves = [v.clone().requires_grad_() for v in (case.mu, case.logvar)]
+    density = fastvae.mixture_log_prob(case.z, *leaves, case.log_weights, impl="cuda", precision="high")
+    plain = torch.autograd.grad(density, leaves, case.grad, retain_graph=True)
+    scaled = torch.autograd.grad(density, leaves, case.grad * size)
+    for one, other in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(other.double() / size, one.double(), rtol=1e-5, atol=1e-5 * float(one.abs().max()))
