@@ -5,8 +5,9 @@
 // features of z' and 2 for those of its square:
 //
 // - hi + lo is off by 2^-22 of a feature, and lo lo is left out: 12 u sum |x_f y_f|, which is the worst case;
-// - the tensor cores cut digits off the sums of 16 products, and the sums are rounded: as much again, in the worst of a
-//   million pairs, random and made for the purpose, with the sums of the oldest tensor cores (tests/backends);
+// - the tensor cores cut digits off the sums of 16 products, and the sums are rounded: as much again, in the worst of
+//   10^5 pairs that were made to lose much, by sums that are cut off earlier than any device's
+//   (tests/backends/test_cuda_certificate.py);
 // - sum |x_f y_f| is at most |x1| |y1| + |x2| |y2| (Cauchy and Schwarz).
 //
 // The roundings of the difference form may move a by as much as
@@ -37,7 +38,7 @@ __device__ __forceinline__ bool is_hopeless(const Survey& survey, int64_t D) {
   float rows = 0;
   for (int64_t d = threadIdx.x % 32; d < D; d += 32)
     rows += 1.0f / (3.5f * survey.square_unit[d] * survey.square_unit[d]);
-  for (int step = 16; step > 0; step /= 2) rows += __shfl_xor_sync(0xFFFFFFFFu, rows, step);
+  rows = group_sum(rows, 32);
   const float n = float(D), components = fmaxf(rows - n, 0.0f), allowed = (1.0f + sqrtf(n)) * n + 2.0f * n;
   return kError * sqrtf(rows * components) > 8.0f * allowed;
 }
@@ -52,7 +53,7 @@ __device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const
                                                 int64_t k) {
   float squares = 0;
   for (int64_t d = threadIdx.x % 8; d < mix.D && m < mix.M && k < mix.K; d += 8) {
-    const float s = exp(-0.5f * bounded(mix.logvar[(mix.shared ? 0 : k * mix.D) + d]));
+    const float s = exp(-0.5f * bounded(logvar_of(mix, k, d)));
     const float t = (mix.z[m * mix.D + d] - mix.mu[k * mix.D + d]) * s;
     squares = fma(t, t, squares);
   }

@@ -48,13 +48,12 @@ __global__ void __launch_bounds__(Tile<T>::kSide)
   constexpr int side = Tile<T>::kSide;
   T* shared = reinterpret_cast<T*>(shared_memory);
   const int64_t panel = blockIdx.x, first = panel * side, k = first + threadIdx.x;
-  const auto logvar = [&](int64_t k, int d) { return mix.logvar[(mix.shared ? 0 : k * mix.D) + d]; };
   const bool present = is_present(mix, k);
 
   CompensatedSum<T> logvar_sum;
   T squared_norm = 0, max_logvar_difference = 0;  // |mu s|^2; how far max_logvar is above logvar
   for (int d = 0; d < mix.D && present; ++d) {
-    const T lv = logvar(k, d), scaled = mix.mu[k * mix.D + d] * T(exp(T(-0.5) * bounded(lv)));
+    const T lv = logvar_of(mix, k, d), scaled = mix.mu[k * mix.D + d] * T(exp(T(-0.5) * bounded(lv)));
     logvar_sum.add(lv);
     squared_norm = T(fma(scaled, scaled, squared_norm));
     if (max_logvar) max_logvar_difference = T(fmax(max_logvar_difference, max_logvar[d] - lv));
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(Tile<T>::kSide)
     T s = d < mix.D ? T(1) : T(0), b = 0;
     if (present && d < mix.D) {
       const T mu = mix.mu[k * mix.D + d];
-      s = T(exp(T(-0.5) * bounded(logvar(k, d))));
+      s = T(exp(T(-0.5) * bounded(logvar_of(mix, k, d))));
       b = difference_form ? mu : -mu * s;
     }
     components[(2 * d) * side] = s;
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(Tile<T>::kSide)
     const int d = i % packed.width;
     const bool has_number = d < mix.D && is_present(mix, other);
     packed.mu[first * packed.width + i] = has_number ? mix.mu[other * mix.D + d] : T(0);
-    packed.v[first * packed.width + i] = has_number ? T(exp(-bounded(logvar(other, d)))) : T(0);
+    packed.v[first * packed.width + i] = has_number ? T(exp(-bounded(logvar_of(mix, other, d)))) : T(0);
   }
 }
 

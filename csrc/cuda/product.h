@@ -30,6 +30,7 @@ namespace fastvae::cuda {
 // features with hi in the first four units and lo in the others, or 64 features with hi alone.
 constexpr int kLineBytes = 128;
 constexpr int kStep = 16;       // features that one instruction of the tensor cores takes
+constexpr int kHighPanel = 96;  // components of a panel in product_forward.cu; other panels divide kOwnItems
 constexpr int kOwnItems = 128;  // of a block
 
 template <int kParts>  // 2: hi and lo; 1: hi alone
@@ -113,7 +114,7 @@ struct Features {
  private:
   static Items items(int64_t n, const FeatureShape& shape, Scratch<float>& scratch) {
     Items items;
-    items.count = std::max(round_up(n, kOwnItems), round_up(n, 96));
+    items.count = std::max(round_up(n, kOwnItems), round_up(n, kHighPanel));
     items.lines = reinterpret_cast<uint4*>(scratch.take(items.count * shape.lines * (kLineBytes / 4)));
     items.terms = reinterpret_cast<ItemTerms*>(scratch.take(items.count * 4));
     return items;

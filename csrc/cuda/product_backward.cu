@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) finish_components(Mixture<float> mix
   const Survey& survey = features.survey;
   for (int d = lane; d < mix.D; d += 32) {
     const float unit = survey.unit[d], mu = present ? mix.mu[k * mix.D + d] - survey.origin[d] : 0.0f;
-    const float v = present ? exp(-bounded(mix.logvar[(mix.shared ? 0 : k * mix.D) + d])) : 0.0f;
+    const float v = present ? exp(-bounded(logvar_of(mix, k, d))) : 0.0f;
     const float s1 = merged.sum(task, k, d) / unit, wu = s1 - mu * s0;
     if (dmu) dmu[k * mix.D + d] = v * wu * root * root;
     if (!dlogvar) continue;

@@ -19,6 +19,7 @@ constexpr int kWarpColumns = kCertified    ? 32
                                            : 64;
 template <int kParts, bool kCertified>
 constexpr int kPanel = 2 * kWarpColumns<kParts, kCertified>;
+static_assert(kPanel<2, false> == kHighPanel && kOwnItems % kPanel<2, true> == 0 && kOwnItems % kPanel<1, false> == 0);
 template <int kParts>
 constexpr int kResidentLines = kParts == 2 ? 4 : 3;  // of the rows, at most: there is memory for 99 KiB
 
@@ -259,8 +260,7 @@ __global__ void __launch_bounds__(kThreads)
   BinaryLogSum sum;
   if (m < M)
     for (int64_t i = threadIdx.x % 32; i < splits; i += 32) sum.merge(partial[i * M + m]);
-  for (int step = 1; step < 32; step *= 2)
-    sum.merge({__shfl_xor_sync(0xFFFFFFFFu, sum.max, step), __shfl_xor_sync(0xFFFFFFFFu, sum.total, step)});
+  sum = merge_across(sum, 32);
   if (m < M && threadIdx.x % 32 == 0) store_log_prob(sum, row_term[m], uncertain, log_prob[m]);
 }
 

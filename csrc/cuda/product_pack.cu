@@ -1,5 +1,4 @@
 // Makes the features of rows and components for the product form (product.h).  These kernels do O((M + K) D) work.
-#include "../common/skipping.h"
 #include "certificate.cuh"
 #include "tile.cuh"
 
@@ -30,10 +29,6 @@ __device__ __forceinline__ T warp_sum(T x) {
 __device__ __forceinline__ float warp_max(float x) {
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
   return x;
-}
-
-__device__ __forceinline__ float logvar_of(const Mixture<float>& mix, int64_t k, int64_t d) {
-  return mix.logvar[(mix.shared ? 0 : k * mix.D) + d];
 }
 
 // The sums of the survey over some components, in one dimension.  delta is mu less the mean of the first component, so

@@ -75,6 +75,12 @@ __device__ __forceinline__ void each_four(int64_t begin, int64_t D, int width, c
     if (const int64_t d = begin + 4 * i * width; d < D) body(i, d);
 }
 
+// log sigma^2 of component k in dimension d.
+template <class T>
+__device__ __forceinline__ T logvar_of(const Mixture<T>& mix, int64_t k, int64_t d) {
+  return mix.logvar[(mix.shared ? 0 : k * mix.D) + d];
+}
+
 // How many lanes share a row.
 FASTVAE_INLINE int group_width(int64_t D) { return D <= 32 ? 8 : D <= 64 ? 16 : 32; }
 
@@ -88,8 +94,8 @@ __device__ T group_sum(T x, int width) {
 }
 
 // The sums of each group of `lanes` lanes, merged.
-template <class T>
-__device__ LogSum<T> merge_across(LogSum<T> sum, int lanes) {
+template <class Sum>
+__device__ Sum merge_across(Sum sum, int lanes) {
   for (int step = 1; step < lanes; step *= 2)
     sum.merge({__shfl_xor_sync(0xFFFFFFFFu, sum.max, step), __shfl_xor_sync(0xFFFFFFFFu, sum.total, step)});
   return sum;

@@ -8,19 +8,18 @@ pairs that count in logsumexp, those that are certified, and what a screen with 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae import reference
-from fastvae._files import write_json
 from fastvae.benchmarks import formatting
 from fastvae.benchmarks.inputs import MixtureInputs, diffuse, find_latents, from_file
+
+from . import command
 
 ERROR, ROUNDOFF, MAX_ERROR = 24.0, 2.0**-24, 1.5e-4 * math.log(2)  # as in certificate.cuh, nats
 SCREEN = 2.0**-10 * 1.02  # of |x| |y|: two roundings to 11 digits, and the sums of fp32
@@ -97,16 +96,5 @@ def markdown(content: dict[str, Any]) -> str:
     return formatting.markdown(headings, rows)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.experiments.certificate", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there too")
-    options = parser.parse_args(arguments)
-    content = measure()
-    if options.out is not None:
-        write_json(options.out, content)
-    print(markdown(content))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command.run("certificate", __doc__, measure, markdown))

@@ -9,22 +9,20 @@ bit or so.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import sys
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 import fastvae
-from fastvae._files import write_json
 from fastvae.benchmarks import formatting
-from fastvae.benchmarks.errors import BenchmarkError
 from fastvae.benchmarks.inputs import MixtureInputs, diffuse, find_latents, from_file
+
+from . import command
 
 PRECISIONS = ("highest", "high", "medium")
 DESIGNED = ((-6.0, 2.0), (-4.0, 1.0), (-2.0, 1.0))  # logvar, standard deviation of mu
@@ -80,23 +78,5 @@ def markdown(content: dict[str, Any]) -> str:
     return formatting.markdown([*headings, *(f"score: {p}" if p == "highest" else p for p in PRECISIONS)], rows)
 
 
-def main(arguments: list[str]) -> int:
-    """0 if all was measured, 2 if it cannot be."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.experiments.triton_precision", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there too")
-    options = parser.parse_args(arguments)
-    try:
-        content = measure()
-    except (ImportError, RuntimeError, BenchmarkError) as error:  # Triton is missing, or does not interpret
-        print(error, file=sys.stderr)
-        return 2
-    if options.out is not None:
-        write_json(options.out, content)
-    print(markdown(content))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command.run("triton_precision", __doc__, measure, markdown))
