@@ -16,20 +16,12 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 // Sixteen bytes of an array that no kernel needs soon after: the L2 cache gives their place up first.
 template <class T>
 __device__ __forceinline__ Vector<T> streamed(const Vector<T>* from) {
-#ifdef __CUDA_ARCH__
   const int4 bits = __ldcs(reinterpret_cast<const int4*>(from));
   return reinterpret_cast<const Vector<T>&>(bits);
-#else
-  return *from;
-#endif
 }
 template <class T>
 __device__ __forceinline__ void stream(const Vector<T>& piece, Vector<T>* to) {
-#ifdef __CUDA_ARCH__
   __stcs(reinterpret_cast<int4*>(to), reinterpret_cast<const int4&>(piece));
-#else
-  *to = piece;
-#endif
 }
 
 // Four numbers from p on, of which `count` exist; the others are 0.  With kOnce, the array is read once.
