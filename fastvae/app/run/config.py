@@ -14,7 +14,7 @@ from fastvae.app.data.places import is_own_file
 from fastvae.app.user_errors import ConfigError, RunError
 
 PriorName = Literal["standard", "mixture", "vamp", "exemplar"]
-PseudoInit = Literal["data", "noise"]
+PseudoInit = Literal["data", "noise", "flat"]
 # The names of fastvae.bounds, said again because they are checked before PyTorch is imported.
 BoundName = Literal["elbo", "iwae"]
 GradientName = Literal["plain", "stl", "dreg"]
@@ -31,9 +31,10 @@ class TrainConfig:
     """All that decides the result of a training run; kept as config.json in the run's folder.
 
     The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
-    `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
-    `num_samples` draws and the estimator `gradient`, is what training maximises. `data_sha256` is the fingerprint of
-    the images, by which they are known again when their file has moved.
+    `patience` are in epochs; `learning_rate` is Adam's, whose gradients are first divided by their norms where
+    `normalize_gradients` says so. `chunk_size` to `neighbours` are the prior's; `bound`, with `num_samples` draws and
+    the estimator `gradient`, is what training maximises. `data_sha256` is the fingerprint of the images, by which they
+    are known again when their file has moved.
     """
 
     data: str = "digits"
@@ -48,6 +49,7 @@ class TrainConfig:
     subset: AtLeastOne | None = None
     refresh: Annotated[float, Field(gt=0, le=1)] = 1.0
     neighbours: AtLeastZero = 0
+    shared_variance: bool = False
     bound: BoundName = "elbo"
     num_samples: AtLeastOne = 1
     gradient: GradientName = "plain"
@@ -58,6 +60,7 @@ class TrainConfig:
     patience: AtLeastOne = 20
     batch_size: AtLeastOne = 100
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    normalize_gradients: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -72,6 +75,10 @@ class TrainConfig:
                 "It should be below --epochs."
             )
         return self
+
+
+# Fields that the config.json of a run may lack: runs were made before there were such settings.
+ADDED = {"data_sha256", "shared_variance", "normalize_gradients"}
 
 
 def bound_name(config: TrainConfig) -> str:
@@ -160,12 +167,12 @@ def read_config(path: Path) -> TrainConfig:
     Raises:
         RunError: there are none, or they are damaged; the message names the option that is wrong.
     """
-    known, optional = {field.name for field in fields(TrainConfig)}, {"data_sha256"}
+    known = {field.name for field in fields(TrainConfig)}
     try:
         content = from_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it should hold an option's name and value a line, in braces")
-        if others := known - set(content) - optional | set(content) - known:
+        if others := known - set(content) - ADDED | set(content) - known:
             raise ValueError(
                 f"its settings are not those of this version's runs: {', '.join(sorted(others))} should "
                 f"{'be there' if others <= known else 'not be there'}"
