@@ -136,7 +136,7 @@ def evaluate_command(
     plan = EvaluationPlan(split, samples, limit)
     _check_run(run_dir, data, data_dir, device)
     options.check_backend(impl, precision)
-    with interruptible(console, lambda: "Nothing was written."), locked(run_dir):
+    with interruptible(console, lambda: "The same command goes on from here."), locked(run_dir):
         import_library()
         from fastvae.app.run.device import pick_device, use_kernels, use_threads
         from fastvae.app.run.trained import load_run

@@ -36,6 +36,10 @@ class RunFolder:
         """What evaluation gave, as JSON: of all test images, or of that `part` of the data."""
         return self.path / (f"evaluation-{part}.json" if part else "evaluation.json")
 
+    def unfinished_evaluation(self, part: str = "") -> Path:
+        """What an evaluation that is under way has done, as JSON."""
+        return self.path / (f"evaluation-{part}-unfinished.json" if part else "evaluation-unfinished.json")
+
     @property
     def reproduction(self) -> Path:
         """The record of a protocol's run, as JSON, beside the published figures."""
