@@ -40,6 +40,7 @@ def train_command(
     context: typer.Context,
     out: options.OutFolder,
     data: options.Data = None,
+    model: options.Model = None,
     prior: options.Prior = None,
     components: options.Components = None,
     pseudo_init: options.PseudoInit = None,
@@ -70,7 +71,7 @@ def train_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, from its checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
 ) -> None:
-    """Train a VAE: the model of the VampPrior paper (Tomczak and Welling 2018), gated dense layers.
+    """Train a VAE: a model of the VampPrior paper (Tomczak and Welling 2018), gated dense layers.
 
     The folder --out gets config.json, checkpoint.pt (the last epoch and the best model so far), results.json
     and the pictures. Ctrl-C keeps the last checkpoint, and --resume goes on from it as if there had been no
@@ -191,6 +192,7 @@ def compare_command(
     data: options.Data = None,
     priors: Annotated[str, typer.Option(help="Two or more priors, with commas between.")] = "standard,vamp",
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds: 0, 1, ...")] = 3,
+    model: options.Model = None,
     components: options.Components = None,
     pseudo_init: options.PseudoInit = None,
     learn_weights: options.LearnWeights = None,

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 from fastvae.app.data.places import is_own_file
 from fastvae.app.user_errors import ConfigError, RunError
 
+ModelName = Literal["vae", "hvae"]
 PriorName = Literal["standard", "mixture", "vamp", "exemplar"]
 PseudoInit = Literal["data", "noise"]
 # The names of fastvae.bounds, said again because they are checked before PyTorch is imported.
@@ -30,7 +31,8 @@ AtLeastZero = Annotated[int, Field(ge=0, le=LARGEST)]
 class TrainConfig:
     """All that decides the result of a training run; kept as config.json in the run's folder.
 
-    The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
+    The sizes are those of the VampPrior paper (Tomczak and Welling 2018); `model` is its one-level VAE or its
+    hierarchical one, whose two levels have `latent` dimensions each. `warmup` and
     `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
     `num_samples` draws and the estimator `gradient`, is what training maximises. `data_sha256` is the fingerprint of
     the images, by which they are known again when their file has moved.
@@ -40,6 +42,7 @@ class TrainConfig:
     data_dir: str | None = None
     data_sha256: str | None = None
     binarize: bool = False
+    model: ModelName = "vae"
     prior: PriorName = "vamp"
     components: AtLeastOne = 500
     pseudo_init: PseudoInit = "data"
@@ -72,6 +75,10 @@ class TrainConfig:
                 "It should be below --epochs."
             )
         return self
+
+
+# What runs of earlier versions do not say: for them the default holds.
+ADDED_LATER = frozenset({"data_sha256", "model"})
 
 
 def bound_name(config: TrainConfig) -> str:
@@ -160,12 +167,12 @@ def read_config(path: Path) -> TrainConfig:
     Raises:
         RunError: there are none, or they are damaged; the message names the option that is wrong.
     """
-    known, optional = {field.name for field in fields(TrainConfig)}, {"data_sha256"}
+    known = {field.name for field in fields(TrainConfig)}
     try:
         content = from_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it should hold an option's name and value a line, in braces")
-        if others := known - set(content) - optional | set(content) - known:
+        if others := known - set(content) - ADDED_LATER | set(content) - known:
             raise ValueError(
                 f"its settings are not those of this version's runs: {', '.join(sorted(others))} should "
                 f"{'be there' if others <= known else 'not be there'}"
