@@ -104,10 +104,7 @@ class HierarchicalVAE(VAE):
         z2, kl = self._kl(mu, logvar, num_samples, index)
         q_mu, q_logvar = self._lower_posterior(x, z2)
         z1, _ = F.gaussian_rsample(q_mu, q_logvar)
-        p_mu, p_logvar = self._lower_prior_of(z2, z1)
-        # the KL does not change where both are shifted and scaled so that p is N(0, I)
-        scaled = (_wide(q_mu) - p_mu) * torch.exp(-0.5 * p_logvar)
-        kl = kl + F.gaussian_kl(scaled, _wide(q_logvar) - p_logvar)
+        kl = kl + _gaussian_kl(q_mu, q_logvar, *self._lower_prior_of(z2, q_mu.shape[-1]))
         return torch.cat((z1, z2), -1), self._log_likelihood_of(x, z1, z2), kl
 
     def _sampler(self, x: Tensor) -> bounds.Sampler:
@@ -138,9 +135,8 @@ class HierarchicalVAE(VAE):
 
         def log_p(z: Tensor) -> Tensor:
             z1, z2 = _levels(z, mu)
-            return _gaussian_log_prob(z1, *self._lower_prior_of(z2, z1)) + evaluate(
-                "the prior's density", log_prior, z2
-            )
+            log_p1 = _gaussian_log_prob(z1, *self._lower_prior_of(z2, z1.shape[-1]))
+            return log_p1 + evaluate("the prior's log_prob", log_prior, z2)
 
         return log_likelihood, log_p
 
@@ -162,16 +158,13 @@ class HierarchicalVAE(VAE):
         of = f"x {list(x.shape)} and z2 {list(z2.shape)}"
         return gaussian_from("lower_encoder", output, of, "S, B, D1", z2.shape[:-1])
 
-    def _lower_prior_of(self, z2: Tensor, z1: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(mu, logvar) of p(z1 | z2), [..., D1], in float32 at least, of z2 [..., D2]; z1 tells D1."""
-        rows = z2.reshape(-1, z2.shape[-1])
-        D1 = None if z1 is None else z1.shape[-1]
-        wanted = "N, D1" if D1 is None else f"N, {D1}"
-        mu, logvar = gaussian_from(
-            "lower_prior", self.lower_prior(rows), f"z2 {list(rows.shape)}", wanted, rows.shape[:1], D1
-        )
-        lead = z2.shape[:-1]
-        return _wide(mu).reshape(*lead, mu.shape[-1]), _wide(logvar).reshape(*lead, mu.shape[-1])
+    def _lower_prior_of(self, z2: Tensor, D1: int | None = None) -> tuple[Tensor, Tensor]:
+        """(mu, logvar) of p(z1 | z2), [..., D1], of z2 [..., D2]; D1 is what it must be, None for any."""
+        lead, rows = z2.shape[:-1], z2.flatten(0, -2)
+        wanted = f"N, {'D1' if D1 is None else D1}"
+        output = self.lower_prior(rows)
+        mu, logvar = gaussian_from("lower_prior", output, f"z2 {list(rows.shape)}", wanted, rows.shape[:1], D1)
+        return mu.reshape(*lead, mu.shape[-1]), logvar.reshape(*lead, mu.shape[-1])
 
 
 def _levels(z: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,6 +177,15 @@ def _gaussian_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """log N(z; mu, exp(logvar)), [...], nats, of z, mu and logvar [..., D]: a Gaussian of its own for each row."""
     z, mu, logvar = _wide(z), _wide(mu), _wide(logvar)
     return -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + LOG_2PI).sum(-1)
+
+
+def _gaussian_kl(mu: Tensor, logvar: Tensor, p_mu: Tensor, p_logvar: Tensor) -> Tensor:
+    """KL(N(mu, exp(logvar)) || N(p_mu, exp(p_logvar))) in closed form, [...], nats, of [..., D].
+
+    The KL stays what it is where both are shifted and scaled; so p becomes N(0, I).
+    """
+    mu, logvar, p_mu, p_logvar = map(_wide, (mu, logvar, p_mu, p_logvar))
+    return F.gaussian_kl((mu - p_mu) * torch.exp(-0.5 * p_logvar), logvar - p_logvar)
 
 
 def _wide(value: Tensor) -> Tensor:
