@@ -16,7 +16,17 @@ from fastvae.app import options
 from fastvae.app.data.places import check_name
 from fastvae.app.library import import_library
 from fastvae.app.narrow_help import Command, Group
-from fastvae.app.run.config import PRIORS, TrainConfig, bound_name, continued, make_config, moved_data, read_config
+from fastvae.app.run.config import (
+    PRIORS,
+    TrainConfig,
+    bound_name,
+    continued,
+    latents_with_prior,
+    make_config,
+    moved_data,
+    prior_name,
+    read_config,
+)
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import GAP, RunFolder
 from fastvae.app.run.lock import locked
@@ -146,9 +156,10 @@ def evaluate_command(
         use_threads(threads, run.config, run.dataset)
         with use_kernels(run.device, impl, precision):
             result = evaluate_run(console, run, plan)
-    title = f"{run.dataset.name}, {run.config.prior} prior: {images_in_words(result.images, split)}"
-    console.print(evaluation_table(result, title))
-    console.print(gap_table(result.gap))
+    title = f"{run.dataset.name}, {prior_name(run.config)}: {images_in_words(result.images, split)}"
+    z = latents_with_prior(run.config)
+    console.print(evaluation_table(result, title, z))
+    console.print(gap_table(result.gap, z))
     _name_files([run.folder.evaluation(plan.part(run.dataset)), run.folder.picture(GAP)])
 
 

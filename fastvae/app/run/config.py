@@ -86,6 +86,16 @@ def bound_name(config: TrainConfig) -> str:
     return "ELBO" if config.bound == "elbo" else f"IWAE bound of {config.num_samples} samples"
 
 
+def prior_name(config: TrainConfig) -> str:
+    """The prior, and the model unless it is the usual one, in words."""
+    return f"{'hvae, ' if config.model == 'hvae' else ''}{config.prior} prior"
+
+
+def latents_with_prior(config: TrainConfig) -> str:
+    """The name of the latents that the prior is on: of two levels the upper one, z2."""
+    return "z2" if config.model == "hvae" else "z"
+
+
 def option(field: str) -> str:
     """The command-line option that sets a field of TrainConfig."""
     return "--samples" if field == "num_samples" else "--" + field.replace("_", "-")
