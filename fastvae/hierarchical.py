@@ -68,7 +68,7 @@ class HierarchicalVAE(VAE):
 
     - `forward` returns a :class:`fastvae.hierarchical.HierarchicalVAEOutput`.  `beta` weighs the KL of both levels.
     - With `kl="auto"` the KL between q(z1 | x, z2) and p(z1 | z2) is in closed form for each z2 drawn, and that of z2
-      where the prior has one.  `kl="sample"` has both sampled, as the paper has.
+      where the prior has one.  `kl="sample"` has both sampled.
     - `gradient="stl"` and "dreg" run the lower encoder twice.  It should have no random numbers of its own in it, as
       dropout has, or the gradient in its parameters is that of another draw of them.
     - `reconstruct` decodes the mean of q(z2 | x), and the mean of q(z1 | x, z2) at it.
