@@ -95,7 +95,7 @@ class HierarchicalVAE(VAE):
         self.lower_encoder = lower_encoder
         self.lower_prior = lower_prior
 
-    def _knows_kl(self) -> bool:
+    def _has_closed_form_kl(self) -> bool:
         return True  # that of z1
 
     def _drawn_with_kl(

@@ -182,7 +182,7 @@ class VAE(nn.Module):
         if bound == "elbo" and gradient == "plain" and chunk_size is None and kl != "sample":
             z, log_likelihood, divergence = self._drawn_with_kl(x, mu, logvar, num_samples, index)
             drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
-            in_closed_form = self._knows_kl()
+            in_closed_form = self._has_closed_form_kl()
         else:
             drawn = self._drawn(bound, x, mu, logvar, num_samples, gradient, beta, chunk_size, index)
             in_closed_form = False
@@ -273,12 +273,12 @@ class VAE(nn.Module):
         mean = self.likelihood.mean(self._decode_means(x))
         return require_shape(f"the likelihood's mean for x {list(x.shape)}", mean, x.shape)
 
-    # What follows is what a model with other latents than z ~ N(mu, exp(logvar)) does otherwise.
+    # A model whose latents are more than z ~ N(mu, exp(logvar)) overrides these.
 
     _output: ClassVar[type[VAEOutput]] = VAEOutput
 
-    def _knows_kl(self) -> bool:
-        """Whether the KL that `_drawn_with_kl` gives is, in whole or in part, more than an estimate by its draws."""
+    def _has_closed_form_kl(self) -> bool:
+        """Whether `_drawn_with_kl` has the KL in closed form, all of it or a part: then it has no log weights."""
         return self.prior.has_closed_form_kl
 
     def _drawn_with_kl(
@@ -305,7 +305,7 @@ class VAE(nn.Module):
         mu, _ = self._posterior(x)
         return self.decoder(mu)
 
-    # What follows is for every model.
+    # These are for every model.
 
     def _prior_sample(self, n: int) -> Tensor:
         z = self.prior.sample(n)
