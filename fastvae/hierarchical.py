@@ -17,7 +17,7 @@ from fastvae import bounds
 from fastvae import functional as F
 from fastvae._noise import LOG_2PI
 from fastvae.backends import BackendOptions
-from fastvae.contracts import evaluate, gaussian_from
+from fastvae.contracts import describe, evaluate, gaussian_from
 from fastvae.likelihoods import Likelihood
 from fastvae.priors import Density, Prior
 from fastvae.vae import VAE, VAEOutput
@@ -92,6 +92,9 @@ class HierarchicalVAE(VAE):
         **backend: Unpack[BackendOptions],
     ) -> None:
         super().__init__(encoder, decoder, prior, likelihood, **backend)
+        for name, network in (("lower_encoder", lower_encoder), ("lower_prior", lower_prior)):
+            if not isinstance(network, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, not {describe(network)}")
         self.lower_encoder = lower_encoder
         self.lower_prior = lower_prior
 

@@ -558,6 +558,14 @@ def test_networks_that_return_something_else(case: str, kl: str) -> None:
         vae(torch.rand(4, PIXELS), num_samples=2, kl=kl)
 
 
+@pytest.mark.parametrize("wrong", [None, Upper, lambda *z: z, StandardNormalPrior])
+@pytest.mark.parametrize("name", ["lower_encoder", "lower_prior"])
+def test_what_is_no_network(name: str, wrong: Any) -> None:
+    networks = {"lower_encoder": Lower(), "lower_prior": Upper()} | {name: wrong}
+    with pytest.raises(TypeError, match=f"{name} must be a torch.nn.Module, not "):
+        HierarchicalVAE(Encoder(PIXELS, D2), **networks, decoder=Both(), prior=StandardNormalPrior(D2))
+
+
 def test_a_prior_with_another_encoder() -> None:
     prior = VampPrior(Encoder(PIXELS, D2), torch.rand(5, PIXELS))
     with pytest.raises(ValueError, match="the same object"):
