@@ -6,18 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastvae import _checks, bounds
-from fastvae import functional as F
 from fastvae.backends import BackendOptions, choice
 from fastvae.contracts import encode, evaluate, require_methods, require_shape
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
-from fastvae.priors import Prior
+from fastvae.priors import Density, Prior
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -181,10 +180,9 @@ class VAE(nn.Module):
             raise ValueError("kl='analytic' is for bound='elbo' with gradient='plain' and no chunk_size")
         mu, logvar = self._posterior(x)
         if bound == "elbo" and gradient == "plain" and chunk_size is None and kl != "sample":
-            z, divergence = self._kl(mu, logvar, num_samples, index)
-            log_likelihood = self._log_likelihood_of(x, z)
+            z, log_likelihood, divergence = self._drawn_with_kl(x, mu, logvar, num_samples, index)
             drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
-            in_closed_form = self.prior.has_closed_form_kl
+            in_closed_form = self._has_closed_form_kl()
         else:
             drawn = self._drawn(bound, x, mu, logvar, num_samples, gradient, beta, chunk_size, index)
             in_closed_form = False
@@ -192,7 +190,7 @@ class VAE(nn.Module):
         reconstruction, divergence = drawn.log_likelihood.mean(0), drawn.kl.mean(0)  # [B]
         value = reconstruction - divergence if bound == "elbo" else bounds.log_mean_exp(log_weights)
         kept = None if in_closed_form else log_weights
-        return VAEOutput(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, kept)
+        return self._output(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, kept)
 
     @_with_own_backend
     def elbo(
@@ -251,12 +249,14 @@ class VAE(nn.Module):
 
     def _importance(self, x: Tensor, num_samples: int, prior: Prior) -> Tensor:
         mu, logvar = self._posterior(x)
+        log_likelihood, log_prior = self._densities(x, mu, prior.log_prob)
+        draw = self._sampler(x)
         step = max(1, _rows_on(x.device) // max(1, len(x)))
         parts = []
         for start in range(0, num_samples, step):
-            z, log_q = F.gaussian_rsample(mu, logvar, min(step, num_samples - start))
-            log_p = evaluate("the prior's log_prob", prior.log_prob, z)
-            log_w = self._log_likelihood_of(x, z) + log_p - log_q  # [S, B]
+            z, log_q = draw(mu, logvar, min(step, num_samples - start), False)
+            log_p = evaluate("the prior's log_prob", log_prior, z)
+            log_w = log_likelihood(z) + log_p - log_q  # [S, B]
             parts.append(torch.logsumexp(log_w, 0))
         return torch.logsumexp(torch.stack(parts), 0) - math.log(num_samples)
 
@@ -264,18 +264,54 @@ class VAE(nn.Module):
     @_with_own_backend
     def sample(self, n: int, *, mean: bool = False) -> Tensor:
         """n draws of x ~ p(x | z), z ~ p(z), or with mean=True of E[x | z]: [n, *x_shape]."""
-        z = self.prior.sample(n)
-        if z.ndim != 2 or z.shape[0] != n:
-            raise ValueError(f"the prior's sample({n}) must be [{n}, D], not {list(z.shape)}")
-        output = self.decoder(z)
+        output = self._generate(n)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x | z] at the posterior's mean: [B, *x_shape]."""
-        mu, _ = self._posterior(x)
-        mean = self.likelihood.mean(self.decoder(mu))
+        mean = self.likelihood.mean(self._decode_means(x))
         return require_shape(f"the likelihood's mean for x {list(x.shape)}", mean, x.shape)
+
+    # A model whose latents are more than z ~ N(mu, exp(logvar)) overrides these.
+
+    _output: ClassVar[type[VAEOutput]] = VAEOutput
+
+    def _has_closed_form_kl(self) -> bool:
+        """Whether `_drawn_with_kl` has the KL in closed form, all of it or a part: then it has no log weights."""
+        return self.prior.has_closed_form_kl
+
+    def _drawn_with_kl(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(z [S, B, D], log p(x | z) [S, B], KL [S, B]), in closed form where there is one."""
+        z, divergence = self._kl(mu, logvar, num_samples, index)
+        return z, self._log_likelihood_of(x, z), divergence
+
+    def _sampler(self, x: Tensor) -> bounds.Sampler:
+        """How z is drawn."""
+        return bounds.gaussian_sampler
+
+    def _densities(self, x: Tensor, mu: Tensor, log_prior: Density) -> tuple[Density, Density]:
+        """(log p(x | z), log p(z)) of what the sampler draws; log_prior is that of the prior."""
+        return lambda z: self._log_likelihood_of(x, z), log_prior
+
+    def _generate(self, n: int) -> Any:
+        """The decoder's output for n draws of z ~ p(z)."""
+        return self.decoder(self._prior_sample(n))
+
+    def _decode_means(self, x: Tensor) -> Any:
+        """The decoder's output at the posterior's mean."""
+        mu, _ = self._posterior(x)
+        return self.decoder(mu)
+
+    # These are for every model.
+
+    def _prior_sample(self, n: int) -> Tensor:
+        z = self.prior.sample(n)
+        if z.ndim != 2 or z.shape[0] != n:
+            raise ValueError(f"the prior's sample({n}) must be [{n}, D], not {list(z.shape)}")
+        return z
 
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mu [B, D], logvar [B, D]) of x [B, *x_shape]."""
@@ -302,32 +338,24 @@ class VAE(nn.Module):
         index: Tensor | None,
     ) -> bounds.Bound:
         """The bound with its KL sampled."""
-        estimate = bounds.elbo if bound == "elbo" else bounds.iwae
-        return estimate(
-            lambda z: self._log_likelihood_of(x, z),
-            self.prior.density(index, mu),
-            mu,
-            logvar,
-            num_samples,
-            gradient=gradient,
-            beta=beta,
-            chunk_size=chunk_size,
-        )
+        densities = self._densities(x, mu, self.prior.density(index, mu))
+        sampler = self._sampler(x)
+        return bounds.estimate(bound, *densities, mu, logvar, num_samples, gradient, beta, chunk_size, sampler)
 
-    def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x | z), [S, B], of x [B, *x_shape] under z [S, B, D]."""
-        S, B, _ = z.shape
-        rows = z.flatten(0, 1)  # [N, D]
+    def _log_likelihood_of(self, x: Tensor, *z: Tensor) -> Tensor:
+        """log p(x | z), [S, B], of x [B, *x_shape] under z [S, B, D]; the decoder is given all z there are."""
+        S, B, _ = z[0].shape
+        rows = [level.flatten(0, 1) for level in z]  # [N, D]
 
         def by_sample(part: Tensor) -> Tensor:
             """[N, ...] -> [S, B, ...], in float32 at least: a density is not to be computed in half precision."""
-            if part.ndim == 0 or part.shape[0] != rows.shape[0]:
-                wanted = f"[{rows.shape[0]}, ...] for z {list(rows.shape)}"
+            if part.ndim == 0 or part.shape[0] != S * B:
+                wanted = f"[{S * B}, ...] for z {' and '.join(str(list(level.shape)) for level in rows)}"
                 raise ValueError(f"the decoder must return {wanted}, not {list(part.shape)}")
             part = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
             return part.unflatten(0, (S, B))
 
-        output = tree_map_only(Tensor, by_sample, self.decoder(rows))
+        output = tree_map_only(Tensor, by_sample, self.decoder(*rows))
         log_prob = self.likelihood.log_prob(output, x)
         shape = (S, B, *x.shape[1:])
         log_prob = require_shape(f"the log_prob of {type(self.likelihood).__name__}", log_prob, shape)

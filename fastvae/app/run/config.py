@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 from fastvae.app.data.places import is_own_file
 from fastvae.app.user_errors import ConfigError, RunError
 
+ModelName = Literal["vae", "hvae"]
 PriorName = Literal["standard", "mixture", "vamp", "exemplar"]
 PseudoInit = Literal["data", "noise", "flat"]
 # The names of fastvae.bounds, said again because they are checked before PyTorch is imported.
@@ -30,17 +31,19 @@ AtLeastZero = Annotated[int, Field(ge=0, le=LARGEST)]
 class TrainConfig:
     """All that decides the result of a training run; kept as config.json in the run's folder.
 
-    The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
-    `patience` are in epochs; `learning_rate` is Adam's, whose gradients are first divided by their norms where
-    `normalize_gradients` says so. `chunk_size` to `neighbours` are the prior's; `bound`, with `num_samples` draws and
-    the estimator `gradient`, is what training maximises. `data_sha256` is the fingerprint of the images, by which they
-    are known again when their file has moved.
+    The sizes are those of the VampPrior paper (Tomczak and Welling 2018); `model` is its one-level VAE or its
+    hierarchical one, whose two levels have `latent` dimensions each. `warmup` and `patience` are in epochs;
+    `learning_rate` is Adam's, whose gradients are first divided by their norms where `normalize_gradients` says so.
+    `chunk_size` to `shared_variance` are the prior's; `bound`, with `num_samples` draws and the estimator `gradient`,
+    is what training maximises. `data_sha256` is the fingerprint of the images, by which they are known again when their
+    file has moved.
     """
 
     data: str = "digits"
     data_dir: str | None = None
     data_sha256: str | None = None
     binarize: bool = False
+    model: ModelName = "vae"
     prior: PriorName = "vamp"
     components: AtLeastOne = 500
     pseudo_init: PseudoInit = "data"
@@ -77,13 +80,23 @@ class TrainConfig:
         return self
 
 
-# Fields that the config.json of a run may lack: runs were made before there were such settings.
-ADDED = {"data_sha256", "shared_variance", "normalize_gradients"}
+# What runs of earlier versions do not say: for them the default holds.
+ADDED_LATER = frozenset({"data_sha256", "model", "shared_variance", "normalize_gradients"})
 
 
 def bound_name(config: TrainConfig) -> str:
     """The bound that training maximises, in words."""
     return "ELBO" if config.bound == "elbo" else f"IWAE bound of {config.num_samples} samples"
+
+
+def prior_name(config: TrainConfig) -> str:
+    """The prior, and the model unless it is the usual one, in words."""
+    return f"{'hvae, ' if config.model == 'hvae' else ''}{config.prior} prior"
+
+
+def latents_with_prior(config: TrainConfig) -> str:
+    """The name of the latents that the prior is on: of two levels the upper one, z2."""
+    return "z2" if config.model == "hvae" else "z"
 
 
 def option(field: str) -> str:
@@ -172,7 +185,7 @@ def read_config(path: Path) -> TrainConfig:
         content = from_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it should hold an option's name and value a line, in braces")
-        if others := known - set(content) - ADDED | set(content) - known:
+        if others := known - set(content) - ADDED_LATER | set(content) - known:
             raise ValueError(
                 f"its settings are not those of this version's runs: {', '.join(sorted(others))} should "
                 f"{'be there' if others <= known else 'not be there'}"

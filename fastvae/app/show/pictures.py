@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from fastvae import VampPrior
-from fastvae.app.run.config import bound_name
+from fastvae.app.run.config import bound_name, latents_with_prior
 from fastvae.app.run.folder import GAP, PICTURES
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
@@ -25,6 +25,8 @@ PRIOR_NAMES = {
     "vamp": "VampPrior",
     "exemplar": "exemplar prior",
 }
+
+MODEL_NAMES = {"vae": "", "hvae": "hierarchical VAE, "}
 
 TALLEST = 60  # inches of a picture, 9,000 pixels; the PNG writer takes 65,535 at most
 
@@ -68,7 +70,7 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
     for column, run in enumerate(runs):
         top, bottom = grid[:, column]
         draw_images(top, _sample(run, 60, False, 0), run.dataset, columns_for(60, run.dataset.image_shape, usual=10))
-        top.set_title(f"{PRIOR_NAMES[run.config.prior]}: samples,\n{_shown(False)}", fontsize=13)
+        top.set_title(f"{_model(run)}: samples,\n{_shown(False)}", fontsize=13)
         draw_latent_space(bottom, run)
         bottom.set_title("latent space", fontsize=13)
     figure.suptitle(runs[0].dataset.name, fontsize=15)
@@ -76,7 +78,11 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
 
 
 def _title(run: TrainedRun, what: str) -> str:
-    return f"{run.dataset.name}, {PRIOR_NAMES[run.config.prior]}\n{what}"
+    return f"{run.dataset.name}, {_model(run)}\n{what}"
+
+
+def _model(run: TrainedRun) -> str:
+    return MODEL_NAMES[run.config.model] + PRIOR_NAMES[run.config.prior]
 
 
 def _shown(drawn: bool) -> str:
@@ -142,5 +148,7 @@ def _latent_space(run: TrainedRun) -> Figure:
     figure = Figure(figsize=(6.8, 7.6), layout="constrained")
     axes = figure.subplots()
     draw_latent_space(axes, run)
-    axes.set_title(_title(run, "posterior means of the test images"), fontsize=12)
+    z = latents_with_prior(run.config)
+    what = "posterior means of the test images" + ("" if z == "z" else f", {z}")
+    axes.set_title(_title(run, what), fontsize=12)
     return figure
