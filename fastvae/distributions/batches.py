@@ -56,7 +56,7 @@ class Mixtures(NamedTuple):
         lead = (*sample_shape, *self.batch_shape)
         places = self._places(len(lead))
         rest = [size for i, size in enumerate(lead) if i not in places]
-        result = result.reshape(*(lead[i] for i in places), *rest, *result.shape[2:])
+        result = result.reshape((*(lead[i] for i in places), *rest, *result.shape[2:]))
         return result.movedim(tuple(range(len(places))), places)
 
     def _places(self, ndim: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvae import functional as F
 from fastvae._noise import LOG_2PI
 from fastvae.backends import BackendOptions
-from fastvae.distributions.batches import Mixtures, by_blocks, of_mixture, without_absent
+from fastvae.distributions.batches import Mixtures, by_blocks, without_absent
 
 # A mixture by itself is a call of the operation, some 100 us forward and backward.  PyTorch takes that long for so many
 # numbers of [points, K, D], so that smaller mixtures are evaluated together.
@@ -21,13 +21,15 @@ def log_prob(value: Tensor, of: Mixtures, options: BackendOptions) -> Tensor:
     """log p(value), [B, R]: by the kernels, one mixture after the other, or together where the mixtures are small."""
     B, R, D = value.shape
     K = of.locs.shape[1]
-    if B != 1 and R * K * D < NUMBERS_FOR_A_CALL:
+    if B == 0 or (B > 1 and R * K * D < NUMBERS_FOR_A_CALL):
         return by_blocks(_log_prob, value, *without_absent(*of.parameters))
-    logvar = 2 * of.scale.log()
+    # unbind, and not a slice for each mixture, whose gradients would each be as large as the whole
+    points = value.unbind()
+    parameters = [p.unbind() for p in (of.locs, 2 * of.scale.log(), of.log_weights)]
 
     def one(b: int) -> Tensor:
-        locs, own_logvar, log_weights = (of_mixture(p, slice(b, b + 1))[0] for p in (of.locs, logvar, of.log_weights))
-        return F.mixture_log_prob(value[b], locs, own_logvar, log_weights, **options)
+        mu, logvar, log_weights = (own[b if len(own) == B else 0] for own in parameters)
+        return F.mixture_log_prob(points[b], mu, logvar, log_weights, **options)
 
     return torch.stack([one(b) for b in range(B)])
 

@@ -61,9 +61,9 @@ class MixtureOfDiagNormals(Distribution):
     """
 
     arg_constraints = {  # noqa: RUF012  as PyTorch's distributions have it
-        "locs": constraints.independent(constraints.real, 2),
-        "coord_scale": constraints.independent(constraints.positive, 2),
-        "component_logits": constraints.real_vector,
+        "locs": constraints.real,
+        "coord_scale": constraints.positive,
+        "component_logits": constraints.real,
     }
     support = constraints.real_vector
     has_rsample = True
@@ -206,10 +206,13 @@ class MixtureOfDiagNormals(Distribution):
         """The distribution of some dimensions by themselves, in the order given; event shape [len(dims)], [1] for one.
 
         Raises:
+            TypeError: a dimension is not an integer.
             ValueError: there is no such dimension, or none is given.
         """
         D, n = self.event_shape[0], len(self.batch_shape)
         dims = [dims] if isinstance(dims, int) else list(dims)
+        if not all(isinstance(d, int) for d in dims):
+            raise TypeError(f"dims must be an integer or integers, not {dims}")
         if not dims or not all(-D <= d < D for d in dims):
             raise ValueError(f"dims must be of 0 ... {D - 1} for D = {D}, and one at least, not {dims}")
         locs, coord_scale = (unexpanded(p, n)[..., dims] for p in (self.locs, self.coord_scale))
@@ -243,8 +246,9 @@ class MixtureOfDiagNormals(Distribution):
         Its value can be differentiated, its standard error not.
 
         Raises:
-            ValueError: num_samples < 2.
+            TypeError, ValueError: num_samples is not an integer, or below 2.
         """
+        _checks.count("num_samples", num_samples)
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, for a standard error, not {num_samples}")
         values = -self.log_prob(self.rsample((num_samples,))).double()
@@ -267,16 +271,18 @@ class MixtureOfDiagNormals(Distribution):
     def _points(self, value: Tensor) -> tuple[Tensor, Mixtures, tuple[int, ...]]:
         """(value [B, R, D], the mixtures, sample_shape) of points [..., D]."""
         dtype = _checks.result_dtype(value=value, locs=self.locs, coord_scale=self.coord_scale)
-        if self._validate_args:
+        if self._validate_args and value.numel():  # PyTorch's check takes no empty batch
             self._validate_sample(value)
         D = self.event_shape[0]
         try:
             lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-            value = value.expand(*lead, D)
         except RuntimeError:
+            lead = None
+        if lead is None or value.ndim == 0 or value.shape[-1] != D:  # a size of 1 must not pass for D
             raise ValueError(
                 f"value must be [..., {D}], broadcastable with {[*self.batch_shape, D]}, not {list(value.shape)}"
-            ) from None
+            )
+        value = value.expand(*lead, D)
         of = self._mixtures(torch.promote_types(dtype, self._dtype))
         points = of.sorted(value).to(of.locs.dtype)
         return points, of, lead[: len(lead) - len(self.batch_shape)]

@@ -39,43 +39,68 @@ import torch
 from torch import Tensor
 
 from fastvae._noise import LOG_2PI
-from fastvae.autograd import _differentiable_once
 from fastvae.distributions.batches import blocks, of_mixture
+from fastvae.operators import Schema, define, library
+from fastvae.transforms import Results, _once, _ReverseMode
 
 _FARTHEST = 1e18  # in standard deviations
 
 
-class Samples(torch.autograd.Function):
-    """z [B, R, D] as it is, with its gradient in locs, scale and log_weights; the shapes are those of `batches.py`."""
+class Samples(_ReverseMode):
+    """z [B, R, D] as it is, with its gradients in locs, scale and log_weights; the shapes are those of `batches.py`."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
-        ctx.save_for_backward(z, locs, scale, log_weights)
+    def forward(z: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
         return z.clone()
 
     @staticmethod
-    @_differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, locs, scale, log_weights = ctx.saved_tensors
-        return (None, *gradients(grad, z, locs, scale, log_weights, ctx.needs_input_grad[1:]))
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Results:
+        need = ctx.needs_input_grad[1:]
+        gradients = _backward(grad.contiguous(), *ctx.saved_tensors, *need)
+        return (None, *_once(gradients, need, grad, *ctx.saved_tensors))
 
 
-def gradients(
-    grad: Tensor, z: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor, need: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Those in locs, scale and log_weights that are needed, for a gradient [B, R, D] at z [B, R, D]."""
+def _gradients(
+    grad: Tensor,
+    z: Tensor,
+    locs: Tensor,
+    scale: Tensor,
+    log_weights: Tensor,
+    need_locs: bool,
+    need_scale: bool,
+    need_log_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those in locs, scale and log_weights for a gradient [B, R, D] at z; without elements where not needed."""
+    need = need_locs, need_scale, need_log_weights
     # Components last, so that those of one dimension lie side by side in memory: [1 or B, D, 1 or K].
     parameters = locs.transpose(1, 2).contiguous(), scale.transpose(1, 2).contiguous(), log_weights
-    totals = [torch.zeros_like(p) if needed else None for p, needed in zip(parameters, need, strict=True)]
+    totals = [torch.zeros_like(p) if needed else p.new_empty(0) for p, needed in zip(parameters, need, strict=True)]
     for b, r in blocks(z, locs.shape[1]):
-        own = [of_mixture(p, b) for p in parameters]
-        parts = _of_block(grad[b, r], z[b, r], own[0], own[1], own[2], need)
+        own_locs, own_scale, own_log_weights = (of_mixture(p, b) for p in parameters)
+        parts = _of_block(grad[b, r], z[b, r], own_locs, own_scale, own_log_weights, need)
         for total, part in zip(totals, parts, strict=True):
-            if total is not None and part is not None:
+            if part is not None:
                 place = of_mixture(total, b)
                 place += part.sum_to_size(place.shape)
-    of_locs, of_scale, of_log_weights = totals
-    return (*(None if t is None else t.transpose(1, 2) for t in (of_locs, of_scale)), of_log_weights)
+    of_locs, of_scale = (t.transpose(1, 2).contiguous() if t.numel() else t for t in totals[:2])
+    return of_locs, of_scale, totals[2]
+
+
+def _shapes(grad, z, locs, scale, log_weights, *need: bool) -> tuple[Tensor, ...]:
+    return tuple(p.new_empty(p.shape if n else (0,)) for p, n in zip((locs, scale, log_weights), need, strict=True))
+
+
+# An operator, so that a compiler does not unroll the loops.
+_SIGNATURE = (
+    "(Tensor grad, Tensor z, Tensor locs, Tensor scale, Tensor log_weights, "
+    "bool need_locs, bool need_scale, bool need_log_weights) -> (Tensor, Tensor, Tensor)"
+)
+(_backward,) = define("", [Schema("mixture_samples_backward", _SIGNATURE, _shapes)])
+library.impl("mixture_samples_backward", _gradients, "CompositeExplicitAutograd")
 
 
 def _of_block(
@@ -113,12 +138,11 @@ def _of_block(
         (log_pi, log_f), t = before[d], standardised(d)
         u = grad[:, :, d, None] + (lambda_ * t / scale[:, None, d]).sum(-1, keepdim=True)
         share = torch.exp(log_pi - log_f)  # pi / f
-        # Of Phi and 1 - Phi, the smaller one is computed.  So is, of S and 1 - S, the one that pi (Phi - S) is made of.
-        tail = share * torch.erfc(t.abs() * math.sqrt(0.5)).mul_(0.5)
-        rest = share - tail
-        below, above = torch.where(t < 0, tail, rest), torch.where(t < 0, rest, tail)  # pi Phi / f, pi (1 - Phi) / f
-        all_below, all_above = below.sum(-1, keepdim=True), above.sum(-1, keepdim=True)  # S / f, (1 - S) / f
-        pi = share * log_f.exp()
+        t.mul_(math.sqrt(0.5))
+        # pi Phi / f and pi (1 - Phi) / f, so that the smaller one has all its digits, and S / f and (1 - S) / f
+        below, above = share * torch.erfc(-t).mul_(0.5), share * torch.erfc(t).mul_(0.5)
+        all_below, all_above = below.sum(-1, keepdim=True), above.sum(-1, keepdim=True)
+        pi = log_pi.exp()
         moved = torch.where(all_below < all_above, below - pi * all_below, pi * all_above - above)
         lambda_ += u * moved
     return of_locs, of_scale, -lambda_.sum(1)
