@@ -34,11 +34,11 @@ class Mixtures(NamedTuple):
     @property
     def number(self) -> int:
         """B."""
-        return math.prod(self.batch_shape[i] for i in self.differing)
+        return math.prod([self.batch_shape[i] for i in self.differing])
 
     def rows(self, sample_shape: tuple[int, ...]) -> int:
         """R, of sample_shape points for each mixture of the batch."""
-        alike = (size for i, size in enumerate(self.batch_shape) if i not in self.differing)
+        alike = [size for i, size in enumerate(self.batch_shape) if i not in self.differing]
         return math.prod(sample_shape) * math.prod(alike)
 
     @property

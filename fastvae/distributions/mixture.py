@@ -263,10 +263,11 @@ class MixtureOfDiagNormals(Distribution):
             locs=self.locs, coord_scale=self.coord_scale, component_logits=self.component_logits
         )
 
-    def _mixtures(self, dtype: torch.dtype | None = None) -> Mixtures:
-        """In `dtype`, or in that of the parameters, but in float32 at least."""
+    def _mixtures(self, dtype: torch.dtype | None = None, batch_shape: tuple[int, ...] | None = None) -> Mixtures:
+        """In `dtype`, or in that of the parameters, but in float32 at least; with a larger batch shape if given."""
         dtype = _checks.compute_dtype(dtype or self._dtype)
-        return mixtures(self.locs, self.coord_scale, self.component_logits, self.batch_shape, dtype)
+        batch_shape = self.batch_shape if batch_shape is None else batch_shape
+        return mixtures(self.locs, self.coord_scale, self.component_logits, batch_shape, dtype)
 
     def _points(self, value: Tensor) -> tuple[Tensor, Mixtures, tuple[int, ...]]:
         """(value [B, R, D], the mixtures, sample_shape) of points [..., D]."""
@@ -282,10 +283,9 @@ class MixtureOfDiagNormals(Distribution):
             raise ValueError(
                 f"value must be [..., {D}], broadcastable with {[*self.batch_shape, D]}, not {list(value.shape)}"
             )
-        value = value.expand(*lead, D)
-        of = self._mixtures(torch.promote_types(dtype, self._dtype))
-        points = of.sorted(value).to(of.locs.dtype)
-        return points, of, lead[: len(lead) - len(self.batch_shape)]
+        n = len(lead) - len(self.batch_shape)
+        of = self._mixtures(torch.promote_types(dtype, self._dtype), lead[n:])
+        return of.sorted(value.expand(*lead, D)).to(of.locs.dtype), of, lead[:n]
 
     def _means(self, of: Mixtures) -> Tensor:
         """[B, 1, D]."""

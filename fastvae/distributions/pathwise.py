@@ -41,13 +41,15 @@ from torch import Tensor
 from fastvae._noise import LOG_2PI
 from fastvae.distributions.batches import blocks, of_mixture
 from fastvae.operators import Schema, define, library
-from fastvae.transforms import Results, _once, _ReverseMode
+from fastvae.transforms import Results, _once
 
 _FARTHEST = 1e18  # in standard deviations
 
 
-class Samples(_ReverseMode):
+class Samples(torch.autograd.Function):
     """z [B, R, D] as it is, with its gradients in locs, scale and log_weights; the shapes are those of `batches.py`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(z: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
@@ -61,6 +63,8 @@ class Samples(_ReverseMode):
     def backward(ctx: Any, grad: Tensor) -> Results:
         need = ctx.needs_input_grad[1:]
         gradients = _backward(grad.contiguous(), *ctx.saved_tensors, *need)
+        if torch.compiler.is_compiling():
+            return (None, *(g if needed else None for g, needed in zip(gradients, need, strict=True)))
         return (None, *_once(gradients, need, grad, *ctx.saved_tensors))
 
 
