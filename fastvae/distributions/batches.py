@@ -5,7 +5,7 @@ B is the number of mixtures that really differ, R the number of points that each
     value [B, R, D],  locs [B, K, D],  scale [B, K, D],  log_weights [B, K]
 
 A parameter that all mixtures share has 1 in the place of B, a scale that all components share 1 in the place of K.
-PyTorch marks what is shared: `expand` makes a dimension of stride 0.
+What is shared shows: it has no such dimension, one of size 1, or one of stride 0, which `expand` makes.
 """
 
 from __future__ import annotations
@@ -65,9 +65,13 @@ class Mixtures(NamedTuple):
 
 
 def mixtures(locs: Tensor, scale: Tensor, logits: Tensor, batch_shape: tuple[int, ...], dtype: torch.dtype) -> Mixtures:
-    """The one form of locs and scale [*batch_shape, K, D] and logits [*batch_shape, K], in `dtype`."""
+    """The one form of locs [..., K, D], scale [..., 1 or K, D] and logits [..., K], in `dtype`.
+
+    What comes before K broadcasts to batch_shape.  It had better not be expanded to it: the gradient of an expanded
+    tensor is held in full.
+    """
     n = len(batch_shape)
-    locs, scale, logits = (unexpanded(p, n) for p in (locs, scale, logits))
+    locs, scale, logits = _aligned(locs, n, 2), _aligned(scale, n, 2), _aligned(logits, n, 1)
     differing = tuple(i for i in range(n) if any(p.shape[i] != 1 for p in (locs, scale, logits)))
     shape = [batch_shape[i] for i in differing]
 
@@ -83,8 +87,9 @@ def mixtures(locs: Tensor, scale: Tensor, logits: Tensor, batch_shape: tuple[int
     return Mixtures(joined(locs), joined(scale), log_weights, batch_shape, differing)
 
 
-def unexpanded(parameter: Tensor, n: int) -> Tensor:
-    """parameter with 1 in the place of each of the first n dimensions that was expanded."""
+def _aligned(parameter: Tensor, n: int, own: int) -> Tensor:
+    """parameter with n dimensions before its `own` last ones, and 1 in the place of each that was expanded."""
+    parameter = parameter.reshape((1,) * (n + own - parameter.ndim) + parameter.shape)
     for i in range(n):
         if not _differs(parameter, i):
             parameter = parameter.narrow(i, 0, 1)
@@ -112,13 +117,13 @@ def without_absent(locs: Tensor, scale: Tensor, log_weights: Tensor) -> tuple[Te
     return locs, scale, log_weights
 
 
-def blocks(value: Tensor, K: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of the mixtures and of their points whose arrays of [mixtures, points, K, D] numbers are small.
+def blocks(value: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the mixtures and of their points, so that `numbers` for each point make arrays of a chunk at most.
 
     All points of several mixtures, or some points of one: one block after the other is the order of value [B, R, D].
     """
-    B, R, D = value.shape
-    rows = max(1, chunk_on(value.device, value.element_size()) // (K * D))
+    B, R, _ = value.shape
+    rows = max(1, chunk_on(value.device, value.element_size()) // numbers)
     if rows >= R:
         step = rows // max(1, R)
         yield from ((slice(b, min(b + step, B)), slice(0, R)) for b in range(0, B, step))
@@ -132,8 +137,8 @@ def of_mixture(parameter: Tensor, b: slice) -> Tensor:
 
 
 def by_blocks(function: Callable[..., Tensor], value: Tensor, *parameters: Tensor) -> Tensor:
-    """function(value, *parameters), [B, R, ...], block by block; what a block holds is computed again in backward."""
-    pieces = list(blocks(value, parameters[0].shape[1]))
+    """function(value, locs, ...), [B, R, ...], in blocks; what a block holds is computed again in backward."""
+    pieces = list(blocks(value, math.prod(parameters[0].shape[1:])))
     if len(pieces) < 2:
         return function(value, *parameters)
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

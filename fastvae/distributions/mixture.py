@@ -15,7 +15,7 @@ from fastvae import functional as F
 from fastvae.backends import choice
 from fastvae.contracts import describe, is_readable
 from fastvae.distributions import density
-from fastvae.distributions.batches import Mixtures, mixtures, unexpanded, without_absent
+from fastvae.distributions.batches import Mixtures, mixtures, without_absent
 from fastvae.distributions.draws import draw_components
 from fastvae.distributions.pathwise import Samples
 from fastvae.estimate import Estimate
@@ -104,7 +104,9 @@ class MixtureOfDiagNormals(Distribution):
                 f"the batch shapes of locs, coord_scale and component_logits must be broadcastable, not "
                 f"{list(batches[0])}, {list(batches[1])} and {list(batches[2])}"
             ) from None
-        self._set_parameters(locs, coord_scale, component_logits, batch_shape)
+        scale = coord_scale.reshape((1,) * (2 - coord_scale.ndim) + coord_scale.shape)
+        scale = scale.expand(*scale.shape[:-1], D)
+        self._set_parameters((locs, scale, component_logits), batch_shape)
         super().__init__(batch_shape, torch.Size((D,)), validate_args=validate_args)
         if self._validate_args and is_readable(component_logits):
             largest = component_logits.detach().amax(-1)
@@ -114,13 +116,13 @@ class MixtureOfDiagNormals(Distribution):
                     f"{largest}"
                 )
 
-    def _set_parameters(
-        self, locs: Tensor, coord_scale: Tensor, component_logits: Tensor, batch_shape: Sequence[int]
-    ) -> None:
-        K, D = locs.shape[-2:]
-        self.locs = locs.expand(*batch_shape, K, D)
-        self.coord_scale = coord_scale.expand(*batch_shape, K, D)
-        self.component_logits = component_logits.expand(*batch_shape, K)
+    def _set_parameters(self, given: tuple[Tensor, Tensor, Tensor], batch_shape: Sequence[int]) -> None:
+        """given: the parameters as `mixtures` takes them, which all computation is done with."""
+        K, D = given[0].shape[-2:]
+        self._given = given
+        self.locs = given[0].expand(*batch_shape, K, D)
+        self.coord_scale = given[1].expand(*batch_shape, K, D)
+        self.component_logits = given[2].expand(*batch_shape, K)
 
     @classmethod
     def of(cls, distribution: MixtureSameFamily, **backend: Unpack[BackendOptions]) -> MixtureOfDiagNormals:
@@ -153,7 +155,7 @@ class MixtureOfDiagNormals(Distribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixtureOfDiagNormals:
         new = self._get_checked_instance(MixtureOfDiagNormals, _instance)
         batch_shape = torch.Size(batch_shape)
-        new._set_parameters(self.locs, self.coord_scale, self.component_logits, batch_shape)
+        new._set_parameters(self._given, batch_shape)
         new.backend_options = self.backend_options
         super(MixtureOfDiagNormals, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -209,16 +211,15 @@ class MixtureOfDiagNormals(Distribution):
             TypeError: a dimension is not an integer.
             ValueError: there is no such dimension, or none is given.
         """
-        D, n = self.event_shape[0], len(self.batch_shape)
+        D = self.event_shape[0]
         dims = [dims] if isinstance(dims, int) else list(dims)
         if not all(isinstance(d, int) for d in dims):
             raise TypeError(f"dims must be an integer or integers, not {dims}")
         if not dims or not all(-D <= d < D for d in dims):
             raise ValueError(f"dims must be of 0 ... {D - 1} for D = {D}, and one at least, not {dims}")
-        locs, coord_scale = (unexpanded(p, n)[..., dims] for p in (self.locs, self.coord_scale))
-        logits = unexpanded(self.component_logits, n)
-        marginal = MixtureOfDiagNormals(locs, coord_scale, logits, validate_args=False, **self.backend_options)
-        marginal = marginal.expand(self.batch_shape)
+        locs, scale, logits = self._given
+        own = locs[..., dims], scale[..., dims], logits
+        marginal = MixtureOfDiagNormals(*own, validate_args=False, **self.backend_options).expand(self.batch_shape)
         marginal._validate_args = self._validate_args
         return marginal
 
@@ -267,7 +268,7 @@ class MixtureOfDiagNormals(Distribution):
         """In `dtype`, or in that of the parameters, but in float32 at least; with a larger batch shape if given."""
         dtype = _checks.compute_dtype(dtype or self._dtype)
         batch_shape = self.batch_shape if batch_shape is None else batch_shape
-        return mixtures(self.locs, self.coord_scale, self.component_logits, batch_shape, dtype)
+        return mixtures(*self._given, batch_shape, dtype)
 
     def _points(self, value: Tensor) -> tuple[Tensor, Mixtures, tuple[int, ...]]:
         """(value [B, R, D], the mixtures, sample_shape) of points [..., D]."""

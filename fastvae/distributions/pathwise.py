@@ -44,6 +44,7 @@ from fastvae.operators import Schema, define, library
 from fastvae.transforms import Results, _once
 
 _FARTHEST = 1e18  # in standard deviations
+_ARRAYS = 32  # of [samples, K] numbers make a block, at least, so that one of them stays in a CPU's cache
 
 
 class Samples(torch.autograd.Function):
@@ -83,7 +84,8 @@ def _gradients(
     # Components last, so that those of one dimension lie side by side in memory: [1 or B, D, 1 or K].
     parameters = locs.transpose(1, 2).contiguous(), scale.transpose(1, 2).contiguous(), log_weights
     totals = [torch.zeros_like(p) if needed else p.new_empty(0) for p, needed in zip(parameters, need, strict=True)]
-    for b, r in blocks(z, locs.shape[1]):
+    K, D = locs.shape[1:]
+    for b, r in blocks(z, K * max(D, _ARRAYS)):
         own_locs, own_scale, own_log_weights = (of_mixture(p, b) for p in parameters)
         parts = _of_block(grad[b, r], z[b, r], own_locs, own_scale, own_log_weights, need)
         for total, part in zip(totals, parts, strict=True):
