@@ -1,4 +1,4 @@
-"""Densities, distribution functions and variances of a batch of mixtures; the shapes are those of `batches.py`."""
+"""Densities, distribution functions and moments of a batch of mixtures; the shapes are those of `batches.py`."""
 
 from __future__ import annotations
 
@@ -52,11 +52,23 @@ def _cdf(value: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Ten
     return (log_weights.exp()[:, None] * of_components).sum(-1)
 
 
-def variance(mean: Tensor, of: Mixtures) -> Tensor:
-    """The variances of mixtures with these means, [B, R, D]: no squares are subtracted, which would cancel."""
-    return by_blocks(_variance, mean, *without_absent(*of.parameters))
+def mean(of: Mixtures) -> Tensor:
+    """The means of the mixtures, [B, 1, D]."""
+    zero = of.locs.new_zeros(of.number, 1, of.locs.shape[2])
+    return by_blocks(_mean_beyond, zero, *without_absent(*of.parameters))
 
 
-def _variance(mean: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
-    squares = (locs[:, None] - mean[:, :, None]).square() + scale[:, None].square()  # [B, R, K, D]
+def _mean_beyond(value: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
+    """E[z - value], [B, R, D]; not by a matrix product, which autocast and TF32 would round."""
+    return (log_weights.exp()[:, None, :, None] * (locs[:, None] - value[:, :, None])).sum(2)
+
+
+def variance(of: Mixtures) -> Tensor:
+    """The variances of the dimensions, [B, 1, D]: no squares are subtracted, which would cancel."""
+    return by_blocks(_square_beyond, mean(of), *without_absent(*of.parameters))
+
+
+def _square_beyond(value: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
+    """E[(z - value)^2], [B, R, D]."""
+    squares = (locs[:, None] - value[:, :, None]).square() + scale[:, None].square()  # [B, R, K, D]
     return (log_weights.exp()[:, None, :, None] * squares).sum(2)

@@ -180,13 +180,13 @@ class MixtureOfDiagNormals(Distribution):
     def mean(self) -> Tensor:
         """[*batch_shape, D]."""
         of = self._mixtures()
-        return self._moment(self._means(of), of)
+        return self._moment(density.mean(of), of)
 
     @property
     def variance(self) -> Tensor:
         """Of each dimension, [*batch_shape, D]."""
         of = self._mixtures()
-        return self._moment(density.variance(self._means(of), of), of)
+        return self._moment(density.variance(of), of)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), [...], for points [..., D] whose shape broadcasts with [*batch_shape, D].
@@ -287,11 +287,6 @@ class MixtureOfDiagNormals(Distribution):
         n = len(lead) - len(self.batch_shape)
         of = self._mixtures(torch.promote_types(dtype, self._dtype), lead[n:])
         return of.sorted(value.expand(*lead, D)).to(of.locs.dtype), of, lead[:n]
-
-    def _means(self, of: Mixtures) -> Tensor:
-        """[B, 1, D]."""
-        locs, _, log_weights = without_absent(*of.parameters)
-        return torch.einsum("bk,bkd->bd", log_weights.exp(), locs)[:, None]
 
     def _moment(self, moment: Tensor, of: Mixtures) -> Tensor:
         """[B, 1, D] as [*batch_shape, D]."""

@@ -131,10 +131,12 @@ def _of_block(
         log_pi = log_joint.sub_(log_f)
     responsibilities = log_pi.exp()
 
-    of_locs = torch.einsum("brk,brd->bdk", responsibilities, grad) if need[0] else None
-    of_scale = None
+    # By sums and not by matrix products, which autocast and TF32 would round.
+    of_locs = of_scale = None
+    if need[0]:
+        of_locs = torch.stack([(responsibilities * grad[:, :, d, None]).sum(1) for d in dimensions], 1)
     if need[1]:
-        each = [torch.einsum("brk,br->bk", responsibilities * standardised(d), grad[:, :, d]) for d in dimensions]
+        each = [(responsibilities * standardised(d)).mul_(grad[:, :, d, None]).sum(1) for d in dimensions]
         of_scale = torch.stack(each, 1)
     if not need[2]:
         return of_locs, of_scale, None

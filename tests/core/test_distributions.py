@@ -392,9 +392,26 @@ def test_dtypes() -> None:
     assert mixture().log_prob(torch.zeros(3)).dtype == torch.float64
 
 
+def test_autocast_rounds_nothing() -> None:
+    given = tuple(p.detach().float().requires_grad_() for p in parameters(((), (), ()), 5, 3))
+    q, z = MixtureOfDiagNormals(*given), torch.randn(4, 3)
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(1)
+        samples = q.rsample((4,))
+        return [q.mean, q.variance, q.log_prob(z), q.cdf(z), *torch.autograd.grad(samples.square().sum(), given)]
+
+    wanted = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype == torch.float32 and torch.equal(one, other)
+
+
 def test_shapes_on_the_meta_device() -> None:
     q = MixtureOfDiagNormals(*(p.detach().to("meta") for p in parameters(((), (), ()), 5, 3)), validate_args=False)
     assert q.sample((2,)).shape == (2, 3) and q.log_prob(torch.zeros(2, 3, device="meta")).shape == (2,)
+    assert q.mean.shape == q.variance.shape == (3,)
 
 
 @pytest.mark.parametrize("shapes", [((), (), ()), ((2,), (2,), (2,))], ids=str)
