@@ -38,7 +38,10 @@ def _log_prob(value: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -
     """By plain PyTorch, with all [B, R, K, D] numbers."""
     t = (value[:, :, None] - locs[:, None]) / scale[:, None]  # [B, R, K, D]
     constant = log_weights - scale.log().sum(-1) - 0.5 * LOG_2PI * value.shape[-1]  # [B, K]
-    return torch.logsumexp(constant[:, None] - 0.5 * t.square().sum(-1), -1)
+    a = constant[:, None] - 0.5 * t.square().sum(-1)  # [B, R, K]
+    # torch.logsumexp of nothing but -inf has NaN gradients; a point of density zero has none.
+    zero = (a == -math.inf).all(-1)
+    return torch.logsumexp(a.masked_fill(zero[..., None], 0.0), -1).masked_fill(zero, -math.inf)
 
 
 def cdf(value: Tensor, of: Mixtures) -> Tensor:

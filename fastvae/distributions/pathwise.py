@@ -92,7 +92,7 @@ def _gradients(
             if part is not None:
                 place = of_mixture(total, b)
                 place += part.sum_to_size(place.shape)
-    of_locs, of_scale = (t.transpose(1, 2).contiguous() if t.numel() else t for t in totals[:2])
+    of_locs, of_scale = (t.transpose(1, 2).contiguous() if n else t for t, n in zip(totals, need[:2], strict=False))
     return of_locs, of_scale, totals[2]
 
 
@@ -112,7 +112,7 @@ library.impl("mixture_samples_backward", _gradients, "CompositeExplicitAutograd"
 def _of_block(
     grad: Tensor, z: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What `gradients` adds up: [b, D, K] for locs and scale, [b, K] for log_weights."""
+    """What `_gradients` adds up: [b, D, K] for locs and scale, [b, K] for log_weights."""
     log_scale = scale.log()
     dimensions = range(z.shape[-1])
 

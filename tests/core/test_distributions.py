@@ -379,9 +379,27 @@ def test_nothing() -> None:
     none = MixtureOfDiagNormals(torch.zeros(0, 5, 3), torch.ones(5, 3), torch.zeros(5))
     assert none.sample((2,)).shape == (2, 0, 3) and none.mean.shape == none.variance.shape == (0, 3)
     assert none.log_prob(torch.zeros(2, 0, 3)).shape == (2, 0) and none.cdf(torch.zeros(3)).shape == (0,)
-    locs = torch.zeros(5, 3, requires_grad=True)
-    MixtureOfDiagNormals(locs, torch.ones(()), torch.zeros(5)).rsample((0,)).sum().backward()
-    assert locs.grad is not None and float(locs.grad.abs().sum()) == 0
+    for batch_shape, sample_shape in (((), (0,)), ((0,), (2,))):
+        locs = torch.zeros(*batch_shape, 5, 3, requires_grad=True)
+        scale = torch.ones(5, 3, requires_grad=True)
+        q = MixtureOfDiagNormals(locs, scale, torch.zeros(5))
+        (q.rsample(sample_shape).sum() + q.log_prob(q.sample(sample_shape)).sum()).backward()
+        for parameter in (locs, scale):
+            assert parameter.grad is not None and float(parameter.grad.abs().sum()) == 0
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
+def test_a_point_of_density_zero(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So far away that its squares are infinite: -inf, and no gradient, of that row or of the others' sums."""
+    monkeypatch.setattr(density, "NUMBERS_FOR_A_CALL", 2**40 if together else 0)
+    given = tuple(p.detach().float().requires_grad_() for p in parameters(((2,), (2,), (2,)), 4, 3))
+    z = torch.zeros(2, 2, 3)
+    z[0, 0] = 1e25
+    found = MixtureOfDiagNormals(*given).log_prob(z)
+    assert float(found[0, 0]) == -math.inf and bool(found[1].isfinite().all())
+    near = MixtureOfDiagNormals(*given).log_prob(z)
+    wanted = torch.autograd.grad(near[0, 1] + near[1].sum(), given)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), given), wanted)
 
 
 def test_dtypes() -> None:
@@ -492,3 +510,5 @@ def test_transforms_of_torch_func() -> None:
 
     (wanted,) = torch.autograd.grad(rsample(locs), locs)
     torch.testing.assert_close(torch.func.grad(rsample)(q.locs), wanted)
+    each = torch.vmap(torch.func.grad(rsample), randomness="different")(q.locs.expand(2, 5, 3))
+    torch.testing.assert_close(each.sum(1), torch.full((2, 3), 4.0, dtype=torch.float64))  # a share of 1 each
