@@ -179,6 +179,14 @@ def test_each_mixture_of_a_batch_draws_by_its_own_weights() -> None:
     assert abs(float((z[:, 1] > 150).double().mean()) - 0.7) < 5 * math.sqrt(0.21 / 2000)
 
 
+def test_mixtures_of_a_batch_draw_independently() -> None:
+    locs = torch.tensor([[0.0], [100.0]])
+    for logits in (torch.zeros(2), torch.tensor([[0.0, 0.0], [1e-3, 0.0]])):  # one mixture, and two
+        z = MixtureOfDiagNormals(locs, torch.ones(()), logits).expand((2,)).sample((4000,))[..., 0]
+        alike = ((z[:, 0] > 50) == (z[:, 1] > 50)).double().mean()
+        assert abs(float(alike) - 0.5) < 5 * math.sqrt(0.25 / 4000)
+
+
 def test_seeds_repeat_samples() -> None:
     def draw() -> Tensor:
         torch.manual_seed(3)
@@ -204,6 +212,9 @@ def test_expanded_mixtures_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     found = wide.log_prob(z)
     assert calls == [(48, 3)]
     torch.testing.assert_close(found, q.log_prob(z))
+    by_hand = MixtureOfDiagNormals(wide.locs, wide.coord_scale, wide.component_logits)
+    torch.testing.assert_close(by_hand.log_prob(z), found)
+    assert calls == [(48, 3)] * 3  # q's too
     assert wide.mean.shape == wide.variance.shape == (3, 4, 2, 3)
     assert wide.log_prob(torch.zeros(3)).shape == (3, 4, 2)
     with pytest.raises(RuntimeError, match="expanded size"):
@@ -396,7 +407,7 @@ def test_a_point_of_density_zero(together: bool, monkeypatch: pytest.MonkeyPatch
     z = torch.zeros(2, 2, 3)
     z[0, 0] = 1e25
     found = MixtureOfDiagNormals(*given).log_prob(z)
-    assert float(found[0, 0]) == -math.inf and bool(found[1].isfinite().all())
+    assert float(found[0, 0].detach()) == -math.inf and bool(found[1].isfinite().all())
     near = MixtureOfDiagNormals(*given).log_prob(z)
     wanted = torch.autograd.grad(near[0, 1] + near[1].sum(), given)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), given), wanted)

@@ -131,6 +131,14 @@ def test_tails_in_float32(z: float) -> None:
         torch.testing.assert_close(one.flatten(), torch.tensor(other), rtol=1e-4, atol=1e-30)
 
 
+def test_a_component_farther_away_than_float32_reaches() -> None:
+    """Its responsibility is 0, and its t would be infinite: 0 times infinity must not arise."""
+    locs, scale = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0, 1.0], [1e-40, 1.0]])
+    found = gradients(torch.ones(3, 2), 0.1 * torch.ones(3, 2), (locs, scale, torch.tensor([0.5, 0.5]).log()))
+    torch.testing.assert_close(found[0], torch.tensor([[3.0, 3.0], [0.0, 0.0]]))
+    assert all(bool(g.isfinite().all()) for g in found)
+
+
 def test_float32_beside_float64() -> None:
     given = overlapping(200, 20, spread=2.0)
     z = MixtureOfDiagNormals(*given).sample((50,))
