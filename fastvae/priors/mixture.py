@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,9 @@ from torch import Tensor, nn
 
 from fastvae import _checks
 from fastvae import functional as F
-from fastvae.contracts import is_readable, require_tensor
+from fastvae.contracts import require_tensor
+from fastvae.distributions import MixtureOfDiagNormals
+from fastvae.distributions.draws import draw_components
 from fastvae.priors.base import Density, Prior
 from fastvae.priors.weights import weight_logits
 
@@ -85,9 +86,18 @@ class Mixture(Prior):
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         """n independent draws, [n, D]: a component by its weight, then that component alone, whatever K is."""
-        index = _draw_components(self.component_log_weights(), n)
+        index = draw_components(self.component_log_weights(), n)
         z, _ = F.gaussian_rsample(*self.component_parameters(index), impl=self.backend_options["impl"])
         return z
+
+    def distribution(self) -> MixtureOfDiagNormals:
+        """p(z) as a :class:`torch.distributions.Distribution`, of the components as they are now.
+
+        Its gradients reach the prior's parameters.  It holds the components of one call of `components()`: a step of
+        training takes a new one.
+        """
+        mu, logvar, log_weights = self.components()
+        return MixtureOfDiagNormals(mu, torch.exp(0.5 * logvar), log_weights, **self.backend_options)
 
     @torch.no_grad()
     def snapshot(self) -> Prior:
@@ -139,22 +149,3 @@ def expanded_logvar(mu: Tensor, logvar: Tensor | None, rows: str = "K") -> Tenso
         )
     logvar = mu.new_zeros(()) if logvar is None else require_tensor("logvar", logvar).to(mu)
     return _checks.components(mu, logvar, None, mu.dtype)[1].expand(mu.shape)
-
-
-def _draw_components(log_weights: Tensor, n: int) -> Tensor:
-    """n indices, int64 [n], each k with probability w_k / sum w; log_weights [K].
-
-    By the inverse of the distribution function, in float64: torch.multinomial takes 2^24 weights and no more.
-    """
-    device = log_weights.device
-    if device.type == "mps":
-        log_weights = log_weights.cpu()  # where there is float64
-    log_weights = log_weights.double()
-    cumulative = torch.exp(log_weights - log_weights.max()).cumsum(0)
-    total = cumulative[-1]
-    if is_readable(total) and not 0 < float(total) < math.inf:
-        raise ValueError("the mixture's log weights must hold no NaN, and one at least above -inf, to draw from it")
-    u = total * torch.rand(n, dtype=torch.float64, device=log_weights.device)
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # a product may be rounded up to the total
-    # right: the first k with u < cumulative_k, which is never one of weight 0
-    return torch.searchsorted(cumulative, u, right=True).to(device)
