@@ -3,6 +3,7 @@
 from fastvae import bounds, reference
 from fastvae._version import __version__ as __version__
 from fastvae.backends import info, use_backend
+from fastvae.decomposition import decompose_kl, total_correlation
 from fastvae.functional import (
     gaussian_kl,
     gaussian_rsample,
@@ -12,6 +13,7 @@ from fastvae.functional import (
 )
 from fastvae.grouped import grouped_mixture_log_prob
 from fastvae.likelihoods import Likelihood
+from fastvae.marginals import mixture_marginal_log_prob
 from fastvae.priors import (
     AggregatedPosterior,
     ExemplarPrior,
@@ -37,6 +39,7 @@ __all__ = [
     "TrainingStep",
     "VampPrior",
     "bounds",
+    "decompose_kl",
     "gaussian_kl",
     "gaussian_rsample",
     "grouped_mixture_log_prob",
@@ -45,6 +48,8 @@ __all__ = [
     "mixture_kl",
     "mixture_log_prob",
     "mixture_log_prob_and_score",
+    "mixture_marginal_log_prob",
     "reference",
+    "total_correlation",
     "use_backend",
 ]
