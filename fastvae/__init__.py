@@ -1,6 +1,6 @@
 """Fused kernels for the latent side of a variational autoencoder, as autograd functions and as VampPrior layers."""
 
-from fastvae import bounds, reference
+from fastvae import annealing, bounds, hmc, reference
 from fastvae._version import __version__ as __version__
 from fastvae.backends import info, use_backend
 from fastvae.decomposition import decompose_kl, total_correlation
@@ -38,11 +38,13 @@ __all__ = [
     "StandardNormalPrior",
     "TrainingStep",
     "VampPrior",
+    "annealing",
     "bounds",
     "decompose_kl",
     "gaussian_kl",
     "gaussian_rsample",
     "grouped_mixture_log_prob",
+    "hmc",
     "info",
     "log_weights_of",
     "mixture_kl",
