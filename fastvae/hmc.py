@@ -5,8 +5,8 @@ A chain's step from z: a momentum r ~ N(0, I), then L leapfrog steps of size eps
     r += eps/2 scale d log f / dz;   z += eps scale r;   r += eps/2 scale d log f / dz
 
 and the end is accepted with probability min(1, exp(H_end - H_start)), H = log f(z) - r^2 / 2.  `scale` is the square
-root of an inverse mass: the standard deviations of a distribution near p(z | x).  Each step's eps is drawn at random, up
-to a fifth smaller or larger, so that trajectories do not return to where they began.
+root of an inverse mass: the standard deviations of a distribution near p(z | x).  Each trajectory's eps is drawn at
+random, up to a fifth from what was asked for, so that trajectories do not return to where they began.
 
 A mixture prior's score comes in the same pass over the components as its density: where z alone needs a gradient,
 :func:`fastvae.mixture_log_prob` computes it in forward.  The decoder's gradient is autograd's.
@@ -288,7 +288,7 @@ def _chains(
         log_step = log_step + (probability - acceptance) / math.sqrt(1 + since)
         if i >= half // 2 and i < half:
             seen.append(point.z)
-        if i == half - 1 and len(seen) * num_chains >= _ENOUGH_FOR_SCALE:
+        if i == half - 1 and len(seen) * num_chains >= _ENOUGH_FOR_SCALE and point.z.numel():
             spread = torch.cat(seen).std(0)  # [B, D]
             usable = spread.isfinite() & (spread > 0)
             scale, log_step = torch.where(usable, spread, scale), torch.zeros_like(log_step)
