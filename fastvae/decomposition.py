@@ -9,14 +9,15 @@ With q(z) = sum_n w_n q(z | x_n), w_n = 1/N, over all N posteriors of a data set
 Each function here gives the terms of single draws z ~ q(z | x_n).  Their means over n and z are the expectations.
 
 The gradient.  log q(z) depends on the encoder by z, and by the parameters of the N components.  For draws of all of
-q(z) the second part has mean zero, as every score has: E_q(z) [d log q(z)] = 0 at fixed z, and E_q(z_d) [d log q(z_d)]
-= 0.  So the gradient by way of z alone is unbiased, and (mu, logvar) of the N posteriors can be constants: encoded now
-and then, or remembered from when each point was last in a batch.  The pass over the components then runs once, since
-the score comes with the density.  What is biased: constants for most components and gradients for those of the batch,
-because a batch holds each point's own component more often than the components of other points.
+q(z) the second part of the gradient has mean zero, as every score has: E_q(z) [d log q(z)] = 0 at fixed z, and
+E_q(z_d) [d log q(z_d)] = 0.  So the gradient by way of z alone is unbiased, with (mu, logvar) of the N posteriors as
+constants, and it needs one pass over the components: the score comes with the density.  Constants that are remembered
+from earlier steps give the terms, and the gradient, of the remembered q(z) at the present z.  What is biased, however
+new the constants are: gradients by way of the batch's own components and no others, because a batch holds each point
+together with its own component more often than with those of other points.
 
 Source: Chen, Li, Grosse and Duvenaud, Isolating sources of disentanglement in VAEs (NeurIPS 2018), eq. 2.  Its
-estimates of q(z) are over minibatches of B points, and so biased by up to log(N / B) for q(z) and each q(z_d).
+estimates of log q(z) and log q(z_d) know the posteriors of a minibatch alone, and are biased by nats.
 """
 
 from __future__ import annotations

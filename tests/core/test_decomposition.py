@@ -162,7 +162,7 @@ def test_a_small_data_set_lies_between_both(compiled: None) -> None:
 
 
 def test_minibatch_estimates_are_nats_off(compiled: None) -> None:
-    """Minibatch weighted sampling (Chen et al., eq. S6) against the same draws' terms over the whole data set."""
+    """Minibatch weighted sampling (Chen et al. 2018) against the same draws' terms over the whole data set."""
     known = Correlated(0.5, D=10, N=20_000, dtype=torch.float32)
     N, B = len(known.mu), 100
     mu, errors = known.mu.detach(), []
