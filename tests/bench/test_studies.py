@@ -59,6 +59,6 @@ def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> Non
         if study == "annealing":
             assert row["importance"] < 0 and row["posterior"] < 0 and row["prior"] < 0 and row["prior_error"] > 0
         if study == "total-correlation":
-            assert abs(row["whole"] - row["known"]) < 0.5 and row["weighted"] > row["known"] + 2 and row["cost"] > 0
+            assert row["known"] - 0.1 < row["whole"] < row["batch"] < row["weighted"] and row["cost"] > 0
         if study == "memory":
             assert row["peak_bytes"] > 50_000_000
