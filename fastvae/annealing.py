@@ -122,7 +122,7 @@ def log_likelihood(
 
     Sources: Neal (2001); Wu et al. (2017); see :mod:`fastvae.annealing`.
     """
-    check_chains(x, num_chains, leapfrog_steps, start, acceptance)
+    check_chains(vae, x, num_chains, leapfrog_steps, start, acceptance)
     schedule = _schedule(temperatures)
     parts = batches(x, num_chains)
     tick = ticker(progress, len(parts) * 2 * (len(schedule) - 2))
@@ -166,7 +166,7 @@ def bidirectional_bounds(
     with torch.inference_mode(False), torch.no_grad(), choice.with_options(vae.backend_options):
         z = vae.prior.sample(num_points)
         x = vae.likelihood.sample(vae.decoder(z))
-    check_chains(x, num_chains, leapfrog_steps, start, acceptance)
+    check_chains(vae, x, num_chains, leapfrog_steps, start, acceptance)
     schedule = _schedule(temperatures)
     parts = batches(x, num_chains)
     tick = ticker(progress, len(parts) * 3 * (len(schedule) - 2))

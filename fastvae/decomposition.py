@@ -80,7 +80,7 @@ def total_correlation(
 
     Returns:
         [...], nats; float64 if any argument is, else float32.  A single point's may be negative, the mean over q(z) is
-        not.
+        not.  NaN where `exclude` leaves components of weight zero alone.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fastvae.mixture_log_prob`; `exclude` with N = 1.

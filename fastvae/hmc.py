@@ -28,7 +28,7 @@ from torch import Tensor
 from fastvae import _checks
 from fastvae import functional as F
 from fastvae.backends import choice
-from fastvae.contracts import evaluate
+from fastvae.contracts import evaluate, require_methods
 from fastvae.priors import Density
 from fastvae.vae import VAE, _rows_on
 
@@ -103,7 +103,7 @@ def sample_posterior(
     """
     _checks.count("num_samples", num_samples)
     _checks.count("warmup", warmup)
-    check_chains(x, num_chains, leapfrog_steps, start, acceptance)
+    check_chains(vae, x, num_chains, leapfrog_steps, start, acceptance)
     parts = batches(x, num_chains)
     tick = ticker(progress, len(parts) * (warmup + num_samples))
     counts = num_samples, num_chains, warmup, leapfrog_steps
@@ -305,8 +305,9 @@ def _chains(
     return PosteriorSamples(torch.stack(drawn), total / num_samples, step_size)
 
 
-def check_chains(x: Tensor, num_chains: int, leapfrog_steps: int, start: str, acceptance: float) -> None:
+def check_chains(vae: VAE, x: Tensor, num_chains: int, leapfrog_steps: int, start: str, acceptance: float) -> None:
     """Errors for what all chains take."""
+    require_methods("vae", vae, ("encoder", "decoder", "prior", "likelihood"), "a fastvae.VAE")
     _checks.tensor("x", x)
     _checks.count("num_chains", num_chains)
     _checks.count("leapfrog_steps", leapfrog_steps)

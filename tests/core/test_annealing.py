@@ -260,11 +260,12 @@ def test_where_the_density_is_zero() -> None:
         ({"start": "encoder"}, ValueError, "start must be one of 'posterior', 'prior', not 'encoder'"),
         ({"acceptance": 1.0}, ValueError, "acceptance must be between 0 and 1"),
         ({"x": [[0.0]]}, TypeError, "x must be a tensor"),
+        ({"vae": Decoder()}, TypeError, "vae must be a fastvae.VAE; a Decoder has no encoder"),
     ],
 )
 def test_mistakes(more: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        annealing.log_likelihood(vae(), **({"x": torch.rand(2, 6)} | more))
+        annealing.log_likelihood(**({"vae": vae(), "x": torch.rand(2, 6)} | more))
 
 
 def test_a_decoder_without_a_gradient() -> None:
