@@ -23,6 +23,7 @@ bound.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -217,35 +218,28 @@ def _pilot(
 ) -> Tensor:
     """Step sizes [T - 1, 1, B], adapted along the way by a few chains that serve nothing else."""
     point = target.begin(_PILOT_CHAINS)
-    log_step = torch.zeros_like(point.terms[0, :1])  # [1, B]
-    kept = [log_step[None, :0].exp().reshape(0, *log_step.shape)]
-    for t in schedule[1:-1]:
-        kept.append(log_step.exp()[None])
-        point, probability = transition(
-            target, point, _coefficients(t, point), kept[-1][0], target.scale, leapfrog_steps
-        )
+    log_step = torch.zeros_like(point.log_joint[:1])  # [1, B]
+    steps = log_step.new_empty(len(schedule) - 2, *log_step.shape)
+    for step, t in zip(steps, schedule[1:-1].tolist(), strict=True):
+        step.copy_(log_step.exp())
+        point, probability = transition(target, point, t, step, target.scale, leapfrog_steps)
         log_step = log_step + _ADAPTATION * (probability.mean(0, keepdim=True) - acceptance)
         tick()
-    return torch.cat(kept)
+    return steps
 
 
 def _anneal(
     target: Target, point: Point, schedule: Tensor, steps: Tensor, leapfrog_steps: int, tick: Callable[[], None]
 ) -> AnnealedEstimate:
-    """Chains from one end of the schedule to the other; of weights of the end over the beginning."""
-    log_w, accepted = torch.zeros_like(point.terms[0]), torch.zeros_like(point.terms[0])
-    for k, t in enumerate(schedule[1:]):
-        log_w += float(t - schedule[k]) * point.terms[1]
+    """Chains from one end of the schedule to the other, with weights of that end over the one they begin at."""
+    log_w, accepted = torch.zeros_like(point.log_joint), torch.zeros_like(point.log_joint)
+    for k, (before, t) in enumerate(pairwise(schedule.tolist())):
+        log_w += (t - before) * (point.log_joint - point.log_start)
         if k < len(steps):
-            coefficients = _coefficients(t, point)
-            point, probability = transition(target, point, coefficients, steps[k], target.scale, leapfrog_steps)
+            point, probability = transition(target, point, t, steps[k], target.scale, leapfrog_steps)
             accepted += probability
             tick()
     return AnnealedEstimate(bounds.log_mean_exp(log_w), log_w, point.z, (accepted / len(steps)).mean(0))
-
-
-def _coefficients(t: Tensor, point: Point) -> Tensor:
-    return point.terms.new_tensor([1.0, float(t)])
 
 
 def _joined(parts: list[AnnealedEstimate]) -> AnnealedEstimate:

@@ -27,17 +27,18 @@ from torch import Tensor
 
 from fastvae import _checks
 from fastvae import functional as F
+from fastvae._noise import LOG_2PI
 from fastvae.backends import choice
 from fastvae.contracts import evaluate, require_methods
 from fastvae.priors import Density
 from fastvae.vae import VAE, _rows_on
 
 STARTS = ("posterior", "prior")
-Progress = Callable[[int, int], object]
-"""Called with (steps done, steps in all) after each step of the chains."""
+Progress = Callable[[int, int], object]  # called with (steps done, steps in all)
 
 _PRIOR_DRAWS = 1000  # from which the prior's standard deviations are taken
 _ENOUGH_FOR_SCALE = 50  # draws, of all chains together
+_GAIN = 3.0  # of log step size per acceptance probability too many, in the first step of a warm-up
 _JITTER = 0.2
 
 
@@ -166,19 +167,26 @@ def _halves(z: Tensor) -> Tensor:
 
 
 class Point(NamedTuple):
-    """Where the chains are: z [C, B, D], and P terms of a log density there, [P, C, B], with gradients [P, C, B, D]."""
+    """Where the chains are, z [C, B, D], and there log f_0 and log p(x, z) with their gradients in z."""
 
     z: Tensor
-    terms: Tensor
-    gradients: Tensor
+    log_start: Tensor  # [C, B]
+    log_joint: Tensor
+    start_score: Tensor  # [C, B, D]
+    joint_score: Tensor
 
-    def weighed(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """(log f [C, B], gradient [C, B, D]) of log f = sum_p coefficients_p terms_p."""
-        return torch.tensordot(coefficients, self.terms, 1), torch.tensordot(coefficients, self.gradients, 1)
+    def at(self, t: float) -> tuple[Tensor, Tensor]:
+        """(log f [C, B], gradient [C, B, D]) of log f = (1 - t) log f_0 + t log p(x, z)."""
+        if t == 1:  # where f_0 is zero, 0 log f_0 is no number
+            return self.log_joint, self.joint_score
+        return (
+            (1 - t) * self.log_start + t * self.log_joint,
+            (1 - t) * self.start_score + t * self.joint_score,
+        )
 
 
 class Target:
-    """log p(x, z) of B points as two terms, log f = base + t ratio: the start's density, and p(x, z) over that.
+    """The densities of B points, as a function z [C, B, D] -> :class:`Point`; f_0 is q(z | x) or p(z).
 
     Attributes:
         scale: [B, D], standard deviations of the start.
@@ -204,20 +212,18 @@ class Target:
         return self(self._prior.sample(num_chains * B).to(self._mu).reshape(num_chains, B, D))
 
     def __call__(self, z: Tensor) -> Point:
-        """The terms at z [C, B, D], in memory bounded whatever C and B are."""
-        parts = [self._terms(part) for part in z.split(max(1, self._rows // max(1, z.shape[1])))]
-        terms, gradients = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        return Point(z, terms, gradients)
+        """In memory bounded whatever C and B are."""
+        parts = [self._point(part) for part in z.split(max(1, self._rows // max(1, z.shape[1])))]
+        return Point(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
-    def _terms(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """([2, C, B], [2, C, B, D])"""
+    def _point(self, z: Tensor) -> Point:
         log_p, score = _value_and_gradient("the prior's log_prob", self._prior.log_prob, z)
         log_x, gradient = _value_and_gradient("log p(x | z)", self._log_likelihood, z)
         if self.start == "prior":
-            return torch.stack((log_p, log_x)), torch.stack((score, gradient))
-        t = (z - self._mu) * torch.exp(-self._logvar)
-        log_q = -0.5 * ((z - self._mu) * t + self._logvar + math.log(2 * math.pi)).sum(-1)
-        return torch.stack((log_q, log_p + log_x - log_q)), torch.stack((-t, score + gradient + t))
+            return Point(z, log_p, log_p + log_x, score, score + gradient)
+        off = z - self._mu
+        log_q = -0.5 * (off.square() * torch.exp(-self._logvar) + self._logvar + LOG_2PI).sum(-1)
+        return Point(z, log_q, log_p + log_x, -off * torch.exp(-self._logvar), score + gradient)
 
     def _log_likelihood(self, z: Tensor) -> Tensor:
         return self.vae._log_likelihood_of(self.x, z.to(self._dtype))
@@ -234,39 +240,36 @@ def _value_and_gradient(what: str, density: Density, z: Tensor) -> tuple[Tensor,
 
 
 def transition(
-    target: Target, point: Point, coefficients: Tensor, step_size: Tensor, scale: Tensor, leapfrog_steps: int
+    target: Target, point: Point, t: float, step_size: Tensor, scale: Tensor, leapfrog_steps: int
 ) -> tuple[Point, Tensor]:
-    """One step of every chain, which leaves exp(sum_p coefficients_p terms_p) as it is.
+    """One step of every chain, which leaves f_t as it is.
 
     Args:
-        coefficients: [P].
+        t: the temperature, see :meth:`Point.at`.
         step_size: broadcastable to [C, B].
         scale: [B, D].
 
     Returns:
         (the next Point, acceptance probabilities [C, B])
     """
-    start, gradient = point.weighed(coefficients)
-    jitter = 1 + _JITTER * (2 * torch.rand_like(start) - 1)
+    log_f, gradient = point.at(t)
+    jitter = 1 + _JITTER * (2 * torch.rand_like(log_f) - 1)
     step = (step_size * jitter)[..., None] * scale  # [C, B, D]
     momentum = torch.randn_like(point.z)
-    before = start - 0.5 * momentum.square().sum(-1)
+    before = log_f - 0.5 * momentum.square().sum(-1)
     momentum = momentum + 0.5 * step * gradient
     end = point
     for i in range(leapfrog_steps):
         end = target(end.z + step * momentum)
-        log_f, gradient = end.weighed(coefficients)
+        log_f, gradient = end.at(t)
         momentum = momentum + (0.5 if i == leapfrog_steps - 1 else 1.0) * step * gradient
     gain = log_f - 0.5 * momentum.square().sum(-1) - before
     probability = torch.where(log_f.isfinite(), gain.clamp(max=0).exp().nan_to_num(0.0), 0.0)
     accepted = torch.rand_like(probability) < probability
-    rows = accepted[..., None]
-    chosen = Point(
-        torch.where(rows, end.z, point.z),
-        torch.where(accepted, end.terms, point.terms),
-        torch.where(rows, end.gradients, point.gradients),
-    )
-    return chosen, probability
+    parts = []
+    for new, old in zip(end, point, strict=True):
+        parts.append(torch.where(accepted if new.ndim == accepted.ndim else accepted[..., None], new, old))
+    return Point(*parts), probability
 
 
 def _chains(
@@ -279,13 +282,12 @@ def _chains(
     tick: Callable[[], None],
 ) -> PosteriorSamples:
     point, scale = target.begin(num_chains), target.scale
-    coefficients = point.terms.new_ones(2)  # p(x, z) itself
-    log_step = torch.zeros_like(point.terms[0])  # [C, B]
+    log_step = torch.zeros_like(point.log_joint)  # [C, B]
     half, seen, late = warmup // 2, [], []
     for i in range(warmup):
-        point, probability = transition(target, point, coefficients, log_step.exp(), scale, leapfrog_steps)
+        point, probability = transition(target, point, 1.0, log_step.exp(), scale, leapfrog_steps)
         since = i if i < half else i - half
-        log_step = log_step + (probability - acceptance) / math.sqrt(1 + since)
+        log_step = log_step + _GAIN * (probability - acceptance) / math.sqrt(1 + since)
         if i >= half // 2 and i < half:
             seen.append(point.z)
         if i == half - 1 and len(seen) * num_chains >= _ENOUGH_FOR_SCALE and point.z.numel():
@@ -298,7 +300,7 @@ def _chains(
     step_size = torch.stack(late).mean(0).exp()  # of the last quarter, in which it hardly moves
     drawn, total = [], torch.zeros_like(step_size)
     for _ in range(num_samples):
-        point, probability = transition(target, point, coefficients, step_size, scale, leapfrog_steps)
+        point, probability = transition(target, point, 1.0, step_size, scale, leapfrog_steps)
         drawn.append(point.z)
         total += probability
         tick()

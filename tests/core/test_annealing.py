@@ -217,6 +217,16 @@ def test_no_and_inference_mode_and_no_points() -> None:
     assert one.log_weights.shape == (1, 1)
 
 
+def test_a_start_that_is_narrow_beyond_reason() -> None:
+    """log q(z | x) is of the order -10^8 at the posterior: beside it float32 would lose all of log p(x, z)."""
+    model, x, _ = problem(widen=-18.0, count=2)
+    mu, logvar = (v.detach() for v in LinearGaussian().encode(x))
+    found = hmc.sample_posterior(model.float(), x.float(), 250, num_chains=8, warmup=200, leapfrog_steps=5)
+    assert float(found.r_hat.max()) < 1.05
+    assert torch.allclose(found.z.flatten(0, 1).var(0).double().log(), logvar, atol=0.4)
+    assert float(((found.z.mean((0, 1)) - mu).abs() / (0.5 * logvar).exp()).max()) < 0.3
+
+
 def test_where_the_density_is_zero() -> None:
     """A chain that proposes a z of no density stays; one that begins there has weight 0; NaN stays in its point."""
 
@@ -284,7 +294,7 @@ class TestPosterior:
         found = hmc.sample_posterior(model, x, 300, num_chains=4, warmup=150, leapfrog_steps=5)
         mu, logvar = (v.detach() for v in LinearGaussian().encode(x))
         assert found.z.shape == (300, 4, 4, 3)
-        assert float(found.r_hat.max()) < 1.03 and float(found.effective_sample_size.min()) > 200
+        assert float(found.r_hat.max()) < 1.03 and float(found.effective_sample_size.min()) > 100
         error = (logvar.exp() / found.effective_sample_size).sqrt()
         assert bool(((found.z.mean((0, 1)) - mu).abs() < 5 * error).all())
         assert torch.allclose(found.z.flatten(0, 1).var(0).log(), logvar, atol=0.35)
