@@ -149,6 +149,31 @@ def test_leaving_each_point_out(weighted: bool) -> None:
     assert torch.allclose(sum(terms), log_q - Normal(0.0, 1.0).log_prob(z).sum(-1))
 
 
+def test_a_penalty_makes_the_dimensions_independent(compiled: None) -> None:
+    """The recipe of the guide, with a memory of the posteriors: an encoder that mixes what it could keep apart."""
+    N, B = 1000, 100
+    sources = torch.randn(N, 2)
+    mixing = torch.tensor([[1.0, 0.7], [0.5, 1.0]], requires_grad=True)
+    logvar = torch.full((2,), -2.0)
+
+    def encode(x: Tensor) -> Tensor:
+        return x @ torch.nn.functional.normalize(mixing).T  # of unit variance, so that no dimension can vanish
+
+    before = AggregatedPosterior(encode(sources), logvar).total_correlation()
+    q = AggregatedPosterior(encode(sources), logvar)
+    optimizer = torch.optim.Adam([mixing], lr=0.02)
+    for _ in range(8):
+        for index in torch.randperm(N).split(B):
+            mu = encode(sources[index])
+            z, _ = fastvae.gaussian_rsample(mu, logvar)
+            q.update(index, mu, logvar)
+            optimizer.zero_grad()
+            total_correlation(z, *q.components()).mean().backward()
+            optimizer.step()
+    after = AggregatedPosterior(encode(sources), logvar).total_correlation()
+    assert float(before.value) > 0.4 and float(after.value) < 0.05
+
+
 def test_a_small_data_set_lies_between_both(compiled: None) -> None:
     """The population's total correlation is between that with and that without each point's own posterior."""
     known = Correlated(0.5, D=8, N=300)
