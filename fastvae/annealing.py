@@ -74,8 +74,9 @@ class BidirectionalBounds(NamedTuple):
     Attributes:
         lower, upper: [B]; in expectation, lower <= log p(x) <= upper.
         x: [B, *x_shape], the simulated points.
-        forward, backward: the :class:`AnnealedEstimate` of each; of `backward` log_likelihood is the upper bound,
-            log_weights is log w and z is where the chains ended, near f_0.
+        forward: the :class:`AnnealedEstimate` that `lower` comes from.
+        backward: the one that `upper` comes from.  It estimates 1 / p(x): its log_likelihood is -upper, and its
+            log_weights are log 1 / w.
     """
 
     lower: Tensor
@@ -179,10 +180,8 @@ def bidirectional_bounds(
             forward.append(_anneal(target, target.begin(num_chains), schedule, steps, leapfrog_steps, tick))
             known = target(true_z.to(target.scale).expand(num_chains, *true_z.shape))
             backward.append(_anneal(target, known, schedule.flip(0), steps.flip(0), leapfrog_steps, tick))
-    lower, upper = _joined(forward), _joined(backward)
-    # the weights of a chain from 1 to 0 are 1 / w
-    upper = upper._replace(log_likelihood=-upper.log_likelihood, log_weights=-upper.log_weights)
-    return BidirectionalBounds(lower.log_likelihood, upper.log_likelihood, x, lower, upper)
+    up, down = _joined(forward), _joined(backward)
+    return BidirectionalBounds(up.log_likelihood, -down.log_likelihood, x, up, down)
 
 
 def spaced_temperatures(count: int) -> Tensor:

@@ -96,7 +96,11 @@ def test_bounds_enclose(start: str) -> None:
         for below in (want - found.lower, found.upper - want):
             assert below.shape == (60,)
             assert float(below.mean()) > -3 * float(below.std()) / math.sqrt(60)
-        assert bool((found.backward.log_likelihood == found.upper).all())
+        assert torch.equal(found.forward.log_likelihood, found.lower)
+        assert torch.equal(found.backward.log_likelihood, -found.upper)
+        for chains in (found.forward, found.backward):  # the standard errors are of these very estimates
+            spread = chains.log_weights.exp().std(0) / chains.log_weights.exp().mean(0) / 2  # of four chains
+            assert torch.allclose(chains.standard_error, spread)
         gaps.append(float((found.upper - found.lower).mean()))
     assert 0 < gaps[1] < 0.5 * gaps[0] and gaps[1] < 0.5
 
