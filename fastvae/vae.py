@@ -240,6 +240,7 @@ class VAE(nn.Module):
 
         Returns:
             [B], nats: log 1/S sum_s p(x | z_s) p(z_s) / q(z_s | x), a lower bound in expectation that tightens with S.
+            Where q(z | x) is far from p(z | x) it is much too low; see :func:`fastvae.annealing.log_likelihood`.
 
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
