@@ -1,0 +1,141 @@
+"""The components that rows most likely come from, without a table of rows and components."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae import _checks
+from fastvae import functional as F
+from fastvae.backends.composite import chunk_on
+from fastvae.em.statistics import wide_dtype
+
+SPARE = 8  # candidates beyond top_k
+
+
+class Responsibilities(NamedTuple):
+    """`values` [..., k], the responsibilities in descending order, and `indices` int64 [..., k], their components."""
+
+    values: Tensor
+    indices: Tensor
+
+
+@torch.no_grad()
+def mixture_responsibilities(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None = None,
+    *,
+    top_k: int = 1,
+    exclude: Tensor | None = None,
+    impl: str | None = None,
+) -> Responsibilities:
+    """The top_k components of each row with the largest responsibilities, r_k = w_k N(z; mu_k, sigma_k^2) / p(z).
+
+    Of the [M, K] responsibilities of M rows only parts exist at a time, so that memory grows with M top_k + K.  Without
+    gradients.  p(z) is that of :func:`mixture_log_prob`, in float64 (on MPS float32), and so are the exponents of the
+    components taken, from the differences z - mu.
+
+    Args:
+        z, mu, logvar, log_weights, exclude, impl: as of :func:`mixture_log_prob`.
+        top_k: k, at most K.  With k = K the responsibilities sum to one, with fewer to the share that these hold.
+
+    Returns:
+        (values [..., k], indices int64 [..., k]), in descending order; float64 if any argument is, else float32.  Equal
+        responsibilities come in the order of their indices; where more are equal than there is room for, any of them
+        come.  A component that is excluded or has weight 0 has 0, and so have all where the density is 0.  A row with
+        NaN has NaN.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mixture_log_prob`; top_k is no integer in 1 ... K.
+
+    Equals, holding [M, K, D] numbers::
+
+        a = log_weights + Independent(Normal(mu, (0.5 * logvar).exp()), 1).log_prob(z[..., None, :])
+        torch.softmax(a, -1).topk(top_k)
+    """
+    z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
+    K, dtype, shape = len(mu), z.dtype, z.shape[:-1]
+    _checks.count("top_k", top_k)
+    if top_k > K:
+        raise ValueError(f"top_k must be at most K = {K}, not {top_k}")
+    wide = wide_dtype(z.device)
+    if log_weights is None:
+        log_weights = mu.new_full((K,), -math.log(K))
+    mu, logvar, log_weights = mu.to(wide), logvar.to(wide), log_weights.to(wide)
+    z, exclude = _checks.rows(z), None if exclude is None else exclude.reshape(-1)
+    product = ExponentsByProduct(mu, logvar, log_weights)
+    values = z.new_empty((len(z), top_k))
+    indices = torch.empty((len(z), top_k), dtype=torch.int64, device=z.device)
+    for m in row_slices(z, min(K, top_k + SPARE)):
+        rows, excluded = z[m].to(wide), None if exclude is None else exclude[m]
+        log_prob = F.mixture_log_prob(rows, mu, logvar, log_weights, exclude=excluded, impl=impl)
+        candidates = _candidates(rows, product, excluded, min(K, top_k + SPARE)).sort(1).values
+        a = _exponents(rows, mu[candidates], logvar.expand(mu.shape)[candidates], log_weights[candidates])
+        if excluded is not None:
+            a = a.masked_fill(candidates == excluded[:, None], -math.inf)
+        a, order = a.sort(dim=1, descending=True, stable=True)  # stable: equal ones stay in the order of their indices
+        nowhere = (log_prob == -math.inf)[:, None]
+        values[m] = torch.exp(a - log_prob[:, None]).masked_fill(nowhere, 0.0)[:, :top_k].to(dtype)
+        indices[m] = candidates.gather(1, order)[:, :top_k]
+    return Responsibilities(values.reshape(*shape, top_k), indices.reshape(*shape, top_k))
+
+
+class ExponentsByProduct:
+    """a_mk as a matrix product of [z^2, z], about the means' centre: fast, and exact enough in float64 to choose by.
+
+    Components of weight zero have -inf, whatever their parameters are.
+    """
+
+    def __init__(self, mu: Tensor, logvar: Tensor, log_weights: Tensor) -> None:
+        absent = (log_weights == -math.inf)[:, None]
+        mu, logvar = mu.masked_fill(absent, 0.0), logvar.expand(mu.shape).masked_fill(absent, 0.0)
+        self.centre = mu.mean(0)
+        mu, precision = mu - self.centre, torch.exp(-logvar)
+        self.weights = torch.cat([-0.5 * precision, precision * mu], 1)  # [K, 2 D]
+        constant = (precision * mu.square() + logvar).sum(1) + mu.shape[1] * math.log(2 * math.pi)
+        self.constant = log_weights - 0.5 * constant  # [K]
+
+    def __call__(self, rows: Tensor, k: slice) -> Tensor:
+        """[m, k] of rows [m, D]."""
+        u = rows - self.centre
+        return torch.addmm(self.constant[k], torch.cat([u.square(), u], 1), self.weights[k].T)
+
+
+def row_slices(z: Tensor, columns: int) -> Iterator[slice]:
+    """Slices of the rows z [M, D] such that [m, columns, D] stays small."""
+    size = max(1, min(4096, chunk_on(z.device, 8) // (columns * z.shape[1])))
+    return (slice(start, start + size) for start in range(0, len(z), size))
+
+
+def _candidates(rows: Tensor, exponents: ExponentsByProduct, exclude: Tensor | None, count: int) -> Tensor:
+    """int64 [m, count]: the components with the largest exponents, some components at a time."""
+    K, size = len(exponents.constant), max(count, chunk_on(rows.device, 8) // len(rows))
+    best = index = None
+    for start in range(0, K, size):
+        a = exponents(rows, slice(start, start + size))
+        if exclude is not None:
+            own = torch.arange(start, start + a.shape[1], device=rows.device) == exclude[:, None]
+            a = a.masked_fill(own, -math.inf)
+        top, at = a.topk(min(count, a.shape[1]), 1)
+        at = at + start
+        if best is None or index is None:
+            best, index = top, at
+        else:
+            best, kept = torch.cat([best, top], 1).topk(count, 1)
+            index = torch.cat([index, at], 1).gather(1, kept)
+    assert index is not None
+    return index
+
+
+def _exponents(rows: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor) -> Tensor:
+    """a [m, k] of rows [m, D] from the differences to mu [m, k, D]; -inf for a component of weight zero."""
+    absent = log_weights == -math.inf
+    t = (rows[:, None] - mu) * torch.exp(-0.5 * logvar)
+    a = log_weights - 0.5 * (t.square() + logvar).sum(2) - 0.5 * mu.shape[2] * math.log(2 * math.pi)
+    return a.masked_fill(absent, -math.inf)
