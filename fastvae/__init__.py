@@ -3,6 +3,7 @@
 from fastvae import bounds, reference
 from fastvae._version import __version__ as __version__
 from fastvae.backends import info, use_backend
+from fastvae.em import MixtureFit, fit_mixture, mixture_responsibilities
 from fastvae.functional import (
     gaussian_kl,
     gaussian_rsample,
@@ -31,12 +32,14 @@ __all__ = [
     "ExemplarPrior",
     "Likelihood",
     "Mixture",
+    "MixtureFit",
     "MixturePrior",
     "Prior",
     "StandardNormalPrior",
     "TrainingStep",
     "VampPrior",
     "bounds",
+    "fit_mixture",
     "gaussian_kl",
     "gaussian_rsample",
     "grouped_mixture_log_prob",
@@ -45,6 +48,7 @@ __all__ = [
     "mixture_kl",
     "mixture_log_prob",
     "mixture_log_prob_and_score",
+    "mixture_responsibilities",
     "reference",
     "use_backend",
 ]
