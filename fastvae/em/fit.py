@@ -154,7 +154,7 @@ def fit_mixture(
     for n in range(n_init):
         if n:
             first = rows.sample(len(first.z), generator)
-        start = _start(first, K, given, learn_weights, init, reg_covar, generator)
+        start = _start(first, K, given, learn_weights, init, reg_covar, generator, em.backend)
         fit = em.run(start, generator, None if callback is None else functools.partial(callback, n))
         if best is None or fit.history[-1] > best.history[-1]:
             best = fit
@@ -199,13 +199,14 @@ def _start(
     init: str,
     reg_covar: float,
     generator: torch.Generator,
+    backend: str,
 ) -> Parameters:
     """What was given, and the rest from clusters of the first rows."""
     mu, logvar, log_weights = given
     if log_weights is None and not learn_weights:
         log_weights = first.z.new_full((K,), -math.log(K), dtype=wide_dtype(first.z.device))
     if mu is None or logvar is None or log_weights is None:
-        clusters = kmeans(*first, K, generator, MAX_ITERATIONS if init == "kmeans" else 0)
+        clusters = kmeans(*first, K, generator, MAX_ITERATIONS if init == "kmeans" else 0, backend)
         found = m_step(clusters, None, reg_covar, 0.0)
         mu = found.mu if mu is None else mu
         logvar = found.logvar if logvar is None else logvar
@@ -303,10 +304,6 @@ class _EM:
 
     def _e_step(self, batch: Batch, about: Parameters) -> tuple[float, float, Statistics]:
         """(the sum of the batch's log-likelihoods, its weight, its statistics)."""
-        if batch.z.shape[1] != about.mu.shape[1]:
-            raise ValueError(f"a batch of z must be [B, {about.mu.shape[1]}] as the first, not {list(batch.z.shape)}")
-        if batch.z.dtype != self.dtype:
-            raise TypeError(f"a batch of z must be {self.dtype} as the first, not {batch.z.dtype}")
         log_prob, statistics = e_step(batch.z, about, batch.row_weights, self.backend, self.dense)
         log_prob = log_prob.to(wide_dtype(log_prob.device))
         if batch.row_weights is None:

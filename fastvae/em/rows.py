@@ -75,6 +75,7 @@ class Stream:
         self.batches, self.device = batches, device
         self.once = iter(batches) is batches  # an iterator, whose batches come once
         self._read_ahead: list[Batch] = []
+        self._first: Batch | None = None
 
     def sample(self, n: int, generator: torch.Generator) -> Batch:
         """The first n rows, or somewhat more: whole batches."""
@@ -112,7 +113,14 @@ class Stream:
             raise ValueError(f"a batch of z must be [B, D] with D >= 1, not {list(z.shape)}")
         if weights is not None:
             weights = _checked_weights(_tensor("the sample_weight of a batch", weights), len(z))
-        return _batch(z, weights, self.device)
+        read = _batch(z, weights, self.device)
+        first = self._first = self._first or read
+        if read.z.shape[1] != first.z.shape[1] or read.z.dtype != first.z.dtype:
+            raise ValueError(
+                f"a batch of z must be {first.z.dtype} [B, {first.z.shape[1]}] as the first, not {read.z.dtype} "
+                f"{list(read.z.shape)}"
+            )
+        return read
 
 
 def rows_of(z: Any, sample_weight: Any, device: torch.device | str | None) -> StoredRows | Stream:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fastvae.em.statistics import Moments, Parameters, Statistics, moments, wide_dtype
+from fastvae.em.statistics import Moments, Parameters, e_step, moments, wide_dtype
 
-CHUNK = 2**22  # numbers in a table of rows and centres
 MAX_ITERATIONS, TOLERANCE = 30, 1e-4  # of k-means: the centres' movement, relative to the data's variance
+# The variance of the components that are clusters, relative to the data's: so small that a row belongs to one alone,
+# and so large that float32 rounds the exponents, of some 1e5, by far less than 1.
+HARD = 1e-4
 
 
-def kmeans(z: Tensor, row_weights: Tensor | None, K: int, generator: torch.Generator, iterations: int) -> Moments:
+def kmeans(
+    z: Tensor, row_weights: Tensor | None, K: int, generator: torch.Generator, iterations: int, backend: str
+) -> Moments:
     """The moments of K clusters of rows z [n, D].
+
+    k-means is EM of equal components whose variance goes to 0, so that the kernels of EM do it.
 
     Args:
         row_weights: [n], >= 0; None, 1 each.
         generator: of the CPU.
         iterations: of k-means at most, after the seeding; 0 assigns each row to the nearest seed.
+        backend: a name in BACKENDS, or "reference".
 
     Source: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding (SODA 2007); as in scikit-learn, the
     best of several candidates becomes the next seed.
@@ -28,12 +34,14 @@ def kmeans(z: Tensor, row_weights: Tensor | None, K: int, generator: torch.Gener
     g = z.new_ones(len(z)) if row_weights is None else row_weights
     centre = torch.lerp(*z.aminmax(dim=0), 0.5)  # distances are computed as products, which cancel less about 0
     z = z - centre
+    variance = float(z.var(0, correction=0).mean()) or 1.0
     centres = _seeds(z, g, K, generator)
-    scale = float(z.var(0, correction=0).mean())
+    logvar = torch.full_like(centres, math.log(HARD * variance))
     for i in range(iterations + 1):
-        found = _assigned(z, g, centres)
-        moved = (found.mean - centres).square().sum()
-        if i == iterations or float(moved) <= TOLERANCE * scale:
+        about = Parameters(centres, logvar, z.new_zeros(K))
+        found = moments(e_step(z, about, g, backend, False)[1], about)
+        moved = float((found.mean - centres).square().sum())
+        if i == iterations or moved <= TOLERANCE * variance:
             break
         centres = found.mean.to(z)
     return found._replace(mean=found.mean + centre)
@@ -67,21 +75,3 @@ def _squared_distances(z: Tensor, squares: Tensor, centres: Tensor) -> Tensor:
     """[centres, n]; a rounding may leave a small one where the rows are the same."""
     products = torch.addmm(squares, centres, z.T, alpha=-2)
     return (products + centres.square().sum(1, keepdim=True)).clamp_min_(0.0)
-
-
-def _assigned(z: Tensor, g: Tensor, centres: Tensor) -> Moments:
-    """The moments of the clusters that have these centres; an empty one keeps its centre, with a variance of 1."""
-    K, wide = len(centres), wide_dtype(z.device)
-    total = Statistics(*(z.new_zeros(shape, dtype=wide) for shape in ((K,), centres.shape, centres.shape)))
-    half_squares = 0.5 * centres.square().sum(1)
-    for m in _slices(len(z), max(1, CHUNK // K)):
-        nearest = torch.addmm(half_squares, z[m], centres.T, alpha=-1).argmin(1)
-        u = z[m] - centres[nearest]
-        # a product and not index_add, whose order of summation on a GPU is left to chance
-        own = (nearest[:, None] == torch.arange(K, device=z.device)).to(z.dtype) * g[m, None]  # [m, K]
-        total += Statistics(own.sum(0).to(wide), (own.T @ u).to(wide), (own.T @ u.square()).to(wide))
-    return moments(total, Parameters(centres, torch.zeros_like(centres), half_squares))
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, n, size))
