@@ -17,7 +17,7 @@ import fastvae
 from .. import timing
 
 SPEED = (100_000, 256, 32)  # N, K, D
-ITERATIONS, ROUNDS = 5, 5
+ITERATIONS, ROUNDS = 5, 3
 MEMORY = (1_000_000, 1000, 16)
 _FIT = """
 import sys, time, torch, fastvae

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvae.benchmarks.studies import digits, encoding_memory, estimators, exemplar_refresh
+from fastvae.benchmarks.studies import digits, em, encoding_memory, estimators, exemplar_refresh
 from fastvae.benchmarks.studies.__main__ import main
 
 pytest.importorskip("sklearn")
@@ -21,6 +21,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimators, "DRAWS", 3)
     monkeypatch.setattr(exemplar_refresh, "SAMPLES", 2)
     monkeypatch.setattr(encoding_memory, "SIZES", (20,))
+    monkeypatch.setattr(em, "SPEED", (300, 5, 4))
+    monkeypatch.setattr(em, "MEMORY", (500, 6, 3))
 
 
 def test_the_split_is_the_recorded_one() -> None:
@@ -45,3 +47,12 @@ def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> Non
             assert row["log_likelihood"] < 0 and (row["way"] == "all") == (row["encoded_in_a_step"] == 1200)
         if study == "memory":
             assert row["peak_bytes"] > 50_000_000
+
+
+def test_em_writes_its_record(tmp_path: Path) -> None:
+    main(["em", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "em.json").read_text())
+    for row, dtype, error in zip(found["speed"], ("float32", "float64"), (1e-3, 1e-9), strict=True):
+        assert row["dtype"] == dtype and row["faster"] > 0 and row["iterations"] == em.ITERATIONS
+        assert 0 < row["largest_error_of_means"]["fastvae"] < error
+    assert found["memory"]["N"] == 500 and found["memory"]["seconds_per_iteration"] > 0

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.mixture import GaussianMixture as Theirs
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -69,6 +70,8 @@ def test_fit_predict_pickle_clone_and_pipeline() -> None:
     labels = mixture.fit_predict(X)
     assert (labels == mixture.predict(X)).all() and (clone(mixture).fit(X).predict(X) == labels).all()
     assert (pickle.loads(pickle.dumps(mixture)).predict(X) == labels).all()
+    search = GridSearchCV(GaussianMixture(random_state=0), {"n_components": np.arange(1, 5)}, cv=3).fit(X)
+    assert search.best_params_["n_components"] >= 3
     assert make_pipeline(StandardScaler(), GaussianMixture(4, random_state=0)).fit(X).score(X) > -5
 
 
