@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.backend import few_shapes
+from support.backend import device_of, few_shapes
 from torch import Tensor
 
 import fastvae
@@ -50,28 +50,38 @@ def by_definition(z: Tensor, parameters: Parameters, g: Tensor) -> tuple[Tensor,
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_the_statistics_are_those_of_the_responsibilities(each_impl: str, dtype: torch.dtype) -> None:
-    """Of unequal weights, one of them 0 for a row and one for a component."""
-    N, K, D = (40, 5, 3) if few_shapes(each_impl) else (500, 37, 5)
-    z = clusters(N, K, D, dtype)
+    check_statistics(each_impl, dtype)
+    check_statistics("reference", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.usefixtures("emulated_small")
+def test_the_statistics_by_cuda(dtype: torch.dtype) -> None:
+    check_statistics("cuda", dtype)
+
+
+def check_statistics(impl: str, dtype: torch.dtype) -> None:
+    """With unequal weights, one of them 0 for a row and one for a component."""
+    N, K, D = (40, 5, 3) if few_shapes(impl) else (500, 37, 5)
+    z, device = clusters(N, K, D, dtype), device_of(impl)
     log_weights = torch.log_softmax(torch.randn(K, dtype=dtype), 0)
     log_weights[1] = -math.inf
     parameters = Parameters(z[:K] + 0.1, 0.3 * torch.randn(K, D, dtype=dtype), log_weights)
     g = torch.rand(N, dtype=dtype)
     g[3] = 0
-    for impl in (each_impl, "reference"):
-        log_prob, found = e_step(z, parameters, g, impl, False)
-        l, N_k, sums, squares = by_definition(z, parameters, g)  # noqa: E741
-        tolerance = 1e-12 if dtype == F64 else 2e-5
-        assert torch.allclose(log_prob.double(), l, atol=tolerance, rtol=tolerance)
-        assert torch.allclose(found.N, N_k, atol=tolerance * N, rtol=0) and found.N[1] == 0
-        weight, mean, variance = moments(found, parameters)
-        used = N_k > 0.1
-        want_mean = sums / N_k[:, None]
-        want_variance = squares / N_k[:, None] - want_mean.square()
-        assert torch.allclose(weight, found.N)
-        assert torch.allclose(mean[used], want_mean[used], atol=50 * tolerance, rtol=0)
-        assert torch.allclose(variance[used], want_variance[used], atol=200 * tolerance, rtol=0)
-        assert torch.equal(mean[1], parameters.mu[1].double())  # without rows it stays as it is
+    about = Parameters(*(t.to(device) for t in parameters))
+    log_prob, found = e_step(z.to(device), about, g.to(device), impl, False)
+    l, N_k, sums, squares = by_definition(z, parameters, g)  # noqa: E741
+    tolerance = 1e-12 if dtype == F64 else 2e-5
+    assert torch.allclose(log_prob.cpu().double(), l, atol=tolerance, rtol=tolerance)
+    weight, mean, variance = (t.cpu() for t in moments(found, about))
+    assert torch.allclose(weight, N_k, atol=tolerance * N, rtol=0) and weight[1] == 0
+    used = N_k > 0.1
+    want_mean = sums / N_k[:, None]
+    want_variance = squares / N_k[:, None] - want_mean.square()
+    assert torch.allclose(mean[used], want_mean[used], atol=50 * tolerance, rtol=0)
+    assert torch.allclose(variance[used], want_variance[used], atol=200 * tolerance, rtol=0)
+    assert torch.equal(mean[1], parameters.mu[1].double())  # without rows it stays as it is
 
 
 def test_statistics_do_not_cancel() -> None:
