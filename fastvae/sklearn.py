@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvae import functional as F
 from fastvae.em import fit_mixture, mixture_responsibilities
 from fastvae.em.fit import INITS
-from fastvae.em.responsibilities import ExponentsByProduct, row_slices
+from fastvae.em.responsibilities import Exponents, row_slices
 from fastvae.em.statistics import wide_dtype
 from fastvae.priors.weights import log_weights_of
 
@@ -156,10 +156,10 @@ class GaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]  # sci
         :func:`fastvae.mixture_responsibilities` has the largest of them without a table of all.
         """
         z = self._rows(X)
-        exponents = ExponentsByProduct(*(t.to(wide_dtype(z.device)) for t in self._mixture(z)))
+        exponents = Exponents(*(t.to(wide_dtype(z.device)) for t in self._mixture(z)))
         found = z.new_empty(len(z), len(self.means_))
         for m in row_slices(z, len(self.means_)):
-            found[m] = torch.softmax(exponents(z[m].to(exponents.constant), slice(None)), 1).to(z)
+            found[m] = torch.softmax(exponents.by_product(z[m].to(exponents.c), slice(None)), 1).to(z)
         return found.cpu().numpy()
 
     def score_samples(self, X: Any) -> Any:

@@ -69,14 +69,14 @@ def mixture_responsibilities(
         log_weights = mu.new_full((K,), -math.log(K))
     mu, logvar, log_weights = mu.to(wide), logvar.to(wide), log_weights.to(wide)
     z, exclude = _checks.rows(z), None if exclude is None else exclude.reshape(-1)
-    product = ExponentsByProduct(mu, logvar, log_weights)
+    exponents = Exponents(mu, logvar, log_weights)
     values = z.new_empty((len(z), top_k))
     indices = torch.empty((len(z), top_k), dtype=torch.int64, device=z.device)
     for m in row_slices(z, min(K, top_k + SPARE)):
         rows, excluded = z[m].to(wide), None if exclude is None else exclude[m]
         log_prob = F.mixture_log_prob(rows, mu, logvar, log_weights, exclude=excluded, impl=impl)
-        candidates = _candidates(rows, product, excluded, min(K, top_k + SPARE)).sort(1).values
-        a = _exponents(rows, mu[candidates], logvar.expand(mu.shape)[candidates], log_weights[candidates])
+        candidates = _candidates(rows, exponents, excluded, min(K, top_k + SPARE)).sort(1).values
+        a = exponents.of(rows, candidates)
         if excluded is not None:
             a = a.masked_fill(candidates == excluded[:, None], -math.inf)
         a, order = a.sort(dim=1, descending=True, stable=True)  # stable: equal ones stay in the order of their indices
@@ -86,25 +86,34 @@ def mixture_responsibilities(
     return Responsibilities(values.reshape(*shape, top_k), indices.reshape(*shape, top_k))
 
 
-class ExponentsByProduct:
-    """a_mk as a matrix product of [z^2, z], about the means' centre: fast, and exact enough in float64 to choose by.
+class Exponents:
+    """a_mk of rows and components, with what they take of the components computed once.
 
     Components of weight zero have -inf, whatever their parameters are.
     """
 
     def __init__(self, mu: Tensor, logvar: Tensor, log_weights: Tensor) -> None:
         absent = (log_weights == -math.inf)[:, None]
-        mu, logvar = mu.masked_fill(absent, 0.0), logvar.expand(mu.shape).masked_fill(absent, 0.0)
-        self.centre = mu.mean(0)
-        mu, precision = mu - self.centre, torch.exp(-logvar)
-        self.weights = torch.cat([-0.5 * precision, precision * mu], 1)  # [K, 2 D]
-        constant = (precision * mu.square() + logvar).sum(1) + mu.shape[1] * math.log(2 * math.pi)
-        self.constant = log_weights - 0.5 * constant  # [K]
+        logvar = logvar.expand(mu.shape).masked_fill(absent, 0.0)
+        self.mu, self.s = mu.masked_fill(absent, 0.0), torch.exp(-0.5 * logvar)
+        self.c = log_weights - 0.5 * (logvar.sum(1) + mu.shape[1] * math.log(2 * math.pi))  # [K]
+        self.centre = self.mu.mean(0)
+        u, precision = self.mu - self.centre, self.s.square()
+        self.weights = torch.cat([-0.5 * precision, precision * u], 1)  # [K, 2 D]
+        self.constant = self.c - 0.5 * (precision * u.square()).sum(1)  # [K]
 
-    def __call__(self, rows: Tensor, k: slice) -> Tensor:
-        """[m, k] of rows [m, D]."""
+    def by_product(self, rows: Tensor, k: slice) -> Tensor:
+        """[m, k] of rows [m, D], as a matrix product of [u^2, u], with u the rows about the means' centre.
+
+        It is fast, and in float64 exact enough to choose components by.
+        """
         u = rows - self.centre
         return torch.addmm(self.constant[k], torch.cat([u.square(), u], 1), self.weights[k].T)
+
+    def of(self, rows: Tensor, components: Tensor) -> Tensor:
+        """[m, n] of rows [m, D] and the components [m, n] of each, from the differences."""
+        t = (rows[:, None] - self.mu[components]).mul_(self.s[components])
+        return self.c[components] - 0.5 * t.square_().sum(2)
 
 
 def row_slices(z: Tensor, columns: int) -> Iterator[slice]:
@@ -113,12 +122,12 @@ def row_slices(z: Tensor, columns: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(z), size))
 
 
-def _candidates(rows: Tensor, exponents: ExponentsByProduct, exclude: Tensor | None, count: int) -> Tensor:
+def _candidates(rows: Tensor, exponents: Exponents, exclude: Tensor | None, count: int) -> Tensor:
     """int64 [m, count]: the components with the largest exponents, some components at a time."""
-    K, size = len(exponents.constant), max(count, chunk_on(rows.device, 8) // len(rows))
+    K, size = len(exponents.c), max(count, chunk_on(rows.device, 8) // len(rows))
     best = index = None
     for start in range(0, K, size):
-        a = exponents(rows, slice(start, start + size))
+        a = exponents.by_product(rows, slice(start, start + size))
         if exclude is not None:
             own = torch.arange(start, start + a.shape[1], device=rows.device) == exclude[:, None]
             a = a.masked_fill(own, -math.inf)
@@ -131,11 +140,3 @@ def _candidates(rows: Tensor, exponents: ExponentsByProduct, exclude: Tensor | N
             index = torch.cat([index, at], 1).gather(1, kept)
     assert index is not None
     return index
-
-
-def _exponents(rows: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor) -> Tensor:
-    """a [m, k] of rows [m, D] from the differences to mu [m, k, D]; -inf for a component of weight zero."""
-    absent = log_weights == -math.inf
-    t = (rows[:, None] - mu) * torch.exp(-0.5 * logvar)
-    a = log_weights - 0.5 * (t.square() + logvar).sum(2) - 0.5 * mu.shape[2] * math.log(2 * math.pi)
-    return a.masked_fill(absent, -math.inf)

@@ -42,7 +42,7 @@ def test_they_are_the_largest(dtype: torch.dtype, top_k: int, chunk: int, monkey
     values, indices = mixture_responsibilities(z, *parameters, top_k=top_k)
     assert values.shape == indices.shape == (3, 7, top_k) and indices.dtype == torch.int64
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-6  # float64 rounds the exponent of the far row by 1e-11
     assert torch.allclose(values.double(), want.values.exp(), atol=tolerance, rtol=0)
     assert torch.equal(indices, want.indices)
     if top_k == 40:
