@@ -6,7 +6,6 @@ pip install "fastvae-kernels[sklearn]"
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from typing import Any
 
@@ -115,11 +114,11 @@ class GaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]  # sci
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         fit = fit_mixture(
             z,
-            operator.index(self.n_components),  # which may be one of NumPy's, from a search over a grid
+            self.n_components,
             **given,
             init=self.init_params,
-            n_init=1 if warm else operator.index(self.n_init),
-            max_iter=operator.index(self.max_iter),
+            n_init=1 if warm else self.n_init,
+            max_iter=self.max_iter,
             tol=self.tol,
             reg_covar=self.reg_covar,
             generator=torch.Generator().manual_seed(seed),

@@ -127,23 +127,28 @@ def fit_mixture(
     Sources: Dempster, Laird and Rubin, Maximum likelihood from incomplete data via the EM algorithm (JRSS B 1977);
     Cappé and Moulines, On-line expectation-maximization algorithm for latent data models (JRSS B 2009), for batches.
     """
-    for name, value in (("K", K), ("n_init", n_init), ("max_iter", max_iter)):
-        _checks.count(name, value)
+    K, n_init, max_iter = (
+        _checks.positive(name, value) for name, value in (("K", K), ("n_init", n_init), ("max_iter", max_iter))
+    )
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, not {init!r}")
     for name, bound in (("tol", tol), ("reg_covar", reg_covar)):
+        if bound is None or isinstance(bound, str):
+            raise TypeError(f"{name} must be a number, not {type(bound).__name__}")
         if not 0 <= bound < math.inf:
             raise ValueError(f"{name} must be finite and >= 0, not {bound}")
     rows = rows_of(z, sample_weight, device)
     if batch_size is not None:
-        _checks.count("batch_size", batch_size)
+        batch_size = _checks.positive("batch_size", batch_size)
         if isinstance(rows, Stream):
             raise ValueError("batch_size must be None where z is an iterable: its batches are what they are")
     if isinstance(rows, Stream) and rows.once and n_init > 1:
         raise ValueError(f"n_init must be 1 where z is an iterator, which is read once, not {n_init}")
     generator = torch.default_generator if generator is None else generator
-    if generator.device.type != "cpu":
-        raise ValueError(f"generator must be one of the CPU, not of {generator.device}")
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        raise TypeError(f"generator must be a torch.Generator of the CPU, not {generator!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function or None, not {type(callback).__name__}")
     first = rows.sample(max(2**16, ROWS_PER_COMPONENT * K), generator)
     if len(first.z) < K:
         raise ValueError(f"z must have at least K = {K} rows of positive weight, not {len(first.z)}")

@@ -61,7 +61,7 @@ def mixture_responsibilities(
     """
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
     K, dtype, shape = len(mu), z.dtype, z.shape[:-1]
-    _checks.count("top_k", top_k)
+    top_k = _checks.positive("top_k", top_k)
     if top_k > K:
         raise ValueError(f"top_k must be at most K = {K}, not {top_k}")
     wide = wide_dtype(z.device)

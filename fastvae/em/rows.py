@@ -132,7 +132,10 @@ def rows_of(z: Any, sample_weight: Any, device: torch.device | str | None) -> St
     if isinstance(z, Tensor) or hasattr(z, "__array__"):
         if isinstance(z, Tensor):
             _checks.result_dtype(z=z)
-        return StoredRows(z.detach() if isinstance(z, Tensor) else z, sample_weight, device)
+            if z.is_meta:
+                raise ValueError("z must hold values, and a tensor on the meta device has none")
+        # of a data frame the array, whose indices are rows; a memory map is its own array
+        return StoredRows(z.detach() if isinstance(z, Tensor) else z.__array__(), sample_weight, device)
     if not isinstance(z, Iterable) or isinstance(z, str | bytes | dict):
         raise TypeError(f"z must be a tensor or an array [N, D], or an iterable of batches, not {describe(z)}")
     if sample_weight is not None:

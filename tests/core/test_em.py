@@ -332,7 +332,12 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]]:
         "batches that differ": (ValueError, r"must be torch.float32 \[B, 3\] as the first", fit([z, z[:, :2]], 2)),
         "dtypes that differ": (ValueError, r"first, not torch.float64 \[20, 3\]", fit([z, z.double()], 2)),
         "K": (ValueError, "K must be at least 1, not 0", fit(z, 0)),
-        "K of a float": (TypeError, "K must be an integer", fit(z, 2.0)),
+        "K of a float": (TypeError, "K must be an integer, not float", fit(z, 2.0)),
+        "K of a bool": (TypeError, "K must be an integer, not bool", fit(z, True)),
+        "meta": (ValueError, "z must hold values", fit(z.to("meta"), 2)),
+        "generator": (TypeError, "generator must be a torch.Generator", fit(z, 2, generator=0)),
+        "callback": (TypeError, "callback must be a function", fit(z, 2, callback=3)),
+        "tol of a string": (TypeError, "tol must be a number, not str", fit(z, 2, tol="0.1")),
         "too few rows": (ValueError, "z must have at least K = 21 rows", fit(z, 21)),
         "too few rows of weight": (
             ValueError,
