@@ -98,7 +98,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]  # sci
         self.impl = impl
 
     def fit(self, X: Any, y: Any = None) -> GaussianMixture:
-        """Fit to X [N, D] by EM; y is not used.  A :class:`ConvergenceWarning` says that `max_iter` was too low."""
+        """Fit to X [N, D] by EM; y is not used.  A `ConvergenceWarning` says that `max_iter` was too low."""
         if self.covariance_type != "diag":
             raise ValueError(
                 f"covariance_type must be 'diag', not {self.covariance_type!r}; scikit-learn's own class has others"

@@ -18,6 +18,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         fastvae.mixture_log_prob_and_score,
         {"z": Z, "mu": MU, "logvar": LOGVAR, "log_weights": WEIGHTS},
     ),
+    "mixture_responsibilities": (
+        fastvae.mixture_responsibilities,
+        {"z": Z, "mu": MU, "logvar": LOGVAR, "log_weights": WEIGHTS},
+    ),
     "gaussian_rsample": (fastvae.gaussian_rsample, {"mu": Z, "logvar": Z}),
     "gaussian_kl": (fastvae.gaussian_kl, {"mu": Z, "logvar": Z}),
     "mixture_kl": (
