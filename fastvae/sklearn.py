@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastvae import functional as F
 from fastvae.em import fit_mixture, mixture_responsibilities
-from fastvae.em.fit import INITS
 from fastvae.em.responsibilities import Exponents, row_slices
+from fastvae.em.start import INITS
 from fastvae.em.statistics import wide_dtype
 from fastvae.priors.weights import log_weights_of
 
@@ -42,7 +42,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]  # sci
         n_components: K.
         covariance_type: "diag"; there is no other.
         tol, reg_covar, max_iter, n_init: as of :func:`fastvae.fit_mixture`.
-        init_params: "kmeans" or "k-means++", the `init` of :func:`fastvae.fit_mixture`.
+        init_params: "kmeans", "k-means++" or "random_from_data", the `init` of :func:`fastvae.fit_mixture`.
         weights_init, means_init, precisions_init: [K], [K, D], [K, D], to start from; `init_params` finds the others.
         random_state: an integer, a `numpy.random.RandomState`, or None, for the start and for `sample`.
         warm_start: start from the last fit's mixture, where there is one.

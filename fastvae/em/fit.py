@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvae import _checks
 from fastvae.backends import choice
 from fastvae.em.rows import Batch, StoredRows, Stream, rows_of
-from fastvae.em.start import MAX_ITERATIONS, kmeans
+from fastvae.em.start import INITS, kmeans
 from fastvae.em.statistics import Moments, Parameters, Statistics, e_step, m_step, moments, wide_dtype
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from fastvae.backends import BackendOptions
 
-INITS = ("kmeans", "k-means++")
 ROWS_PER_COMPONENT = 64  # that k-means looks at, and that the start counts for in stepwise EM
 STEP_DECAY = 0.6  # of stepwise EM: above 1/2, so that it converges
 
@@ -101,8 +100,10 @@ def fit_mixture(
         mu, logvar, log_weights: [K, D], broadcastable to [K, D], and [K], to start from.  Those not given are found by
             `init`.
         learn_weights: update the weights; False leaves them as they start: `log_weights`, or equal.
-        init: "kmeans" assigns rows to the clusters of k-means, "k-means++" to its random seeds.  Where there are many
-            rows, a random subset is clustered: 65,536 rows, or 64 K if that is more; of an iterable, the first ones.
+        init: "kmeans" assigns rows to the clusters of k-means, "k-means++" to the seeds of these, "random_from_data" to
+            rows drawn at random.  Where there are many rows, a random subset is clustered: 65,536 rows, or 64 K if that
+            is more; of an iterable, the first ones.  The seeds take O(rows K D log K) operations, which are too many
+            where K is some 10,000.
         n_init: how many starts; the one that ends with the largest likelihood is returned.
         max_iter: iterations at most.
         tol: a change of the mean log-likelihood below this ends the iterations, in nats per row.
@@ -211,7 +212,7 @@ def _start(
     if log_weights is None and not learn_weights:
         log_weights = first.z.new_full((K,), -math.log(K), dtype=wide_dtype(first.z.device))
     if mu is None or logvar is None or log_weights is None:
-        clusters = kmeans(*first, K, generator, MAX_ITERATIONS if init == "kmeans" else 0, backend)
+        clusters = kmeans(*first, K, init, generator, backend)
         found = m_step(clusters, None, reg_covar, 0.0)
         mu = found.mu if mu is None else mu
         logvar = found.logvar if logvar is None else logvar

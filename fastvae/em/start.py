@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvae.em.statistics import Moments, Parameters, e_step, moments, wide_dtype
 
+INITS = ("kmeans", "k-means++", "random_from_data")
 MAX_ITERATIONS, TOLERANCE = 30, 1e-4  # of k-means: the centres' movement, relative to the data's variance
 # The variance of the components that are clusters, relative to the data's: so small that a row belongs to one alone,
 # and so large that float32 rounds the exponents, of some 1e5, by far less than 1.
@@ -16,16 +17,16 @@ HARD = 1e-4
 
 
 def kmeans(
-    z: Tensor, row_weights: Tensor | None, K: int, generator: torch.Generator, iterations: int, backend: str
+    z: Tensor, row_weights: Tensor | None, K: int, init: str, generator: torch.Generator, backend: str
 ) -> Moments:
-    """The moments of K clusters of rows z [n, D].
+    """The moments of K clusters of rows z [n, D], n >= K.
 
     k-means is EM of equal components whose variance goes to 0, so that the kernels of EM do it.
 
     Args:
         row_weights: [n], >= 0; None, 1 each.
+        init: one of INITS.  "kmeans" improves the seeds of "k-means++"; the others assign each row to the nearest seed.
         generator: of the CPU.
-        iterations: of k-means at most, after the seeding; 0 assigns each row to the nearest seed.
         backend: a name in BACKENDS, or "reference".
 
     Source: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding (SODA 2007); as in scikit-learn, the
@@ -35,7 +36,11 @@ def kmeans(
     centre = torch.lerp(*z.aminmax(dim=0), 0.5)  # distances are computed as products, which cancel less about 0
     z = z - centre
     variance = float(z.var(0, correction=0).mean()) or 1.0
-    centres = _seeds(z, g, K, generator)
+    if init == "random_from_data":
+        centres = z[torch.randperm(len(z), generator=generator)[:K].to(z.device)]
+    else:
+        centres = _seeds(z, g, K, generator)
+    iterations = MAX_ITERATIONS if init == "kmeans" else 0
     logvar = torch.full_like(centres, math.log(HARD * variance))
     for i in range(iterations + 1):
         about = Parameters(centres, logvar, z.new_zeros(K))

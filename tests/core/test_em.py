@@ -160,6 +160,14 @@ def test_the_start_finds_clusters_that_lie_apart() -> None:
     assert float(torch.cdist(centres[:3], fit.mu).min(1).values.max()) < 1
 
 
+def test_many_components_start_from_rows_at_random() -> None:
+    z = torch.randn(4000, 2)
+    fit = fit_mixture(z, 3000, init="random_from_data", max_iter=2)
+    assert fit.history[1] > fit.history[0] and torch.isfinite(fit.mu).all()
+    other = fit_mixture(z, 3000, init="random_from_data", max_iter=2)
+    assert not torch.equal(fit.mu, other.mu)
+
+
 def test_several_starts_return_the_best_and_the_generator_decides() -> None:
     z, seen = clusters(300, 8, 2), []
     options: dict[str, Any] = {"init": "k-means++", "max_iter": 15}
@@ -347,7 +355,11 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]]:
         "max_iter": (ValueError, "max_iter must be at least 1", fit(z, 2, max_iter=0)),
         "tol": (ValueError, "tol must be finite and >= 0, not -1", fit(z, 2, tol=-1)),
         "reg_covar": (ValueError, "reg_covar must be finite and >= 0", fit(z, 2, reg_covar=math.nan)),
-        "init": (ValueError, "init must be one of 'kmeans', 'k-means\\+\\+', not 'random'", fit(z, 2, init="random")),
+        "init": (
+            ValueError,
+            "init must be one of 'kmeans', 'k-means\\+\\+', 'random_from_data', not 'random'",
+            fit(z, 2, init="random"),
+        ),
         "n_init of an iterator": (ValueError, "n_init must be 1", fit(iter([z]), 2, n_init=2)),
         "batch_size": (ValueError, "batch_size must be at least 1", fit(z, 2, batch_size=0)),
         "batch_size of batches": (ValueError, "batch_size must be None", fit([z], 2, batch_size=2)),
