@@ -65,17 +65,17 @@ def mixture_responsibilities(
     if top_k > K:
         raise ValueError(f"top_k must be at most K = {K}, not {top_k}")
     wide = wide_dtype(z.device)
-    if log_weights is None:
-        log_weights = mu.new_full((K,), -math.log(K))
-    mu, logvar, log_weights = mu.to(wide), logvar.to(wide), log_weights.to(wide)
+    mu, logvar = mu.to(wide), logvar.to(wide)
+    log_weights = mu.new_full((K,), -math.log(K)) if log_weights is None else log_weights.to(wide)
     z, exclude = _checks.rows(z), None if exclude is None else exclude.reshape(-1)
     exponents = Exponents(mu, logvar, log_weights)
     values = z.new_empty((len(z), top_k))
     indices = torch.empty((len(z), top_k), dtype=torch.int64, device=z.device)
-    for m in row_slices(z, min(K, top_k + SPARE)):
+    count = min(K, top_k + SPARE)
+    for m in row_slices(z, count * z.shape[1]):
         rows, excluded = z[m].to(wide), None if exclude is None else exclude[m]
         log_prob = F.mixture_log_prob(rows, mu, logvar, log_weights, exclude=excluded, impl=impl)
-        candidates = _candidates(rows, exponents, excluded, min(K, top_k + SPARE)).sort(1).values
+        candidates = _candidates(rows, exponents, excluded, count).sort(1).values
         a = exponents.of(rows, candidates)
         if excluded is not None:
             a = a.masked_fill(candidates == excluded[:, None], -math.inf)
@@ -116,9 +116,9 @@ class Exponents:
         return self.c[components] - 0.5 * t.square_().sum(2)
 
 
-def row_slices(z: Tensor, columns: int) -> Iterator[slice]:
-    """Slices of the rows z [M, D] such that [m, columns, D] stays small."""
-    size = max(1, min(4096, chunk_on(z.device, 8) // (columns * z.shape[1])))
+def row_slices(z: Tensor, numbers: int) -> Iterator[slice]:
+    """Slices of the rows z [M, D], so few rows that a table of so many numbers for each stays small."""
+    size = max(1, min(4096, chunk_on(z.device, 8) // numbers))
     return (slice(start, start + size) for start in range(0, len(z), size))
 
 
