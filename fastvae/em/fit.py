@@ -114,7 +114,8 @@ def fit_mixture(
         backend: impl, precision, dense_backward, as of :func:`fastvae.mixture_log_prob`.
 
     Returns:
-        The mixture, in the dtype of the rows, float32 at least, and how it was found.  Sums over rows are in float64.
+        The mixture, in the dtype of the rows, float32 at least, and how it was found.  The sums over 65,536 rows at a
+        time are added up in float64.
 
     Raises:
         TypeError: z is none of these, or not floating.
