@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fastvae import functional as F
 from fastvae.contracts import require_tensor
 from fastvae.distributions import MixtureOfDiagNormals
 from fastvae.distributions.draws import draw_components
+from fastvae.em import MixtureFit, fit_mixture
 from fastvae.marginals import mixture_marginal_log_prob
 from fastvae.priors.base import Density, Prior
 from fastvae.priors.weights import weight_logits
@@ -132,6 +133,37 @@ class MixturePrior(Mixture):
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.mu, self.logvar, torch.log_softmax(self.logits, 0)
+
+    def fit(self, z: Any, **options: Any) -> MixtureFit:
+        """Fit the parameters to rows z by EM, starting from what they are.
+
+        They are changed in place, so that an optimiser keeps its hold of them.
+        Weights that are fixed stay.  For a new prior from data alone, `fit = fastvae.fit_mixture(z, K)` and then
+        `MixturePrior(fit.mu, fit.logvar, probs=fit.weights)`.
+
+        Args:
+            z: the rows: a tensor or array [N, D], or batches, see :func:`fastvae.fit_mixture`.
+            options: sample_weight, batch_size, max_iter, tol, reg_covar, generator, callback, as of
+                :func:`fastvae.fit_mixture`.
+
+        Returns:
+            What was found; the prior has it.
+
+        Raises:
+            TypeError, ValueError: as :func:`fastvae.fit_mixture`; the prior stays as it was.
+        """
+        mu, logvar, log_weights = self.components()
+        fixed: dict[str, Any] = {
+            "learn_weights": isinstance(self.logits, nn.Parameter),
+            "device": mu.device,
+            **self.backend_options,
+        }
+        found = fit_mixture(z, len(mu), mu=mu, logvar=logvar, log_weights=log_weights, **fixed, **options)
+        with torch.no_grad():
+            self.mu.copy_(found.mu)
+            self.logvar.copy_(found.logvar)
+            self.logits.copy_(found.log_weights)
+        return found
 
 
 def expanded_logvar(mu: Tensor, logvar: Tensor | None, rows: str = "K") -> Tensor:
