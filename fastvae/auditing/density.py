@@ -1,0 +1,467 @@
+"""Which formula a density follows, and how it behaves beside that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastvae.auditing.claim import Claim
+from fastvae.auditing.formulas import NEGLIGIBLE, RIGHT, Formula, Mistake, Value, evaluate, formulas
+from fastvae.auditing.observed import PER_COMPONENT, PER_DIMENSION, REDUCED, UNKNOWN, Observed
+from fastvae.auditing.report import Finding
+
+LEAST_ROWS = 6  # fewer numbers than these decide nothing
+TYPICAL = -1000.0  # nats: points of less density are no typical ones
+
+
+@dataclass
+class Density:
+    """What is known of a density once it has been looked at; formula is None where it follows none that is known."""
+
+    findings: list[Finding] = field(default_factory=list)
+    untested: list[str] = field(default_factory=list)
+    formula: Formula | None = None
+    z: Tensor = field(default_factory=lambda: torch.empty(0))
+    usable: Tensor = field(default_factory=lambda: torch.empty(0))  # [M], rows on which the formula was found
+
+
+def points(claim: Claim, generator: torch.Generator) -> Tensor:
+    """Points [M, D] that tell formulas apart: typical ones, some between the components, some far away.
+
+    M differs from D and K, so that the shape of a result says what it is.
+    """
+    count = 15
+    while 4 * count in (claim.D, claim.K):
+        count += 1
+    pairs = claim.draw(2 * count, generator)
+    w = claim.log_weights.exp()[:, None]
+    mean = (w * claim.mu).sum(0)
+    spread = ((w * (claim.logvar.exp() + (claim.mu - mean) ** 2)).sum(0)).sqrt()
+    direction = torch.randn(count, claim.D, dtype=torch.float64, generator=generator)
+    distance = torch.tensor([3.0, 10.0, 30.0, 100.0, 300.0], dtype=torch.float64).repeat(count)[:count, None]
+    z = torch.cat(
+        [
+            claim.draw(count, generator),
+            claim.draw(count, generator, widen=2.0),
+            (pairs[:count] + pairs[count:]) / 2,
+            mean + distance * spread * direction,
+        ]
+    )
+    return claim.to_prior(z).double().cpu()  # as the prior sees them
+
+
+def audit_density(observed: Observed, claim: Claim, z: Tensor) -> Density:
+    """Which formula the density follows at z [M, D], and what is wrong with it.  Without gradients."""
+    found = Density(z=z)
+    if observed.finding:
+        found.findings.append(observed.finding)
+    if observed.shape == UNKNOWN:
+        found.untested.append("the density: no number for each point can be had of what it returns")
+        return found
+    seen = observed(z)  # [M]
+    found.findings += _stability(observed, z, seen)
+    right = evaluate(RIGHT, z, claim)
+    found.usable = _underflow(found, observed, seen, right.value)
+    if int(found.usable.sum()) < LEAST_ROWS:
+        found.untested.append(
+            f"the formula: log_prob is finite, or above its floor, at {int(found.usable.sum())} of {len(z)} points"
+        )
+        return found
+    _recognise(found, observed, claim, seen, right)
+    found.findings += _dtype(observed, claim)
+    found.findings += _non_finite(observed, z, right_formula=found.formula == RIGHT)
+    return found
+
+
+def _stability(observed: Observed, z: Tensor, seen: Tensor) -> list[Finding]:
+    """Whether the same point always has the same density."""
+    off = _distance(observed(z), seen)
+    if off > NEGLIGIBLE:
+        return [
+            Finding(
+                "nondeterministic",
+                "the same points have another density at each call.",
+                off,
+                "two calls with the same z; the largest difference",
+                "Call eval(): dropout, batch normalisation in training mode, or components that are drawn anew "
+                "make a density of each call.",
+            )
+        ]
+    order = torch.arange(len(z) - 1).flip(0)  # all but one, the other way round
+    off = _distance(observed(z[order]), seen[order])
+    if off <= NEGLIGIBLE:
+        return []
+    return [
+        Finding(
+            "depends-on-the-batch",
+            "a point's density depends on the points beside it.",
+            off,
+            "the same points in another order, one left out; the largest difference",
+            "Take maxima and sums over the components (dim=-1), not over the batch; call eval() where there is batch "
+            "normalisation.",
+        )
+    ]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference beyond rounding, where both are finite; inf where one alone is."""
+    if bool((a.isfinite() != b.isfinite()).any()):
+        return math.inf
+    both = a.isfinite()
+    off = (a - b).abs()[both]
+    return float(torch.where(off > 1e-4 * b[both].abs(), off, 0.0).max()) if off.numel() else 0.0
+
+
+def _underflow(found: Density, observed: Observed, seen: Tensor, right: Tensor) -> Tensor:
+    """The rows whose number follows from a formula, bool [M]; findings for those that have underflowed."""
+    usable = seen.isfinite()
+    lost = ~usable & right.isfinite()
+    tiny = math.log(torch.finfo(observed.dtype).tiny)
+    if bool(lost.any()):
+        signs = {str(float(value)) for value in seen[lost]}
+        worst = float(right[lost].max())
+        found.findings.append(
+            Finding(
+                "underflow",
+                f"log_prob is {' or '.join(sorted(signs))} where the density is small but not zero: an exponential is "
+                "taken before the logarithm, and a density below the smallest number of the dtype becomes 0 (above "
+                "the largest, inf).  The gradient there is lost as well.",
+                math.inf,
+                f"{int(lost.sum())} of {len(seen)} points, with log p from {worst:.4g} down; log p of the smallest "
+                f"{observed.dtype} is {tiny:.4g}",
+                "Stay with logarithms: torch.logsumexp of log densities.",
+            )
+        )
+        return usable & (seen > tiny + 8)  # nearer, numbers have lost digits already
+    low = usable & (right < -80)
+    if int(low.sum()) >= 3:
+        far = seen[low]
+        level = float(far.median())
+        flat = (far - level).abs() < NEGLIGIBLE
+        spread = right[low][flat]
+        if int(flat.sum()) >= 3 and float(spread.max() - spread.min()) > 10:
+            found.findings.append(
+                Finding(
+                    "floor",
+                    f"log_prob never falls below {level:.4g}: a small number is added to the density before its "
+                    "logarithm, or log p is clamped.  Points there have no gradient.",
+                    float((spread - level).abs().median()),
+                    f"{int(flat.sum())} of {len(seen)} points, with log p from {float(spread.max()):.4g} down",
+                    "Leave the small number out and take torch.logsumexp of log densities.",
+                )
+            )
+            return usable & (seen > level + 16)  # e^-16 of what is above is no more than a rounding
+    return usable
+
+
+def _recognise(found: Density, observed: Observed, claim: Claim, seen: Tensor, right: Value) -> None:
+    """The formula with the fewest mistakes that gives the numbers."""
+    z, usable = found.z, found.usable
+    values = {RIGHT: right, **{formula: evaluate(formula, z, claim) for formula in formulas(1)}}
+    found.untested += _same_as_right(values, right, usable)
+
+    def effect(mistake: Mistake) -> float:
+        rows = usable & (right.value > TYPICAL)
+        rows = rows if bool(rows.any()) else usable
+        return float((values[(mistake,)].value - right.value).abs()[rows].nanmedian())
+
+    def tell(formula: Formula, same: list[Formula]) -> None:
+        also = sorted({mistake.name for other in same for mistake in other} - {mistake.name for mistake in formula})
+        for mistake in formula:
+            others = f"  The same numbers come of: {', '.join(also)}." if also else ""
+            found.findings.append(
+                Finding(mistake.name, mistake.words + others, effect(mistake), _everywhere(len(z)), mistake.remedy)
+            )
+        found.formula = formula
+
+    for candidates in (list(values), list(formulas(2))):
+        for count in sorted({len(formula) for formula in candidates}):
+            same = [
+                formula
+                for formula in candidates
+                if len(formula) == count
+                and _agrees(seen, values.get(formula) or evaluate(formula, z, claim), usable)
+            ]
+            if same:
+                return tell(same[0], same[1:4] if count else [])
+    for formula, value in values.items():
+        off = (seen - value.value)[usable]
+        if float(off.max() - off.min()) <= 2 * float(value.budget[usable].max()):
+            tell(formula, [])
+            constant = float(off.median())
+            found.findings.append(
+                Finding(
+                    "constant",
+                    f"log p is {abs(constant):.4g} nats too {'high' if constant > 0 else 'low'} at every point: the "
+                    f"density integrates to {math.exp(min(constant, 700)):.4g}.",
+                    abs(constant),
+                    _everywhere(len(z)),
+                    "Normalise the weights, and look for a constant that is counted twice or not at all.",
+                )
+            )
+            return None
+    for formula in values:
+        precision = _precision(found, claim, seen, values[formula], formula)
+        if precision:
+            tell(formula, [])
+            found.findings.append(precision)
+            return None
+    found.findings.append(_unexplained(values, seen, right, usable))
+    return None
+
+
+def _agrees(seen: Tensor, value: Value, usable: Tensor) -> bool:
+    return bool(((seen - value.value).abs() <= value.budget)[usable].all())
+
+
+def _same_as_right(values: dict[Formula, Value], right: Value, usable: Tensor) -> list[str]:
+    """Mistakes that change nothing at these points, so that nobody could see them."""
+    hidden = [
+        formula[0].name
+        for formula, value in values.items()
+        if formula and _agrees(right.value, Value(value.value, value.budget / 2), usable)
+    ]
+    if not hidden:
+        return []
+    return [f"{', '.join(hidden)}: with these components, the mistake changes no number"]
+
+
+def _everywhere(count: int) -> str:
+    return f"at all {count} points; the median over the typical ones"
+
+
+def _precision(found: Density, claim: Claim, seen: Tensor, value: Value, formula: Formula) -> Finding | None:
+    """The formula in less than float32, if the numbers are off by as much as that makes them."""
+    kinds = [
+        ("cancellation", torch.float32, True, "of z^2 - 2 z mu + mu^2 in float32, whose terms cancel"),
+        ("half-precision", torch.float16, False, "of float16"),
+        ("half-precision", torch.bfloat16, False, "of bfloat16"),
+    ]
+    rows = found.usable & (value.value > TYPICAL)
+    off = seen - value.value
+    for name, dtype, expanded, words in kinds:
+        rough = evaluate(formula, found.z, claim, dtype=dtype, expanded=expanded).value - value.value
+        rows_of = rows & rough.isfinite()
+        if int(rows_of.sum()) < LEAST_ROWS:
+            continue
+        size, expected = (float(x[rows_of].square().mean().sqrt()) for x in (off, rough))
+        if NEGLIGIBLE < expected and expected / 30 < size <= 3 * expected:
+            return Finding(
+                name,
+                f"the numbers have the accuracy {words}.",
+                float(off[rows_of].abs().median()),
+                f"typical points; the largest error is {float(off[rows_of].abs().max()):.3g} nats",
+                "Compute the density in float32, from the differences z - mu (fastvae.mixture_log_prob does).",
+            )
+    return None
+
+
+def _unexplained(values: dict[Formula, Value], seen: Tensor, right: Value, usable: Tensor) -> Finding:
+    off = (seen - right.value).abs()
+    worst = int(torch.where(usable, off, -1.0).argmax())
+    typical = usable & (right.value > TYPICAL)
+    typical = typical if bool(typical.any()) else usable
+
+    def distance(formula: Formula) -> float:
+        median = float((seen - values[formula].value).abs()[typical].median())
+        return math.inf if math.isnan(median) else median
+
+    nearest = min(values, key=distance)
+    hint = f"; the nearest known mistake is {nearest[0].name}, {distance(nearest):.3g} nats away" if nearest else ""
+    wrong = off > right.budget
+    return Finding(
+        "unexplained",
+        f"the numbers are not those of the claimed mixture, nor of a known wrong formula{hint}.",
+        float(off[typical].median()),
+        f"{int((wrong & usable).sum())} of {int(usable.sum())} points; the largest error is {float(off[worst]):.4g} "
+        f"nats, at log p = {float(right.value[worst]):.4g}",
+        "Check that the claimed components are those that the density uses, then compare it term by term with "
+        "fastvae.reference.mixture_log_prob.",
+    )
+
+
+def _dtype(observed: Observed, claim: Claim) -> list[Finding]:
+    """Whether the result's dtype keeps what the input's has."""
+    wanted = torch.float64 if claim.dtype == torch.float64 else torch.float32
+    if torch.finfo(observed.dtype).eps <= torch.finfo(wanted).eps:
+        return []
+    return [
+        Finding(
+            "dtype",
+            f"log_prob returns {observed.dtype} for z in {claim.dtype}; a density of hundreds of nats keeps "
+            f"{torch.finfo(observed.dtype).eps * 100:.1g} of a nat there.",
+            None,
+            "every call",
+            f"Return {wanted}; if the prior computes in {observed.dtype} on purpose, give its components in that dtype "
+            "too.",
+        )
+    ]
+
+
+def _non_finite(observed: Observed, z: Tensor, *, right_formula: bool) -> list[Finding]:
+    """What becomes of NaN and infinity.  A prior may refuse them with an error."""
+    findings = []
+    clean = z[:5]
+    before = observed(clean)
+    for value in (math.nan, math.inf):
+        dirty = clean.clone()
+        dirty[2, 0] = value
+        try:
+            after = observed(dirty)
+        except (ValueError, RuntimeError):
+            continue
+        others = torch.arange(5) != 2
+        if _distance(after[others], before[others]) > NEGLIGIBLE:
+            findings.append(
+                Finding(
+                    "spreads-over-the-batch",
+                    f"a point that is {value} changes the density of the points beside it.",
+                    None,
+                    f"one coordinate of one point is {value}",
+                    "Take maxima and sums over the components (dim=-1), not over the batch.",
+                )
+            )
+        elif math.isnan(value) and not bool(after[2].isnan()):
+            findings.append(
+                Finding(
+                    "nan-hidden",
+                    f"a point that is NaN has the log density {float(after[2]):.4g}, so that a broken encoder goes "
+                    "unseen.",
+                    None,
+                    "one coordinate of one point is NaN",
+                    "Let NaN through: leave out nan_to_num and comparisons that drop it.",
+                )
+            )
+        elif math.isinf(value) and right_formula and float(after[2]) != -math.inf:
+            findings.append(
+                Finding(
+                    "nan-at-infinity",
+                    f"a point at infinity has the log density {float(after[2]):.4g}, not -inf.",
+                    None,
+                    "one coordinate of one point is inf",
+                    "Use torch.logsumexp, in which -inf minus -inf does not arise.",
+                )
+            )
+    return findings
+
+
+def audit_gradient_in_z(found: Density, observed: Observed, claim: Claim) -> list[Finding]:
+    """Whether autograd gives the score of the density's own formula."""
+    if found.formula is None:
+        found.untested.append("the gradient in z: the density follows no known formula")
+        return []
+    z = claim.to_prior(found.z[found.usable]).requires_grad_()
+    with torch.enable_grad():
+        seen = observed(z)
+        exact = z.detach().double().cpu().requires_grad_()
+        value = evaluate(found.formula, exact, claim)
+        (wanted,) = torch.autograd.grad(value.value.sum(), exact)
+        (got,) = torch.autograd.grad(seen.sum(), z, allow_unused=True) if seen.requires_grad else (None,)
+    # Where float32 may be off in the density itself, so it is in the gradient; the wrong formula has been told.
+    rows = (value.budget < 10 * NEGLIGIBLE) & wanted.isfinite().all(-1) & (value.value.detach() > TYPICAL)
+    if not bool(rows.any()):
+        found.untested.append("the gradient in z: no point at which float32 determines it")
+        return []
+    remedy = "Compute log_prob from z with differentiable operations: no detach, no no_grad, no .item(), no NumPy."
+    if got is None or bool((got == 0).all() and (wanted[rows] != 0).any()):
+        return [
+            Finding(
+                "gradient-detached",
+                "log_prob has no gradient in z, so a KL term does not pull the encoder towards the prior.",
+                None,
+                "every point",
+                remedy,
+            )
+        ]
+    off = (got.double().cpu() - wanted).norm(dim=-1)
+    size = wanted.norm(dim=-1)
+    coarse = 0.2 if any(f.name in ("half-precision", "cancellation", "dtype") for f in found.findings) else 0.01
+    wrong = ((off > coarse * (size + 1)) | off.isnan()) & rows
+    if not bool(wrong.any()):
+        return []
+    return [
+        Finding(
+            "gradient-wrong",
+            "the gradient of log_prob in z is not the derivative of its values.",
+            None,
+            f"{int(wrong.sum())} of {int(rows.sum())} points; the largest relative error is "
+            f"{float((off / (size + 1e-9))[wrong].nan_to_num(math.inf).max()):.3g}",
+            f"{remedy}  Responsibilities, weights or components that are detached in between leave a part of the "
+            "gradient out.",
+        )
+    ]
+
+
+def audit_gradient_of_parameters(
+    found: Density, observed: Observed, claim: Claim, parameters: dict[str, Tensor]
+) -> list[Finding]:
+    """Whether the gradient reaches what the components are made of; claim: with the graph to these parameters."""
+    if found.formula is None or not parameters:
+        reason = "the density follows no known formula" if parameters else "no claimed component requires a gradient"
+        found.untested.append(f"the gradient of the components: {reason}")
+        return []
+    z = found.z[found.usable]
+    with torch.enable_grad():
+        value = evaluate(found.formula, z, claim)
+        rows = (value.budget < 10 * NEGLIGIBLE) & (value.value > TYPICAL)
+        if not value.value.requires_grad or not bool(rows.any()):
+            found.untested.append("the gradient of the components: the claimed components have no graph")
+            return []
+        tensors = list(parameters.values())
+        wanted = torch.autograd.grad(value.value[rows].sum(), tensors, allow_unused=True)
+        seen = observed(z[rows])
+        got = (
+            torch.autograd.grad(seen.sum(), tensors, allow_unused=True)
+            if seen.requires_grad
+            else (None,) * len(tensors)
+        )
+    missing, wrong = [], []
+    coarse = 0.2 if any(f.name in ("half-precision", "cancellation", "dtype") for f in found.findings) else 0.01
+    for name, want, have in zip(parameters, wanted, got, strict=True):
+        if want is None or not bool(want.isfinite().all()):
+            continue
+        size = float(want.double().norm())
+        # The sum over rows cancels, down to rounding, in a parameter to which the density is invariant.
+        if size <= 1e-3 * len(z):
+            continue
+        if have is None or not bool((have != 0).any()):
+            missing.append(name)
+        elif not float((have.double() - want.double()).norm()) <= coarse * size:
+            wrong.append(name)
+    findings = []
+    if missing:
+        findings.append(
+            Finding(
+                "components-detached",
+                "log_prob has no gradient in what its components are made of, so training does not move them.",
+                None,
+                f"without a gradient: {', '.join(missing)}",
+                "Compute the components inside log_prob, without detach, no_grad or a cached copy.",
+            )
+        )
+    if wrong:
+        findings.append(
+            Finding(
+                "gradient-of-components-wrong",
+                "the gradient of log_prob in what its components are made of is not the derivative of its values.",
+                None,
+                f"a wrong gradient: {', '.join(wrong)}",
+                "Do not detach responsibilities, scales or weights in between.",
+            )
+        )
+    return findings
+
+
+__all__ = [
+    "PER_COMPONENT",
+    "PER_DIMENSION",
+    "REDUCED",
+    "Density",
+    "audit_density",
+    "audit_gradient_in_z",
+    "audit_gradient_of_parameters",
+    "points",
+]
