@@ -181,6 +181,19 @@ def formulas(count: int) -> Iterator[Formula]:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """The least log p that a density gives: it adds a small number before the logarithm, or clamps log p.
+
+    Attributes:
+        level: what the density returns where p is 0.
+        clamped: whether log p is clamped, not a number added to p.
+    """
+
+    level: float
+    clamped: bool
+
+
+@dataclass(frozen=True)
 class Value:
     """What a formula gives, [M], and how far off float32 may be by rounding, at least NEGLIGIBLE, [M]; in float64."""
 
@@ -200,6 +213,7 @@ def evaluate(
     *,
     dtype: torch.dtype = torch.float64,
     expanded: bool = False,
+    floor: Floor | None = None,
 ) -> Value:
     """The formula at z [M, D].
 
@@ -207,10 +221,11 @@ def evaluate(
         formula: its mistakes.
         dtype: what it is computed in; float64 is exact for this purpose.
         expanded: with the square expanded into z^2 - 2 z mu + mu^2.
+        floor: what keeps log p from falling further.
     """
     step = max(1, ELEMENTS // (claim.K * claim.D))
     parts = [
-        _evaluate(formula, part, claim.rows(n * step, (n + 1) * step), dtype, expanded)
+        _evaluate(formula, part, claim.rows(n * step, (n + 1) * step), dtype, expanded, floor)
         for n, part in enumerate(z.split(step))
     ]
     return Value(torch.cat([part.value for part in parts]), torch.cat([part.budget for part in parts]))
@@ -249,7 +264,9 @@ def weights_of(mistake: str | None, claim: Claim) -> Tensor:
     return claim.log_weights
 
 
-def _evaluate(formula: Sequence[Mistake], z: Tensor, claim: Claim, dtype: torch.dtype, expanded: bool) -> Value:
+def _evaluate(
+    formula: Sequence[Mistake], z: Tensor, claim: Claim, dtype: torch.dtype, expanded: bool, floor: Floor | None
+) -> Value:
     chosen = {mistake.axis: mistake.name for mistake in formula}
     D = claim.D
     z, mu = z[:, None, :].to(dtype), claim.mu.to(dtype)
@@ -294,7 +311,12 @@ def _evaluate(formula: Sequence[Mistake], z: Tensor, claim: Claim, dtype: torch.
             budget = (torch.softmax(a.detach(), -1) * each.sum(-1)).sum(-1)
     largest = log_w[log_w > -math.inf].abs().amax()
     budget = 8 * EPS * (budget + value.detach().abs() + largest) + NEGLIGIBLE
-    match chosen.get("output"):
+    output = chosen.get("output")
+    if floor is not None:
+        level = {"negated": -floor.level, "bits": floor.level * math.log(2), "divided-by-dimensions": floor.level * D}
+        least = torch.full_like(value, level.get(output or "", floor.level))
+        value = torch.maximum(value, least) if floor.clamped else torch.logaddexp(value, least)
+    match output:
         case "negated":
             value = -value
         case "density-not-log":
