@@ -2,6 +2,7 @@
 
 from fastvae import bounds, reference
 from fastvae._version import __version__ as __version__
+from fastvae.auditing import audit
 from fastvae.backends import info, use_backend
 from fastvae.functional import (
     gaussian_kl,
@@ -36,6 +37,7 @@ __all__ = [
     "StandardNormalPrior",
     "TrainingStep",
     "VampPrior",
+    "audit",
     "bounds",
     "gaussian_kl",
     "gaussian_rsample",

@@ -202,7 +202,8 @@ def _recognise(found: Density, claim: Claim, seen: Tensor, right: Value) -> None
     for formula, value in values.items():
         off = seen - value.value
         constant = float(off[usable].median())
-        if _agrees(off, Value(torch.full_like(off, constant), 2 * value.budget), usable):
+        level = Value(torch.full_like(off, constant), 2 * value.budget)
+        if abs(constant) > 20 * NEGLIGIBLE and _agrees(off, level, usable):
             tell(formula, [])
             found.findings.append(
                 Finding(
@@ -231,7 +232,8 @@ def _recognise(found: Density, claim: Claim, seen: Tensor, right: Value) -> None
 
 
 def _agrees(seen: Tensor, value: Value, usable: Tensor) -> bool:
-    return bool(((seen - value.value).abs() <= value.budget)[usable].all())
+    near = (seen - value.value).abs() <= value.budget
+    return bool((near & value.value.isfinite())[usable].all())
 
 
 def _agrees_at(rows: Tensor, formula: Formula, found: Density, claim: Claim, seen: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae.auditing.claim import Claim
-from fastvae.auditing.formulas import NAMED, NEGLIGIBLE, RIGHT, Formula, evaluate, formulas
+from fastvae.auditing.formulas import NAMED, NEGLIGIBLE, RIGHT, Formula, evaluate, formulas, log_scale
 from fastvae.auditing.report import Finding
 from fastvae.auditing.sampler import SCALES, _is_normal
 from fastvae.contracts import describe
@@ -75,8 +75,6 @@ def _draws(z: Tensor, q: Claim, false_alarm: float) -> list[Finding]:
     name, words, remedy = "unexplained", "z is not drawn from N(mu, exp(logvar)).", "Draw mu + exp(0.5 * logvar) * noise."
     if float(t.abs().median()) < 1e-3:
         name, words = "no-noise", "z is the posterior's mean, without noise."
-    from fastvae.auditing.formulas import log_scale
-
     for wrong in SCALES:
         other = (z - q.mu[:, 0]) * torch.exp(-log_scale(wrong, q.logvar[:, 0]))
         if bool(other.isfinite().all()) and _is_normal(other[:, fine], false_alarm):

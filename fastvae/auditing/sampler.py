@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,11 +36,15 @@ class Draws:
 
 @dataclass(frozen=True)
 class _Explained:
-    """Draws by the components that made them, if they were drawn so: k [N], t [N, D], r_own [N]; see the module."""
+    """Draws by the components that made them: k [N] and t [N, D] of the module's first lines.
+
+    Attributes:
+        own: [N], the responsibility for draw n of component n, counted from the first again after the last.
+    """
 
     k: Tensor
     t: Tensor
-    in_order: Tensor  # [N], the responsibility of component n mod K for draw n
+    own: Tensor
 
 
 def number_of_draws(claim: Claim) -> int:
@@ -76,11 +80,6 @@ def audit_sampler(
             Finding("repeated-draws", "two calls give the same draws.", None, f"sample({n}), twice",
                     "Draw new noise at each call: no fixed seed inside sample, no cached draws.")
         )  # fmt: skip
-    elif len(torch.unique(z, dim=0)) < n // 2:
-        found.findings.append(
-            Finding("repeated-draws", "one call gives the same draw many times.", None,
-                    f"{len(torch.unique(z, dim=0))} different draws of {n}", "Draw noise for every row.")
-        )  # fmt: skip
     alpha = false_alarm / FAMILIES
     # Where the dtype's grid is not fine beside a scale, draws are not normal, and no sampler can help it.
     coarse = (claim.mu.abs() * eps / torch.exp(0.5 * claim.logvar)).amax(0) > 0.01  # [D]
@@ -92,7 +91,7 @@ def audit_sampler(
 
 def _look(found: Draws, z: Tensor, claim: Claim, fine: Tensor, alpha: float, generator: torch.Generator) -> None:
     n, K = len(z), claim.K
-    explained = _explain(z, claim, None, None, generator)
+    explained = _explain(z, claim, None, claim.log_weights, generator)
     scale = None
     if bool(fine.any()):
         if _no_noise(explained.t[:, fine]):
@@ -100,40 +99,41 @@ def _look(found: Draws, z: Tensor, claim: Claim, fine: Tensor, alpha: float, gen
                 Finding("no-noise", "draws are the components' means, without noise.", None, f"all of {n} draws",
                         "Add exp(0.5 * logvar) times standard normal noise.")
             )  # fmt: skip
+            claim = replace(claim, logvar=claim.logvar - 20)  # the nearest mean is the component's
+            fine = torch.zeros_like(fine)
+            explained = _explain(z, claim, None, claim.log_weights, generator)
+        elif len(torch.unique(z, dim=0)) < n // 2:
+            found.findings.append(
+                Finding("repeated-draws", "one call gives the same draw many times.", None,
+                        f"{len(torch.unique(z, dim=0))} different draws of {n}", "Draw noise for every row.")
+            )  # fmt: skip
+            return
         elif not _is_normal(explained.t[:, fine], alpha):
             name, scale = _spread(z, claim, fine, alpha, generator)
             found.findings.append(_spread_finding(name, explained.t[:, fine], n))
-            if name is None or name == "component-for-each-dimension":
-                found.untested.append("the frequencies of components in draws, whose spread is unexplained")
+            if scale is None:
+                found.untested.append("the frequencies of components in draws, whose spread is another")
                 return
-            explained = _explain(z, claim, scale, None, generator)
+            explained = _explain(z, claim, scale, claim.log_weights, generator)
     if K == 1:
         return
-    if _is_in_order(explained.in_order, claim, alpha):
-        found.findings.append(
-            Finding("first-components-in-order",
-                    "draw n comes from component n (then from the first again): a few draws show the first components "
-                    "alone, and no draw is independent of its place.", None,
-                    f"draws 0 ... {min(n, K) - 1}: the mean responsibility of component n for draw n is "
-                    f"{float(explained.in_order[:K].mean()):.3g}, and should be "
-                    f"{float(claim.log_weights.exp()[:n].mean()):.3g}",
-                    "Draw components with torch.multinomial(weights, n, replacement=True).")
-        )  # fmt: skip
-        return
-    if not _frequencies_fit(explained.k, claim.log_weights.exp(), alpha):
-        found.findings.append(_frequency_finding(z, claim, scale, explained.k, alpha, generator))
-    elif not _is_independent(explained, alpha, claim, fine):
+    w = claim.log_weights.exp()
+    if _is_in_order(explained.own, w, K, alpha):
+        found.findings.append(_order_finding(explained.own, w, K))
+    elif not _is_independent(explained, alpha, w, fine):
         found.findings.append(
             Finding("draws-not-independent", "neighbouring draws depend on each other.", None,
                     "draws 2n and 2n + 1", "Draw every row anew; shuffle draws that are made component by component.")
         )  # fmt: skip
+    elif not _frequencies_fit(explained.k, w, alpha):
+        found.findings.append(_frequency_finding(z, claim, fine, scale, explained.k, alpha, generator))
 
 
 def _explain(
-    z: Tensor, claim: Claim, scale: str | None, weights: str | None, generator: torch.Generator
+    z: Tensor, claim: Claim, scale: str | None, log_w: Tensor, generator: torch.Generator, period: int = 0
 ) -> _Explained:
+    """Components drawn from the responsibilities; period: after how many draws the first component comes again, or K."""
     log_s = log_scale(scale, claim.logvar)  # [K, D]
-    log_w = weights_of(weights, claim)
     ks, ts, own = [], [], []
     step = max(1, (1 << 22) // (claim.K * claim.D))
     for first in range(0, len(z), step):
@@ -144,7 +144,7 @@ def _explain(
         rows = torch.arange(len(part))
         ks.append(k)
         ts.append(t[rows, k])
-        own.append(r[rows, (first + rows) % claim.K])
+        own.append(r[rows, (first + rows) % (period or claim.K)])
     return _Explained(torch.cat(ks), torch.cat(ts), torch.cat(own))
 
 
@@ -153,13 +153,18 @@ def _no_noise(t: Tensor) -> bool:
 
 
 def _is_normal(t: Tensor, alpha: float) -> bool:
-    """Whether t [N, D] may be N(0, I): each dimension, and the squared length."""
+    """Whether t [N, D] may be N(0, I)."""
+    return _distance_to_normal(t) <= _dkw(len(t), alpha / (t.shape[1] + 1))
+
+
+def _distance_to_normal(t: Tensor) -> float:
+    """The largest sup |F_N - F| of the dimensions of t [N, D], and of its squared length, for F of N(0, I)."""
     if not bool(t.isfinite().all()):
-        return False
+        return math.inf
     D = t.shape[1]
     length = torch.special.gammainc(torch.tensor(D / 2, dtype=torch.float64), t.square().sum(-1) / 2)
     uniform = torch.cat([torch.special.ndtr(t), length[:, None]], 1)  # [N, D + 1]
-    return float(_distance_to_uniform(uniform).max()) <= _dkw(len(t), alpha / (D + 1))
+    return float(_distance_to_uniform(uniform).max())
 
 
 def _distance_to_uniform(u: Tensor) -> Tensor:
@@ -190,23 +195,36 @@ def _frequencies_fit(k: Tensor, w: Tensor, alpha: float) -> bool:
     return float(bound.min()) >= math.log(alpha / (2 * len(w)))
 
 
-def _is_in_order(own: Tensor, claim: Claim, alpha: float) -> bool:
+def _is_in_order(own: Tensor, w: Tensor, period: int, alpha: float) -> bool:
     """Whether draw n comes from component n too often: the responsibility has the mean w_n."""
-    w = claim.log_weights.exp()
-    for count in {min(len(own), claim.K), len(own)}:
-        mean = w.repeat(-(-count // claim.K))[:count].mean()
+    for count in {min(len(own), period), len(own)}:
+        mean = w[:period].repeat(-(-count // period))[:count].mean()
         observed = own[:count].mean()
         if observed > mean and float(_chernoff(observed, mean, count)) < math.log(alpha / 2):
             return True
     return False
 
 
-def _is_independent(explained: _Explained, alpha: float, claim: Claim, fine: Tensor) -> bool:
+def _order_finding(own: Tensor, w: Tensor, period: int) -> Finding:
+    count = min(len(own), period)
+    return Finding(
+        "first-components-in-order",
+        "draw n comes from component n, then from the first again: a few draws show the first components alone, and no "
+        "draw is independent of its place.",
+        None,
+        f"draws 0 ... {count - 1}: the mean responsibility of component n for draw n is {float(own[:count].mean()):.3g},"
+        f" and should be {float(w[:count].mean()):.3g}",
+        "Draw components with torch.multinomial(weights, n, replacement=True).",
+    )
+
+
+def _is_independent(explained: _Explained, alpha: float, w: Tensor, fine: Tensor) -> bool:
     pairs = len(explained.k) // 2
     first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
     same = (explained.k[first] == explained.k[second]).double().mean()
-    expected = claim.log_weights.exp().square().sum()
-    bounds = [_chernoff(same, expected, pairs).nan_to_num(0.0)]
+    frequency = torch.bincount(explained.k, minlength=len(w)).double() / len(explained.k)
+    expected = torch.maximum(w.square().sum(), frequency.square().sum())  # wrong frequencies alone are no dependence
+    bounds = [_chernoff(torch.maximum(same, expected), expected, pairs).nan_to_num(0.0)]
     if bool(fine.any()):
         t = explained.t[:, fine][:, 0]
         agree = ((t[first] > 0) == (t[second] > 0)).double().mean()
@@ -217,26 +235,59 @@ def _is_independent(explained: _Explained, alpha: float, claim: Claim, fine: Ten
 def _spread(
     z: Tensor, claim: Claim, fine: Tensor, alpha: float, generator: torch.Generator
 ) -> tuple[str | None, str | None]:
-    """The mistake that explains the draws' spread, with the reading of the scale that it is; None for neither."""
+    """The mistake that explains the draws' spread best, with the reading of the scale that it is; None for neither."""
+    fitting = []
     for name in SCALES:
         if bool(log_scale(name, claim.logvar).isfinite().all()):
-            # Together with wrong frequencies, draws still have the right spread within their components.
-            for weights in (None, "weights-ignored"):
-                if _is_normal(_explain(z, claim, name, weights, generator).t[:, fine], alpha):
-                    return name, name
-    # A component of its own for each dimension: then each dimension by itself is the marginal mixture.
-    if claim.K > 1 and claim.D > 1:
-        w = claim.log_weights.exp()
-        marginal = torch.stack(
-            [
-                (torch.special.ndtr((z[:, d, None] - claim.mu[:, d]) * torch.exp(-0.5 * claim.logvar[:, d])) * w).sum(-1)
-                for d in range(claim.D)
-            ],
-            1,
-        )
-        if float(_distance_to_uniform(marginal[:, fine]).max()) <= _dkw(len(z), alpha / claim.D):
-            return "component-for-each-dimension", None
+            # Draws with wrong frequencies still have the right spread within their components.
+            t = _explain(z, claim, name, _fitted_log_weights(z, claim, name), generator).t[:, fine]
+            if _is_normal(t, alpha):
+                fitting.append((_distance_to_normal(t), name))
+    if fitting:
+        name = min(fitting)[1]
+        return name, name
+    if claim.K > 1 and claim.D > 1 and _has_a_component_for_each_dimension(z, claim, fine, alpha, generator):
+        return "component-for-each-dimension", None
     return None, None
+
+
+def _fitted_log_weights(z: Tensor, claim: Claim, scale: str) -> Tensor:
+    """log w, [K], with which the components, with that reading of their scales, make draws like z most likely."""
+    a = _log_normals(z[:2048], claim, log_scale(scale, claim.logvar))  # [n, K]
+    log_w = claim.log_weights
+    for _ in range(100):  # EM
+        log_w = torch.softmax(a + log_w, -1).mean(0).log()
+    return log_w
+
+
+def _log_normals(z: Tensor, claim: Claim, log_s: Tensor) -> Tensor:
+    """log N(z; mu_k, s_k), [N, K], without its constant."""
+    step = max(1, (1 << 22) // (claim.K * claim.D))
+    parts = [
+        -(0.5 * ((part[:, None] - claim.mu) * torch.exp(-log_s)).square() + log_s).sum(-1) for part in z.split(step)
+    ]
+    return torch.cat(parts)
+
+
+def _has_a_component_for_each_dimension(
+    z: Tensor, claim: Claim, fine: Tensor, alpha: float, generator: torch.Generator
+) -> bool:
+    """Whether each dimension by itself is right, and points lie as far from all components as such draws do."""
+    t = [
+        _explain(z[:, d, None], _dimension(claim, d), None, claim.log_weights, generator).t
+        for d in fine.nonzero().squeeze(1).tolist()
+    ]
+    if not all(_is_normal(each, alpha / claim.D) for each in t):
+        return False
+    mixed = torch.stack([claim.draw(1024, generator)[:, d] for d in range(claim.D)], 1)
+    far, as_far = (
+        _explain(x, claim, None, claim.log_weights, generator).t.square().sum(-1).median() for x in (z, mixed)
+    )
+    return bool((far / as_far).log().abs() < 0.1)
+
+
+def _dimension(claim: Claim, d: int) -> Claim:
+    return replace(claim, mu=claim.mu[:, d, None], logvar=claim.logvar[:, d, None])
 
 
 def _spread_finding(name: str | None, t: Tensor, n: int) -> Finding:
@@ -256,7 +307,7 @@ def _spread_finding(name: str | None, t: Tensor, n: int) -> Finding:
 
 
 def _frequency_finding(
-    z: Tensor, claim: Claim, scale: str | None, k: Tensor, alpha: float, generator: torch.Generator
+    z: Tensor, claim: Claim, fine: Tensor, scale: str | None, k: Tensor, alpha: float, generator: torch.Generator
 ) -> Finding:
     w = claim.log_weights.exp()
     frequency = torch.bincount(k, minlength=claim.K).double() / len(k)
@@ -265,18 +316,25 @@ def _frequency_finding(
     nats = float(torch.xlogy(frequency, frequency / w).sum())
     where = f"component {worst} made {float(frequency[worst]):.3g} of {len(k)} draws; its weight is {float(w[worst]):.3g}"
     for name in ("weights-ignored", "weights-as-logits"):
-        wrong = weights_of(name, claim).exp()
-        if _frequencies_fit(_explain(z, claim, scale, name, generator).k, wrong, alpha):
+        wrong = weights_of(name, claim)
+        if _frequencies_fit(_explain(z, claim, scale, wrong, generator).k, wrong.exp(), alpha):
             words, remedy = f"components are drawn wrongly: {NAMED[name].words}", NAMED[name].remedy
             return Finding(f"samples-{name}", words, nats, where, remedy)
-    last = int(k.max()) + 1
-    tail = float(w[last:].sum())
-    if tail > 0 and len(k) * math.log1p(-min(tail, 1 - 1e-16)) < math.log(alpha):
+    # The first b components alone, at random or one after the other, for the b by which the draws are most ahead.
+    b = int((frequency - w).cumsum(0).argmax()) + 1
+    first = torch.arange(claim.K) < b
+    some = torch.log_softmax(claim.log_weights.masked_fill(~first, -math.inf), 0)
+    explained = _explain(z, claim, scale, some, generator, period=b)
+    if b > 1 and _is_in_order(explained.own, some.exp(), b, alpha):
+        finding = _order_finding(explained.own, w, b)
+        return replace(finding, words=f"{finding.words}  The first {b} of {claim.K} components are drawn, the others never.")
+    spread_fits = not bool(fine.any()) or _is_normal(explained.t[:, fine], alpha)
+    if spread_fits and _frequencies_fit(explained.k, some.exp(), alpha):
         return Finding(
             "samples-first-components-only",
-            f"only the first {last} of {claim.K} components are drawn.",
+            f"only the first {b} of {claim.K} components are drawn.",
             nats,
-            f"the others have {tail:.3g} of the weight",
+            f"the others have {float(w[b:].sum()):.3g} of the weight",
             "Draw components with torch.multinomial(weights, n, replacement=True), over all K.",
         )
     return Finding(
