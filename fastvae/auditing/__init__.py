@@ -129,11 +129,9 @@ def _sampler(prior: Any) -> Callable[[int], Tensor] | None:
 def _parameters(prior: Any, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """What the components are made of and wants a gradient: a module's parameters, or leaves that were given."""
     module = prior if isinstance(prior, nn.Module) else getattr(prior, "__self__", None)
-    parameters = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
+    parameters: dict[str, Tensor] = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
     parameters |= {name: value for name, value in given.items() if value is not None and value.is_leaf}
     if isinstance(prior, distributions.MixtureSameFamily):
         inner = getattr(prior.component_distribution, "base_dist", None)
         parameters |= {name: getattr(inner, name) for name in ("loc", "scale") if hasattr(inner, name)}
     return {name: value for name, value in parameters.items() if value.requires_grad}
-
-

@@ -237,7 +237,7 @@ def _agrees(seen: Tensor, value: Value, usable: Tensor) -> bool:
 
 
 def _agrees_at(rows: Tensor, formula: Formula, found: Density, claim: Claim, seen: Tensor) -> bool:
-    value = evaluate(formula, found.z[rows], claim, floor=found.floor)
+    value = evaluate(formula, found.z[rows], claim, floor=found.floor, loosely=True)
     return _agrees(seen[rows], value, torch.ones(len(rows), dtype=torch.bool))
 
 
@@ -275,7 +275,7 @@ def _precision(
         if int(both.sum()) < LEAST_ROWS:
             continue
         size, expected = (float(x[both].square().mean().sqrt()) for x in (off, rough))
-        if NEGLIGIBLE < expected and expected / 30 < size <= 3 * expected:
+        if expected > NEGLIGIBLE and expected / 30 < size <= 3 * expected:
             finding = Finding(
                 name,
                 f"the numbers have the accuracy {words}.",
@@ -479,4 +479,3 @@ def audit_gradient_of_parameters(
             )
         )
     return findings
-

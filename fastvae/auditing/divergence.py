@@ -72,7 +72,11 @@ def _draws(z: Tensor, q: Claim, false_alarm: float) -> list[Finding]:
     fine = (q.mu[:, 0].abs() * torch.finfo(q.dtype).eps * torch.exp(-0.5 * q.logvar[:, 0])).amax(0) < 0.01
     if not bool(fine.any()) or _is_normal(t[:, fine], false_alarm):
         return []
-    name, words, remedy = "unexplained", "z is not drawn from N(mu, exp(logvar)).", "Draw mu + exp(0.5 * logvar) * noise."
+    name, words, remedy = (
+        "unexplained",
+        "z is not drawn from N(mu, exp(logvar)).",
+        "Draw mu + exp(0.5 * logvar) * noise.",
+    )
     if float(t.abs().median()) < 1e-3:
         name, words = "no-noise", "z is the posterior's mean, without noise."
     for wrong in SCALES:
@@ -114,7 +118,9 @@ def _formula(seen: Tensor, z: Tensor, q: Claim, claim: Claim, formula: Formula |
                         return []
                 return _named(p, f, formula, off, where)
     if agrees(-right, RIGHT, RIGHT):
-        return [Finding("kl-negated", "the KL term has the wrong sign: log p - log q.", off, where, "Return log q - log p.")]
+        return [
+            Finding("kl-negated", "the KL term has the wrong sign: log p - log q.", off, where, "Return log q - log p.")
+        ]
     constant = seen - right
     if float(constant.max() - constant.min()) <= 2 * float((log_p[RIGHT].budget + log_q[RIGHT].budget).max()):
         value = float(constant.median())
@@ -140,7 +146,9 @@ def _named(p: Formula, f: Formula, formula: Formula | None, off: float, where: s
         )  # fmt: skip
     for mistake in f:
         if mistake.name != "log-2pi-dropped":
-            findings.append(Finding(f"kl-log-q-{mistake.name}", f"in log q: {mistake.words}", off, where, mistake.remedy))
+            findings.append(
+                Finding(f"kl-log-q-{mistake.name}", f"in log q: {mistake.words}", off, where, mistake.remedy)
+            )
     if p != formula:  # else the density's own findings have told it
         for mistake in p:
             if mistake.name != "log-2pi-dropped":

@@ -74,9 +74,7 @@ class AuditReport:
         count = len(self.findings)
         told = "nothing wrong was found" if not count else f"{count} finding{'s' if count > 1 else ''}"
         parts = [f"fastvae.audit: {told} in {', '.join(self.checked)}."]
-        parts += [
-            textwrap.indent(f"{n}. {finding}", "   ").strip() for n, finding in enumerate(self.findings, start=1)
-        ]
+        parts += [textwrap.indent(f"{n}. {finding}", "   ").strip() for n, finding in enumerate(self.findings, start=1)]
         if self.untested:
             parts.append("Not tested:\n" + "\n".join(f"  - {reason}" for reason in self.untested))
         return "\n".join(parts)

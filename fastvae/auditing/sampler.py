@@ -84,7 +84,9 @@ def audit_sampler(
     # Where the dtype's grid is not fine beside a scale, draws are not normal, and no sampler can help it.
     coarse = (claim.mu.abs() * eps / torch.exp(0.5 * claim.logvar)).amax(0) > 0.01  # [D]
     if bool(coarse.any()):
-        found.untested.append(f"the spread of draws in {int(coarse.sum())} dimensions whose scale the dtype cannot hold")
+        found.untested.append(
+            f"the spread of draws in {int(coarse.sum())} dimensions whose scale the dtype cannot hold"
+        )
     _look(found, z, claim, ~coarse, alpha, generator)
     return found
 
@@ -314,7 +316,9 @@ def _frequency_finding(
     bound = _chernoff(frequency, w, len(k)).nan_to_num(0.0)
     worst = int(torch.where((w == 0) & (frequency > 0), -torch.inf, bound).argmin())
     nats = float(torch.xlogy(frequency, frequency / w).sum())
-    where = f"component {worst} made {float(frequency[worst]):.3g} of {len(k)} draws; its weight is {float(w[worst]):.3g}"
+    where = (
+        f"component {worst} made {float(frequency[worst]):.3g} of {len(k)} draws; its weight is {float(w[worst]):.3g}"
+    )
     for name in ("weights-ignored", "weights-as-logits"):
         wrong = weights_of(name, claim)
         if _frequencies_fit(_explain(z, claim, scale, wrong, generator).k, wrong.exp(), alpha):
@@ -327,7 +331,9 @@ def _frequency_finding(
     explained = _explain(z, claim, scale, some, generator, period=b)
     if b > 1 and _is_in_order(explained.own, some.exp(), b, alpha):
         finding = _order_finding(explained.own, w, b)
-        return replace(finding, words=f"{finding.words}  The first {b} of {claim.K} components are drawn, the others never.")
+        return replace(
+            finding, words=f"{finding.words}  The first {b} of {claim.K} components are drawn, the others never."
+        )
     spread_fits = not bool(fine.any()) or _is_normal(explained.t[:, fine], alpha)
     if spread_fits and _frequencies_fit(explained.k, some.exp(), alpha):
         return Finding(

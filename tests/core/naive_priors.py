@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, StudentT
 
+
 def normal(mu: Tensor, s: Tensor) -> Normal:
     return Normal(mu, s, validate_args=False)  # which would refuse NaN
 
@@ -27,9 +28,7 @@ NORMALS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sign-of-square": lambda z, mu, s: ((z - mu) / s) ** 2 / 2 - s.log() - 0.5 * math.log(2 * math.pi),
     "student-t": lambda z, mu, s: StudentT(3.0, mu, s, validate_args=False).log_prob(z),
     "log-2pi-dropped": lambda z, mu, s: normal(mu, s).log_prob(z) + 0.5 * math.log(2 * math.pi),
-    "log-2pi-once": lambda z, mu, s: (
-        normal(mu, s).log_prob(z) + (1 - 1 / z.shape[-1]) * 0.5 * math.log(2 * math.pi)
-    ),
+    "log-2pi-once": lambda z, mu, s: normal(mu, s).log_prob(z) + (1 - 1 / z.shape[-1]) * 0.5 * math.log(2 * math.pi),
     "log-determinant-dropped": lambda z, mu, s: normal(mu, s).log_prob(z) + s.log(),
     "log-determinant-doubled": lambda z, mu, s: normal(mu, s).log_prob(z) - s.log(),
     "sign-of-log-determinant": lambda z, mu, s: normal(mu, s).log_prob(z) + 2 * s.log(),
@@ -60,8 +59,11 @@ OUTPUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "trailing-dimension": lambda log_p, D: log_p[..., None],
     "reduced-over-batch": lambda log_p, D: log_p.mean(),
     "nan-hidden": lambda log_p, D: log_p.nan_to_num(),
-    "spreads-over-the-batch": lambda log_p, D: log_p + 0.0 * log_p.detach().nan_to_num(posinf=0, neginf=0).max()
-    + torch.where(log_p.isnan().any(), torch.nan, 0.0),
+    "spreads-over-the-batch": lambda log_p, D: (
+        log_p
+        + 0.0 * log_p.detach().nan_to_num(posinf=0, neginf=0).max()
+        + torch.where(log_p.isnan().any(), torch.nan, 0.0)
+    ),
     "gradient-detached": lambda log_p, D: log_p.detach(),
     "gradient-wrong": lambda log_p, D: 0.5 * log_p + 0.5 * log_p.detach(),
 }

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from core.naive_priors import GROUPS, NAMES, naive
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import fastvae
+from core.naive_priors import GROUPS, NAMES, naive
 from fastvae.auditing import AuditError
 from fastvae.auditing.claim import claim_of
 from fastvae.auditing.sampler import audit_sampler
@@ -54,18 +54,11 @@ def right_priors(seed: int) -> list[object]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_right_priors_have_no_finding(seed: int) -> None:
     for prior in right_priors(seed):
         report = fastvae.audit(prior, seed=seed)
         assert report, str(report)
-
-
-def test_many_right_priors_have_no_finding() -> None:
-    for seed in range(100, 150):
-        for prior in right_priors(seed):
-            report = fastvae.audit(prior, seed=seed)
-            assert report, f"{seed}: {report}"
 
 
 class Encoder(nn.Module):
@@ -116,8 +109,7 @@ def test_the_sampler_of_what_is_right_is_called_wrong_as_seldom_as_is_said() -> 
     claim = claim_of(None, mu, logvar, None, None, weights).detach()
     generator = torch.Generator().manual_seed(0)
     alarms = sum(
-        bool(audit_sampler(lambda n: claim.draw(n, generator), claim, 500, 0.2, generator).findings)
-        for _ in range(100)
+        bool(audit_sampler(lambda n: claim.draw(n, generator), claim, 500, 0.2, generator).findings) for _ in range(100)
     )
     assert alarms <= 32  # 20 are expected at most; 33 or more of 100 have a probability of 0.002
 
@@ -180,20 +172,16 @@ def check_pair(pair: tuple[str, str]) -> None:
     same = " ".join(finding.words.partition("The same numbers come of:")[2] for finding in report.findings)
     missing = {name for name in wanted - set(report.names) if name not in same}
     assert not missing, f"{pair}: {report}"
-    surplus = len(set(report.names) - wanted - set().union(*(IMPLIED.get(name, set()) for name in pair)))
-    assert surplus <= (1 if pair in NOT_TOLD_APART or same else 0) + (pair == ("sign-of-square", "density-not-log")), (
-        f"{pair}: {report}"
-    )
+    surplus = set(report.names) - wanted - set().union(*(IMPLIED.get(name, set()) for name in pair))
+    if pair not in NOT_TOLD_APART and not same:
+        assert surplus <= ({"underflow"} if pair == ("sign-of-square", "density-not-log") else set()), (
+            f"{pair}: {report}"
+        )
 
 
-@pytest.mark.parametrize("pair", PAIRS[::12], ids="+".join)
+@pytest.mark.parametrize("pair", PAIRS[1::24], ids="+".join)  # more of them in test_audit_pairs.py
 def test_pairs_of_mistakes_are_found(pair: tuple[str, str]) -> None:
     check_pair(pair)
-
-
-def test_every_pair_of_mistakes_is_found() -> None:
-    for pair in PAIRS:
-        check_pair(pair)
 
 
 def test_a_finding_says_how_far_off_it_is() -> None:
@@ -311,18 +299,25 @@ def sampler_findings(sample) -> list[str]:
     return fastvae.audit(naive(mu, logvar, weights), mu, logvar, probs=weights, sample=sample).names
 
 
-@pytest.mark.parametrize("pick", PICKS)
-@pytest.mark.parametrize("spread", SPREADS)
-def test_mistakes_of_samplers_are_found(pick: str, spread: str) -> None:
+def check_sampler(pick: str, spread: str) -> None:
     wanted = [name for name in (spread, {"first-of-seven": "first-components-in-order"}.get(pick, pick))
               if name != "right"]  # fmt: skip
     if spread == "samples-unexplained":
         wanted = [spread]  # then nobody knows whose draws these are
     found = sampler_findings(lambda n: draw(n, pick, spread))
-    if spread == "no-noise" and "first" in pick:
-        wanted = ["repeated-draws", *wanted]  # nothing in them is random
-        found = ["repeated-draws", *(name for name in found if name != "repeated-draws")]
+    if spread == "no-noise" and "first" in pick:  # nothing in them need be random
+        found = [name for name in found if name != "repeated-draws"]
     assert found == wanted
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_wrong_choices_of_components_are_found(pick: str) -> None:
+    check_sampler(pick, "right")
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_wrong_spreads_of_draws_are_found(spread: str) -> None:
+    check_sampler("right", spread)
 
 
 @pytest.mark.parametrize(
