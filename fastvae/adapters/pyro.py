@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Size, Tensor
@@ -31,7 +32,7 @@ class PriorDistribution(TorchDistribution):  # type: ignore[misc]
     """
 
     support = constraints.real_vector
-    arg_constraints = {}  # noqa: RUF012 (as of the base class)
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
     def __init__(self, prior: Prior, batch_shape: Size = Size(()), validate_args: bool | None = None) -> None:  # noqa: B008

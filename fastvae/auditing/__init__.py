@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributions, nn
 
-from fastvae.auditing.claim import Claim, claim_of
+from fastvae.auditing.claim import claim_of
 from fastvae.auditing.density import audit_density, audit_gradient_in_z, audit_gradient_of_parameters, points
 from fastvae.auditing.divergence import audit_kl
 from fastvae.auditing.observed import Observed
@@ -42,8 +42,8 @@ def audit(
     Args:
         prior: z [M, D] -> log p(z) [M], or an object with `log_prob`, and perhaps `sample`, `kl` and `components`:
             a :class:`fastvae.Mixture`, a `torch.distributions.MixtureSameFamily`, or one's own.
-        mu, logvar: [K, D] and broadcastable to [K, D], the components that the prior claims to have, in the dtype and on
-            the device on which it computes.  None: what `prior.components()` returns.
+        mu, logvar: [K, D] and broadcastable to [K, D], the components that the prior claims to have, in the dtype and
+            on the device with which it computes.  None: what `prior.components()` returns.
         scale: the standard deviations, in the place of logvar.
         log_weights: [K]; None means equal weights.
         probs: [K], the weights themselves, in the place of log_weights.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae.auditing.claim import Claim
-from fastvae.auditing.formulas import NEGLIGIBLE, RIGHT, Floor, Formula, Mistake, Value, evaluate, formulas
+from fastvae.auditing.formulas import ELEMENTS, NEGLIGIBLE, RIGHT, Floor, Formula, Mistake, Value, evaluate, formulas
 from fastvae.auditing.observed import UNKNOWN, Observed
 from fastvae.auditing.report import Finding
 
@@ -41,7 +41,7 @@ def points(claim: Claim, generator: torch.Generator) -> Tensor:
 
     M differs from D and K, so that the shape of a result says what it is.
     """
-    count = 15
+    count = max(4, min(15, ELEMENTS // (4 * claim.K * claim.D)))
     while 4 * count in (claim.D, claim.K):
         count += 1
     pairs = claim.draw(2 * count, generator)

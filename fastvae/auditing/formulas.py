@@ -318,8 +318,9 @@ def _evaluate(
     if loosely:
         budget = 1 + 0.01 * value.abs()
     else:
-        with torch.no_grad():  # each term of n with its share of the value; mu may be perturbed by one rounding
-            each = square * (2 + 2 * log_s.abs()) + t.abs() * (z.abs() + mu.abs()) * inverse + 2 * log_s.abs() + 2
+        with torch.no_grad():  # each term of n with its share of the value; mu and z may be off by one rounding
+            size = (z.abs() + mu.abs()) * inverse
+            each = square * (2 + 2 * log_s.abs()) + t.abs() * size + EPS * size**2 + 2 * log_s.abs() + 2
             largest = log_w[log_w > -math.inf].abs().amax()
             budget = 8 * EPS * ((share * each).sum((1, 2)) + value.abs() + largest) + NEGLIGIBLE
     output = chosen.get("output")

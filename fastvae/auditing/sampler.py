@@ -21,7 +21,7 @@ from fastvae.auditing.report import Finding
 from fastvae.contracts import describe
 
 FAMILIES = 6  # of tests, which share the false-alarm probability
-ELEMENTS = 1 << 26
+ELEMENTS = 1 << 25
 SCALES = ("variance-as-scale", "scale-as-variance", "log-variance-as-scale", "inverted-variance",
           "tanh-of-log-variance", "variance-ignored")  # fmt: skip
 
@@ -134,7 +134,7 @@ def _look(found: Draws, z: Tensor, claim: Claim, fine: Tensor, alpha: float, gen
 def _explain(
     z: Tensor, claim: Claim, scale: str | None, log_w: Tensor, generator: torch.Generator, period: int = 0
 ) -> _Explained:
-    """Components drawn from the responsibilities; period: after how many draws the first component comes again, or K."""
+    """Components drawn from the responsibilities; period: after how many draws the first comes again, or K."""
     log_s = log_scale(scale, claim.logvar)  # [K, D]
     ks, ts, own = [], [], []
     step = max(1, (1 << 22) // (claim.K * claim.D))
@@ -183,7 +183,7 @@ def _dkw(n: int, alpha: float) -> float:
 
 
 def _chernoff(observed: Tensor, mean: Tensor, n: int) -> Tensor:
-    """A bound on log P that the mean of n independent numbers in [0, 1] is as far from its expectation, on that side."""
+    """A bound on log P that the mean of n independent numbers in [0, 1] is as far from `mean`, on that side."""
     observed, mean = observed.clamp(0, 1), mean.clamp(0, 1)
     return -n * (torch.xlogy(observed, observed / mean) + torch.xlogy(1 - observed, (1 - observed) / (1 - mean)))
 
@@ -214,8 +214,8 @@ def _order_finding(own: Tensor, w: Tensor, period: int) -> Finding:
         "draw n comes from component n, then from the first again: a few draws show the first components alone, and no "
         "draw is independent of its place.",
         None,
-        f"draws 0 ... {count - 1}: the mean responsibility of component n for draw n is {float(own[:count].mean()):.3g},"
-        f" and should be {float(w[:count].mean()):.3g}",
+        f"draws 0 ... {count - 1}: the mean responsibility of component n for draw n is "
+        f"{float(own[:count].mean()):.3g}, and should be {float(w[:count].mean()):.3g}",
         "Draw components with torch.multinomial(weights, n, replacement=True).",
     )
 

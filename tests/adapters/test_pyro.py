@@ -26,7 +26,7 @@ def test_shapes_and_values() -> None:
     assert z.shape == (2, 4, D)
     torch.testing.assert_close(wide.log_prob(z), prior.log_prob(z))
     assert wide.log_prob(z[0, 0]).shape == (4,)
-    with pytest.raises(TypeError, match="prior must be a fastvae.Prior"):
+    with pytest.raises(TypeError, match=r"prior must be a fastvae\.Prior"):
         PriorDistribution(dist.Normal(0.0, 1.0))
 
 

@@ -492,5 +492,5 @@ def test_what_is_no_density_is_refused() -> None:
         fastvae.audit(fastvae.MixturePrior, mu, logvar)
     with pytest.raises(TypeError, match="log_prob must return a floating tensor"):
         fastvae.audit(lambda z: z.sum(-1).tolist(), mu, logvar)
-    with pytest.raises(TypeError, match="kl.mu, logvar. must return"):
+    with pytest.raises(TypeError, match=r"kl.mu, logvar. must return"):
         fastvae.audit(naive(*CLAIM), mu, logvar, kl=lambda mu, logvar: mu)
