@@ -78,7 +78,7 @@ def audit(
     generator = torch.Generator().manual_seed(seed)
     checked = ["log_prob"]
     devices = [claim.device] if claim.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.inference_mode(False):
         torch.manual_seed(seed)
         z = points(fixed, generator)
         with torch.no_grad():

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from fastvae.auditing.claim import Claim
-from fastvae.auditing.formulas import ELEMENTS, NEGLIGIBLE, RIGHT, Floor, Formula, Mistake, Value, evaluate, formulas
+from fastvae.auditing.formulas import (
+    ELEMENTS,
+    NAMED,
+    NEGLIGIBLE,
+    RIGHT,
+    Floor,
+    Formula,
+    Mistake,
+    Value,
+    evaluate,
+    formulas,
+)
 from fastvae.auditing.observed import UNKNOWN, Observed
 from fastvae.auditing.report import Finding
 
@@ -64,8 +75,7 @@ def points(claim: Claim, generator: torch.Generator) -> Tensor:
 def audit_density(observed: Observed, claim: Claim, z: Tensor) -> Density:
     """Which formula the density follows at z [M, D], and what is wrong with it.  Without gradients."""
     found = Density(z=z)
-    if observed.finding:
-        found.findings.append(observed.finding)
+    found.findings += observed.findings
     if observed.shape == UNKNOWN:
         found.untested.append("the density: no number for each point can be had of what it returns")
         return found
@@ -78,7 +88,7 @@ def audit_density(observed: Observed, claim: Claim, z: Tensor) -> Density:
             f"the formula: log_prob is finite, or above its floor, at {int(found.usable.sum())} of {len(z)} points"
         )
         return found
-    _recognise(found, claim, seen, right)
+    _recognise(found, observed, claim, seen, right)
     if not found.rough:
         found.findings += _dtype(observed, claim)
     found.findings += _non_finite(observed, z, right_formula=found.formula == RIGHT)
@@ -128,7 +138,18 @@ def _underflow(found: Density, observed: Observed, seen: Tensor, right: Tensor) 
     """The rows whose number follows from a formula, bool [M]; findings where small densities are lost."""
     usable = seen.isfinite() & (seen.abs() < HUGE)
     lost = ~usable & right.isfinite()
-    if bool(lost.any()):
+    if bool(seen[lost].isnan().any()):
+        found.findings.append(
+            Finding(
+                "nan",
+                "log_prob is NaN at points that are finite.",
+                None,
+                f"{int(seen.isnan().sum())} of {len(seen)} points, the likeliest at log p = "
+                f"{float(right[seen.isnan()].max()):.4g}",
+                "Look for 0 / 0, inf - inf, and logarithms of negative numbers; log scales and logsumexp have none.",
+            )
+        )
+    elif bool(lost.any()):
         signs = {f"{float(value):.4g}" for value in seen[lost]}
         worst = float(right[lost].max())
         tiny = math.log(torch.finfo(observed.dtype).tiny)
@@ -167,7 +188,7 @@ def _underflow(found: Density, observed: Observed, seen: Tensor, right: Tensor) 
     return usable
 
 
-def _recognise(found: Density, claim: Claim, seen: Tensor, right: Value) -> None:
+def _recognise(found: Density, observed: Observed, claim: Claim, seen: Tensor, right: Value) -> None:
     """The formula with the fewest mistakes that gives the numbers."""
     z, usable = found.z, found.usable
     values = {formula: found.evaluate(formula, claim) for formula in (RIGHT, *formulas(1))}
@@ -195,7 +216,7 @@ def _recognise(found: Density, claim: Claim, seen: Tensor, right: Value) -> None
     for found.floor in floors:
         for count in (0, 1, 2):
             same = [f for f in formulas(count) if _agrees_at(few, f, found, claim, seen)]
-            same = [f for f in same if _agrees(seen, found.evaluate(f, claim), usable)]
+            same = [f for f in same if _explains(seen, found.evaluate(f, claim), usable, f)]
             if same:
                 return tell(same[0], same[1:4])
     found.floor = floors[0]
@@ -219,7 +240,7 @@ def _recognise(found: Density, claim: Claim, seen: Tensor, right: Value) -> None
     imprecise = [
         (size * (1.5 if formula else 1.0), finding, formula)
         for formula, value in values.items()
-        for size, finding in _precision(found, claim, seen, value, formula)
+        for size, finding in _precision(found, observed, claim, seen, value, formula)
     ]
     if imprecise:
         _, finding, formula = min(imprecise, key=lambda item: item[0])
@@ -234,6 +255,12 @@ def _recognise(found: Density, claim: Claim, seen: Tensor, right: Value) -> None
 def _agrees(seen: Tensor, value: Value, usable: Tensor) -> bool:
     near = (seen - value.value).abs() <= value.budget
     return bool((near & value.value.isfinite())[usable].all())
+
+
+def _explains(seen: Tensor, value: Value, usable: Tensor, formula: Formula) -> bool:
+    """Whether the numbers are the formula's; densities that are all 0 to rounding are nobody's."""
+    nothing = NAMED["density-not-log"] in formula and float(value.value[usable].max()) < 1e-9
+    return not nothing and _agrees(seen, value, usable)
 
 
 def _agrees_at(rows: Tensor, formula: Formula, found: Density, claim: Claim, seen: Tensor) -> bool:
@@ -258,9 +285,12 @@ def _everywhere(count: int) -> str:
 
 
 def _precision(
-    found: Density, claim: Claim, seen: Tensor, value: Value, formula: Formula
+    found: Density, observed: Observed, claim: Claim, seen: Tensor, value: Value, formula: Formula
 ) -> list[tuple[float, Finding]]:
-    """The formula in less than float32, if the numbers are off by as much as that makes them; the error with each."""
+    """The formula in less than float32, if the numbers are off by as much as that makes them; the error with each.
+
+    Rounding errors are others at the next point that the dtype has, where those of another formula are the same.
+    """
     kinds = [
         ("cancellation", torch.float32, True, "of z^2 - 2 z mu + mu^2 in float32, whose terms cancel"),
         ("half-precision", torch.float16, False, "of float16"),
@@ -275,7 +305,12 @@ def _precision(
         if int(both.sum()) < LEAST_ROWS:
             continue
         size, expected = (float(x[both].square().mean().sqrt()) for x in (off, rough))
-        if expected > NEGLIGIBLE and expected / 30 < size <= 3 * expected:
+        if not (expected > NEGLIGIBLE and expected / 30 < size <= 3 * expected):
+            continue
+        sign = (-1.0) ** torch.arange(found.z.numel(), dtype=torch.float64).reshape(found.z.shape)
+        beside = claim.to_prior(found.z * (1 + 2 * torch.finfo(dtype).eps * sign)).double().cpu()
+        noise = observed(beside) - evaluate(formula, beside, claim, floor=found.floor).value - off
+        if float(noise[both].square().mean().sqrt()) > 0.3 * size:
             finding = Finding(
                 name,
                 f"the numbers have the accuracy {words}.",

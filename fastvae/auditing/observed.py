@@ -49,27 +49,39 @@ class Observed:
 
     Attributes:
         dtype: what it returns for the dtype of the claim's components.
-        finding: what is wrong with the shape, or None.
+        findings: what is wrong with the shape, and with what becomes of z.
     """
 
     def __init__(self, density: Callable[[Tensor], Tensor], claim: Claim, z: Tensor) -> None:
         self.density, self.claim = density, claim
-        output = self._raw(claim.to_prior(z))
+        given = claim.to_prior(z).clone()
+        output = self._raw(given)
         M, D, K = len(z), claim.D, claim.K
         shapes = {(M,): PER_ROW, (M, 1): KEPT, (M, D): PER_DIMENSION, (M, K): PER_COMPONENT, (): REDUCED, (1,): REDUCED}
         if D == 1:
             shapes[M, 1] = KEPT
         self.shape = shapes.get(tuple(output.shape), UNKNOWN)
         self.dtype = output.dtype
-        self.finding = None
+        self.findings = []
+        if not torch.equal(given, claim.to_prior(z)):
+            self.findings.append(
+                Finding(
+                    "changes-its-input",
+                    "log_prob changes the tensor z that it is given.",
+                    None,
+                    "every call",
+                    "Compute on a copy: no operation in place, such as z.sub_(mu) or z *= s, on the argument.",
+                )
+            )
         if self.shape != PER_ROW:
             name, words, remedy = _SHAPES[self.shape]
             where = f"z {list(z.shape)} gives {list(output.shape)}, with K = {K}"
-            self.finding = Finding(name, words, None, where, remedy)
+            self.findings.append(Finding(name, words, None, where, remedy))
 
     def __call__(self, z: Tensor) -> Tensor:
         """One number a row, [M] for z [M, D], in float64 on the CPU; differentiable where z or the prior is."""
         z = self.claim.to_prior(z)
+        z = z if z.requires_grad else z.clone()
         if self.shape == REDUCED:
             return torch.stack([self._raw(row).reshape(()) for row in z[:, None]]).double().cpu()
         output = self._raw(z).cpu().double()

@@ -212,6 +212,41 @@ def test_the_expanded_square_is_found_where_it_loses_digits() -> None:
     assert fastvae.audit(log_prob, mu, logvar).names == ["cancellation", "nan-at-infinity"]
 
 
+def test_slightly_other_components_are_no_rounding() -> None:
+    mu, logvar, _ = some_components()
+    assert fastvae.audit(lambda z: fastvae.mixture_log_prob(z, mu, logvar + 0.01), mu, logvar).names == ["unexplained"]
+
+
+def test_functions_that_are_no_density_are_found() -> None:
+    mu, logvar, _ = some_components()
+    names = {
+        "unexplained": lambda z: z.sum(-1) * 0.0,
+        "nan": lambda z: z.sum(-1) * torch.nan,
+        "underflow": lambda z: torch.full((len(z),), -torch.inf),
+    }
+    for name, density in names.items():
+        assert name in fastvae.audit(density, mu, logvar).names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_changed_input_is_found(dtype: torch.dtype) -> None:
+    mu, logvar, _ = (x.to(dtype) for x in some_components())
+
+    def log_prob(z: Tensor) -> Tensor:
+        log_p = fastvae.mixture_log_prob(z, mu, logvar)
+        if not z.requires_grad:
+            z.mul_(2)
+        return log_p
+
+    assert fastvae.audit(log_prob, mu, logvar).names == ["changes-its-input"]
+
+
+def test_the_audit_runs_in_inference_mode() -> None:
+    mu, logvar, _ = some_components()
+    with torch.inference_mode():
+        assert fastvae.audit(lambda z: fastvae.mixture_log_prob(z, mu, logvar), mu, logvar)
+
+
 def test_noise_in_the_density_is_found() -> None:
     mu, logvar, _ = some_components()
     dropout = nn.Dropout(0.2)
