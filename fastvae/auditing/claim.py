@@ -99,6 +99,8 @@ def claim_of(
             _checks.tensor(name, value)
             if not value.is_floating_point():
                 raise TypeError(f"{name} must be a floating tensor, not {value.dtype}")
+        if value is not None and value.is_meta:
+            raise ValueError(f"{name} is on the meta device, where there are no numbers to audit")
     dtype, device = mu.dtype, mu.device
     weights = None if log_weights is None else log_weights.cpu()
     mu, logvar, weights = _checks.components(mu.cpu(), logvar.cpu(), weights, torch.float64)

@@ -80,7 +80,8 @@ def audit_density(observed: Observed, claim: Claim, z: Tensor) -> Density:
         found.untested.append("the density: no number for each point can be had of what it returns")
         return found
     seen = observed(z)  # [M]
-    found.findings += _stability(observed, z, seen)
+    unstable = _stability(observed, z, seen)
+    found.findings += unstable
     right = evaluate(RIGHT, z, claim)
     found.usable = _underflow(found, observed, seen, right.value)
     if int(found.usable.sum()) < LEAST_ROWS:
@@ -91,7 +92,8 @@ def audit_density(observed: Observed, claim: Claim, z: Tensor) -> Density:
     _recognise(found, observed, claim, seen, right)
     if not found.rough:
         found.findings += _dtype(observed, claim)
-    found.findings += _non_finite(observed, z, right_formula=found.formula == RIGHT)
+    if not unstable:
+        found.findings += _non_finite(observed, z, right_formula=found.formula == RIGHT)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae.auditing.claim import Claim
 from fastvae.auditing.formulas import NAMED, NEGLIGIBLE, RIGHT, Formula, evaluate, formulas, log_scale
 from fastvae.auditing.report import Finding
-from fastvae.auditing.sampler import SCALES, _is_normal
+from fastvae.auditing.sampler import SCALES, is_normal
 from fastvae.contracts import describe
 from fastvae.reference import gaussian_kl
 
@@ -70,7 +70,7 @@ def _draws(z: Tensor, q: Claim, false_alarm: float) -> list[Finding]:
     """Whether z is a draw of q."""
     t = (z - q.mu[:, 0]) * torch.exp(-0.5 * q.logvar[:, 0])
     fine = (q.mu[:, 0].abs() * torch.finfo(q.dtype).eps * torch.exp(-0.5 * q.logvar[:, 0])).amax(0) < 0.01
-    if not bool(fine.any()) or _is_normal(t[:, fine], false_alarm):
+    if not bool(fine.any()) or is_normal(t[:, fine], false_alarm):
         return []
     name, words, remedy = (
         "unexplained",
@@ -81,7 +81,7 @@ def _draws(z: Tensor, q: Claim, false_alarm: float) -> list[Finding]:
         name, words = "no-noise", "z is the posterior's mean, without noise."
     for wrong in SCALES:
         other = (z - q.mu[:, 0]) * torch.exp(-log_scale(wrong, q.logvar[:, 0]))
-        if bool(other.isfinite().all()) and _is_normal(other[:, fine], false_alarm):
+        if bool(other.isfinite().all()) and is_normal(other[:, fine], false_alarm):
             name, words, remedy = wrong, f"z is drawn wrongly: {NAMED[wrong].words}", NAMED[wrong].remedy
             break
     where = f"{len(z)} posteriors: z is {float(t.square().mean().sqrt()):.3g} scales away from mu, and should be 1"

@@ -110,7 +110,7 @@ def _look(found: Draws, z: Tensor, claim: Claim, fine: Tensor, alpha: float, gen
                         f"{len(torch.unique(z, dim=0))} different draws of {n}", "Draw noise for every row.")
             )  # fmt: skip
             return
-        elif not _is_normal(explained.t[:, fine], alpha):
+        elif not is_normal(explained.t[:, fine], alpha):
             name, scale = _spread(z, claim, fine, alpha, generator)
             found.findings.append(_spread_finding(name, explained.t[:, fine], n))
             if scale is None:
@@ -154,7 +154,7 @@ def _no_noise(t: Tensor) -> bool:
     return float(t.abs().median()) < 1e-3  # has probability below 1e-300 for as few as 64 draws
 
 
-def _is_normal(t: Tensor, alpha: float) -> bool:
+def is_normal(t: Tensor, alpha: float) -> bool:
     """Whether t [N, D] may be N(0, I)."""
     return _distance_to_normal(t) <= _dkw(len(t), alpha / (t.shape[1] + 1))
 
@@ -243,7 +243,7 @@ def _spread(
         if bool(log_scale(name, claim.logvar).isfinite().all()):
             # Draws with wrong frequencies still have the right spread within their components.
             t = _explain(z, claim, name, _fitted_log_weights(z, claim, name), generator).t[:, fine]
-            if _is_normal(t, alpha):
+            if is_normal(t, alpha):
                 fitting.append((_distance_to_normal(t), name))
     if fitting:
         name = min(fitting)[1]
@@ -279,7 +279,7 @@ def _has_a_component_for_each_dimension(
         _explain(z[:, d, None], _dimension(claim, d), None, claim.log_weights, generator).t
         for d in fine.nonzero().squeeze(1).tolist()
     ]
-    if not all(_is_normal(each, alpha / claim.D) for each in t):
+    if not all(is_normal(each, alpha / claim.D) for each in t):
         return False
     mixed = torch.stack([claim.draw(1024, generator)[:, d] for d in range(claim.D)], 1)
     far, as_far = (
@@ -334,7 +334,7 @@ def _frequency_finding(
         return replace(
             finding, words=f"{finding.words}  The first {b} of {claim.K} components are drawn, the others never."
         )
-    spread_fits = not bool(fine.any()) or _is_normal(explained.t[:, fine], alpha)
+    spread_fits = not bool(fine.any()) or is_normal(explained.t[:, fine], alpha)
     if spread_fits and _frequencies_fit(explained.k, some.exp(), alpha):
         return Finding(
             "samples-first-components-only",

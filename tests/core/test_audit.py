@@ -510,6 +510,7 @@ def test_the_audit_leaves_random_numbers_as_they_were() -> None:
         (dict(mu=CLAIM[0][:0], logvar=CLAIM[1][:0]), ValueError, "K >= 1"),
         (dict(mu=CLAIM[0], logvar=CLAIM[1][:, :2]), ValueError, "logvar must be broadcastable"),
         (dict(mu=CLAIM[0].long(), logvar=CLAIM[1]), TypeError, "mu must be a floating tensor"),
+        (dict(mu=CLAIM[0].to("meta"), logvar=CLAIM[1]), ValueError, "mu is on the meta device"),
         (dict(mu=CLAIM[0].tolist(), logvar=CLAIM[1]), TypeError, "mu must be a tensor"),
         (dict(mu=CLAIM[0], logvar=CLAIM[1], false_alarm=0.0), ValueError, "false_alarm must be between"),
     ],
