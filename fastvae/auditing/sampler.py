@@ -151,7 +151,7 @@ def _explain(
 
 
 def _no_noise(t: Tensor) -> bool:
-    return float(t.abs().median()) < 1e-3  # has probability below 1e-300 for as few as 64 draws
+    return float(t.abs().median()) < 1e-3  # has a probability below 1e-70 for as few as 64 draws
 
 
 def is_normal(t: Tensor, alpha: float) -> bool:

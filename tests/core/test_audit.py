@@ -442,6 +442,43 @@ def test_tomczaks_tutorial() -> None:
     ], str(report)  # fmt: skip
 
 
+def test_sysvis_vamp_prior() -> None:
+    """A scale that goes through sqrt, and logsumexp in each dimension; the KL term is summed at its end."""
+    mu, logvar, _ = CLAIM
+    scale = (0.5 * logvar).exp()
+
+    def log_prob(z: Tensor) -> Tensor:
+        each = Normal(mu[:, None], scale.sqrt()[:, None]).log_prob(z) + math.log(1 / 20)  # [K, M, D]
+        return each.logsumexp(0)
+
+    def kl(mu_q: Tensor, logvar_q: Tensor) -> tuple[Tensor, Tensor]:
+        q = Normal(mu_q, (0.5 * logvar_q).exp())
+        z = q.rsample()
+        return z, (q.log_prob(z) - log_prob(z)).sum(-1)
+
+    names = fastvae.audit(log_prob, mu, scale=scale, kl=kl).names
+    assert names == [
+        "sum-over-dimensions-forgotten", "product-of-mixtures", "scale-as-variance", "kl-log-p-wrong",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [20, 500, 8])
+def test_pythaes_vamp_sampler(batch: int) -> None:
+    """Whole batches of the first components, in order, with tanh of the log variances, and a remainder of the same."""
+    mu, logvar, _ = CLAIM
+
+    def sample(n: int) -> Tensor:
+        size, parts = min(len(mu), batch), []
+        for count in [size] * (n // size) + [n % size]:
+            std = torch.exp(0.5 * torch.tanh(logvar[:count]))
+            parts.append(mu[:count] + std * torch.randn_like(std))
+        return torch.cat(parts)
+
+    equal = torch.ones(20)
+    report = fastvae.audit(naive(mu, logvar, equal, "log-2pi-dropped"), mu, logvar, sample=sample)
+    assert report.names == ["log-2pi-dropped", "samples-tanh-of-log-variance", "first-components-in-order"]
+
+
 def test_a_mixture_without_independent() -> None:
     """MixtureSameFamily over [D, K] normal components, whose log_prob [M, D] is then summed."""
     mu, logvar, _ = CLAIM
