@@ -57,7 +57,8 @@ def install(source: Path, folder: Path, **variables: str) -> tuple[str, set[str]
     call("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "site", wheel, folder=folder)
     (installed,) = distributions(name="fastvae-kernels", path=[str(folder / "site")])
     assert installed.version == fastvae.__version__
-    assert {"app", "bench", "dev", "docs", "triton"} == set(installed.metadata.get_all("Provides-Extra") or ())
+    extras = {"app", "bench", "dev", "docs", "pyro", "pythae", "safetensors", "scvi", "tensorboard", "triton"}
+    assert extras == set(installed.metadata.get_all("Provides-Extra") or ())
     return wheel.stem.split("-", 2)[2], {name for name in names if ".dist-info/" not in name}
 
 
