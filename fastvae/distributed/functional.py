@@ -13,6 +13,7 @@ nothing of other ranks but w_r.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from fastvae._noise import draw_seed
 from fastvae.autograd import _differentiable_once
 from fastvae.backends.choice import choose, dense
 from fastvae.backends.registry import PRECISIONS, check_name
+from fastvae.distributed.dtensors import is_dtensor, to_local
 from fastvae.distributed.link import Link, Told, agree, link_to
 
 if TYPE_CHECKING:
@@ -116,6 +118,7 @@ class _Shard(NamedTuple):
     logvar: Tensor
     log_weights: Tensor
     exclude: Tensor | None  # by the numbers of the rank's components
+    like_z: Callable[[Tensor], Tensor]  # a result as a DTensor, where z was one
 
     @property
     def mixture(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,6 +152,9 @@ def _shard(
     impl: str | None,
 ) -> _Shard:
     """The arguments, checked on all ranks."""
+    z, mu, logvar, log_weights, exclude, group, rows, like_z = to_local(
+        z, mu, logvar, log_weights, exclude, group, rows
+    )
     link = link_to(what, group)
     sharded_rows = rows == "sharded"
 
@@ -198,7 +204,9 @@ def _shard(
     if exclude is not None:  # by the numbers of the rank's components
         exclude = exclude - sum(rank.K for rank in ranks[: link.rank])
         exclude = exclude.masked_fill((exclude < 0) | (exclude >= len(mu)), -1)
-    return _Shard(link, counts, z.shape, dense(dense_backward), own_z, own_mu, own_logvar, own_log_weights, exclude)
+    return _Shard(
+        link, counts, z.shape, dense(dense_backward), own_z, own_mu, own_logvar, own_log_weights, exclude, like_z
+    )
 
 
 def _filled(mu: Tensor, logvar: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -312,7 +320,8 @@ def mixture_log_prob(
         mu: [K_r, D], the rank's own means; K_r may be 0.
         logvar: the rank's own, broadcastable to [K_r, D]; or [], [D] or [1, D] on all ranks, which is then shared.
         log_weights: [K_r], the rank's own, used as given and never renormalised.  None means -log K each, with the K
-            components of all ranks.
+            components of all ranks.  The components may be DTensors that are Shard(0) on one dimension of a mesh; then
+            this dimension is the group, z may be a DTensor, too, and its placement says what `rows` says.
         group: the process group; None is the default one.
         rows: "replicated", all ranks give the same z and get the same result; "sharded", each rank gives rows of its
             own, as many as it has, and gets theirs.
@@ -320,7 +329,7 @@ def mixture_log_prob(
         dense_backward, precision, impl: as of :func:`fastvae.mixture_log_prob`.
 
     Returns:
-        [...], nats.  With replicated rows it has the same bits on all ranks.
+        [...], nats, with the same bits on all ranks where the rows are replicated; a DTensor where z is one.
 
     Gradients are those of the unsharded mixture.  Each rank gets those of its own components.
 
@@ -348,7 +357,7 @@ def mixture_log_prob(
     of_rank = F.mixture_log_prob(
         *shard.mixture, exclude=shard.exclude, dense_backward=dense_backward, precision=precision, impl=impl
     )
-    return shard.log_prob(of_rank)[0]
+    return shard.like_z(shard.log_prob(of_rank)[0])
 
 
 def mixture_log_prob_and_score(
@@ -377,7 +386,7 @@ def mixture_log_prob_and_score(
         *shard.mixture, exclude=shard.exclude, dense_backward=dense_backward, precision=precision, impl=impl
     )
     log_prob, weight = shard.log_prob(of_rank)
-    return log_prob, shard.score(score, weight)
+    return shard.like_z(log_prob), shard.like_z(shard.score(score, weight))
 
 
 def mixture_kl(
@@ -417,8 +426,11 @@ def mixture_kl(
 
     def check() -> tuple[str, Told, tuple[torch.dtype, Tensor, Tensor]]:
         _check_rows(rows)
-        dtype = _checks.result_dtype(mu=mu, logvar=logvar)
         named = {"mu": mu, "logvar": logvar, "prior_mu": prior_mu, "prior_logvar": prior_logvar}
+        for name, value in named.items():
+            if is_dtensor(value):
+                raise TypeError(f"{name} must be the rank's own tensor here, such as a DTensor's .to_local()")
+        dtype = _checks.result_dtype(mu=mu, logvar=logvar)
         wide = _checks.compute_dtype(_checks.result_dtype(**named, log_weights=log_weights))
         posterior = _checks.gaussian(mu, logvar, wide)
         _checks.sampled_shape(num_samples, mu)
