@@ -180,7 +180,7 @@ def test_rows_and_components_on_a_mesh(ranks: Ranks) -> None:
     "z_placements", [["replicate"], ["shard"], ["shard", "replicate"], ["shard", "shard"], ["replicate", "replicate"]]
 )
 def test_dtensors(ranks: Ranks, z_placements: list[str], shared: bool) -> None:
-    case = replace(hard_case(13, 11, 3), exclude=torch.arange(13) - 2)
+    case = replace(hard_case(13, 11, 3), exclude=torch.arange(13) % 12 - 1)
     if shared:
         case = replace(case, logvar=case.logvar[3])
     of_ranks = ranks(with_dtensors, case, len(z_placements) == 2, z_placements, shared)
@@ -232,7 +232,7 @@ DISAGREEMENTS = {
     "sharded": ({"rows": "sharded"}, "rows='sharded'"),
     "values": ({"z": Z + 1}, "must give the same z"),
     "logvar": ({"logvar": torch.zeros(4, 3)}, "logvar must be \\[D\\] or \\[\\] on all ranks or on none"),
-    "wrong shape": ({"mu": MU[:, :2]}, "ValueError: (z|mu|mixture_log_prob: the arguments of rank 1 are wrong)"),
+    "wrong shape": ({"mu": MU[:, :2]}, "logvar must be broadcastable to \\[1, 2\\] to match mu, not \\[3\\]"),
     "no tensor": ({"logvar": 0.0}, "logvar must be a tensor, not float"),
     "backend": ({"impl": "cuda"}, "impl='cuda'"),
     "no such rows": ({"rows": "both"}, "rows must be 'replicated' or 'sharded'"),
@@ -270,7 +270,7 @@ def test_other_functions_and_wrong_indices_are_told(ranks: Ranks) -> None:
 @pytest.mark.parametrize("how", ["killed", "silent", "killed before backward"])
 def test_a_rank_that_is_lost(how: str) -> None:
     """The others hear of it within the time-out, whether the rank has ended or only does not call."""
-    ranks = Ranks(3, timeout=5.0)
+    ranks = Ranks(3, timeout=4.0)
     try:
         case, sharding, others = hard_case(6, 12, 3), Sharding([4, 4, 4]), [0, 1]
         ranks(run_on_all, case, sharding)
