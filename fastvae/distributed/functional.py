@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae import _checks
+from fastvae import _checks, _torch_compat
 from fastvae import functional as F
 from fastvae._noise import draw_seed
 from fastvae.autograd import _differentiable_once
@@ -297,6 +297,7 @@ def _is_shared(ranks: list[Told]) -> bool:
     )
 
 
+@_torch_compat.not_traced  # what the ranks told each other is true of one call
 def mixture_log_prob(
     z: Tensor,
     mu: Tensor,
@@ -360,6 +361,7 @@ def mixture_log_prob(
     return shard.like_z(shard.log_prob(of_rank)[0])
 
 
+@_torch_compat.not_traced  # what the ranks told each other is true of one call
 def mixture_log_prob_and_score(
     z: Tensor,
     mu: Tensor,
@@ -389,6 +391,7 @@ def mixture_log_prob_and_score(
     return shard.like_z(log_prob), shard.like_z(shard.score(score, weight))
 
 
+@_torch_compat.not_traced  # what the ranks told each other is true of one call
 def mixture_kl(
     mu: Tensor,
     logvar: Tensor,

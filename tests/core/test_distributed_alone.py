@@ -81,6 +81,21 @@ def test_gradients_have_no_gradients(alone: None, impl: str) -> None:
         dz.square().sum().backward()
 
 
+def test_a_compiled_function_makes_the_call_anew(alone: None) -> None:
+    """A handshake of the time of tracing must not become part of a graph."""
+    mu, logvar = torch.randn(4, 3), torch.zeros(3)
+
+    def shifted(z: torch.Tensor) -> torch.Tensor:
+        return fastvae.distributed.mixture_log_prob(2 * z, mu, logvar) + 1
+
+    compiled = torch.compile(shifted, backend="eager")
+    for M in (5, 6):
+        z = torch.randn(M, 3)
+        assert torch.equal(compiled(z), shifted(z))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(shifted, backend="eager", fullgraph=True)(torch.randn(7, 3))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
