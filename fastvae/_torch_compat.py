@@ -21,8 +21,8 @@ def constant_in_graphs(function: Function) -> Function:
     return function
 
 
-# Function -> Function, which torch.compile calls as it is and does not trace.  torch.compiler.disable does the same, but
-# imports the compiler.
+# Function -> Function, which torch.compile calls and does not trace.  torch.compiler.disable does the same, but imports
+# the compiler.
 not_traced = torch._disable_dynamo
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,13 +96,13 @@ class ShardedExemplarPrior(EncodedMixture):
             logvar = self.logvar
 
         def log_prob(z: Tensor) -> Tensor:
-            options = {"group": self.group, "rows": "sharded", **self.backend_options}
+            of_all = partial(mixture_log_prob, group=self.group, rows="sharded", **self.backend_options)
             if index is None:
-                return mixture_log_prob(z, mu, logvar, **options)
+                return of_all(z, mu, logvar)
             exclude = index.expand(z.shape[:-1])
             # the weights of the others become 1 / (N - 1)
             more = (exclude >= 0).to(mu.dtype) * math.log(self.size / (self.size - 1))
-            return mixture_log_prob(z, mu, logvar, exclude=exclude, **options) + more
+            return of_all(z, mu, logvar, exclude=exclude) + more
 
         return log_prob
 

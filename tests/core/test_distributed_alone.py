@@ -92,6 +92,7 @@ def test_a_compiled_function_makes_the_call_anew(alone: None) -> None:
     for M in (5, 6):
         z = torch.randn(M, 3)
         assert torch.equal(compiled(z), shifted(z))
+    torch.compiler.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(shifted, backend="eager", fullgraph=True)(torch.randn(7, 3))
 
