@@ -319,7 +319,8 @@ def mixture_log_prob(
     Args:
         z: [..., D], the points: the same on all ranks, or of each rank its own, see `rows`.
         mu: [K_r, D], the rank's own means; K_r may be 0.
-        logvar: the rank's own, broadcastable to [K_r, D]; or [], [D] or [1, D] on all ranks, which is then shared.
+        logvar: the rank's own, broadcastable to [K_r, D]; or shared by the components of all ranks, [], [D] or [1, D]
+            on all of them.  Where every rank has one component, [1, D] is the rank's own.
         log_weights: [K_r], the rank's own, used as given and never renormalised.  None means -log K each, with the K
             components of all ranks.  The components may be DTensors that are Shard(0) on one dimension of a mesh; then
             this dimension is the group, z may be a DTensor, too, and its placement says what `rows` says.

@@ -139,6 +139,7 @@ def agree(link: Link, check: Callable[[], tuple[str, Told, Checked]]) -> tuple[l
 
 def _device_of_handshake(group: ProcessGroup | None) -> torch.device:
     """The CPU if the group can communicate there, as then nothing waits for another device."""
-    if "cpu" in dist.get_backend_config(group):
+    backends = dist.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+    if "cpu" in backends:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(backends.partition(":")[0], torch.accelerator.current_device_index())

@@ -26,6 +26,7 @@ from support.sharded import (
     run_on_all,
     same_bits,
     score_on,
+    some_gradients_on,
     together,
     told,
     train_exemplars,
@@ -127,6 +128,34 @@ def test_the_same_bits_every_time(ranks: Ranks) -> None:
     case, sharding = hard_case(40, 60, 5), Sharding([20, 0, 30, 10])
     first, second = (together(case, sharding, ranks(run_on, case, sharding)) for _ in range(2))
     assert all(map(same_bits, first, second))
+
+
+@pytest.mark.parametrize("rows", [None, [3, 4, 0, 5]], ids=["replicated", "sharded"])
+def test_gradients_in_some_arguments(ranks: Ranks, rows: list[int] | None) -> None:
+    """No rank waits for a part of backward that the others have no need of; and a call of no rows is one, too."""
+    case = hard_case(12, 20, 3)
+    case = replace(case, logvar=case.logvar[0].clone())
+    sharding = Sharding([9, 0, 1, 10], rows)
+    whole = dict(zip(["z", "mu", "logvar", "log_weights"], run_alone(case), strict=True))
+    for wanted in (["z"], ["mu"], ["logvar"], ["log_weights"], ["logvar", "z"], ["mu", "log_weights"]):
+        of_ranks = ranks(some_gradients_on, case, sharding, wanted)
+        for name, *grads in zip(wanted, *of_ranks, strict=True):
+            if rows is None and name in ("z", "logvar"):
+                assert all(same_bits(grad, grads[0]) for grad in grads)
+                got = grads[0]
+            else:
+                got = torch.stack(grads).sum(0) if name == "logvar" else torch.cat(grads)
+            scale = float(whole[name].abs().max())
+            torch.testing.assert_close(got, whole[name], rtol=1e-3, atol=1e-5 * scale)
+    nothing = replace(case, z=case.z[:0], grad=case.grad[:0])
+    of_ranks = ranks(run_on, nothing, Sharding([9, 0, 1, 10], None if rows is None else [0] * 4))
+    assert all(part.log_prob.shape == (0,) and not bool(part.dmu.any()) for part in of_ranks)
+
+
+def run_alone(case: Case) -> list[torch.Tensor]:
+    """The gradients of one process."""
+    leaves = [v.clone().requires_grad_() for v in (case.z, case.mu, case.logvar, case.log_weights)]
+    return list(torch.autograd.grad(fastvae.mixture_log_prob(*leaves, dense_backward=True), leaves, case.grad))
 
 
 @pytest.mark.parametrize("rows", [None, [3, 9, 0, 5]], ids=["replicated", "sharded"])

@@ -102,6 +102,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.125), b.nan_to_num(0.125))
 
 
+def some_gradients_on(rank: int, case: Case, sharding: Sharding, wanted: list[str]) -> list[Tensor]:
+    """The gradients in some of the arguments, in the order of their names; the others need none."""
+    own = sharding.of(case, rank)
+    leaves = {"z": own.z, "mu": own.mu, "logvar": own.logvar, "log_weights": own.log_weights}
+    leaves = {name: v.clone().requires_grad_(name in wanted) for name, v in leaves.items()}
+    rows = "replicated" if sharding.rows is None else "sharded"
+    log_prob = fastvae.distributed.mixture_log_prob(**leaves, rows=rows)
+    return list(torch.autograd.grad(log_prob, [leaves[name] for name in wanted], own.grad))
+
+
 def score_on(rank: int, case: Case, sharding: Sharding) -> tuple[Tensor, Tensor] | None:
     group = group_of(len(sharding.components))
     if rank >= len(sharding.components):
