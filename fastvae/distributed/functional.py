@@ -161,8 +161,10 @@ def _shard(
     def check() -> tuple[str, Told, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         _check_rows(rows)
         check_name("precision", precision, PRECISIONS)
-        for name, value in (("z", z), ("mu", mu), ("logvar", logvar)):
-            _checks.tensor(name, value)
+        named = {"z": z, "mu": mu, "logvar": logvar, "log_weights": log_weights}
+        for name, value in named.items():
+            if value is not None or name != "log_weights":
+                _checks.tensor(name, value)
         filled = _filled(mu, logvar, log_weights)
         wide, *_ = _checks.mixture(z, *filled, None)
         low, high = -1, -1
@@ -171,7 +173,6 @@ def _shard(
             if exclude.device.type == "cpu" and exclude.numel():
                 low, high = (int(v) for v in exclude.aminmax())
         choose(impl, z.device, wide.dtype, precision)
-        named = {"z": z, "mu": mu, "logvar": logvar, "log_weights": log_weights}
         words = (
             f"{what}(z {_shape_in_words(z, rows)}, rows={rows!r}) in {wide.dtype}, "
             f"{_given('log_weights', log_weights)}, {_given('exclude', exclude)}, {_wanted(named)}"

@@ -103,6 +103,7 @@ def test_a_compiled_function_makes_the_call_anew(alone: None) -> None:
         ({"log_weights": torch.zeros(3)}, r"log_weights must be \[0\] to match mu \[0, 3\], not \[3\]"),
         ({}, "mu must be .K, D. with K >= 1 on one rank at least"),
         ({"mu": torch.zeros(0, 0)}, "mu must be"),
+        ({"log_weights": [0.0]}, "log_weights must be a tensor, not list"),
         ({"mu": None}, "mu must be a tensor, not NoneType"),
         ({"exclude": torch.zeros(5)}, "exclude must be an int64 tensor"),
         ({"mu": torch.zeros(4, 3), "precision": "low"}, "precision must be one of"),
