@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastvae import _torch_compat
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -69,6 +71,15 @@ class Link(NamedTuple):
 
 
 def link_to(what: str, group: ProcessGroup | None) -> Link:
+    """The group for a call of the function `what`.
+
+    Raises:
+        RuntimeError: there is no process group.
+        ValueError: this process is not in the group.
+        NotImplementedError: within a transform of torch.func, which has no rules for communication.
+    """
+    if _torch_compat.in_functorch_transform():
+        raise NotImplementedError(f"{what} cannot be called within a transform of torch.func, such as grad or vmap")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(f"{what} needs torch.distributed.init_process_group() to have been called")
     rank = dist.get_rank(group)

@@ -97,6 +97,21 @@ def test_a_compiled_function_makes_the_call_anew(alone: None) -> None:
         torch.compile(shifted, backend="eager", fullgraph=True)(torch.randn(7, 3))
 
 
+def test_within_a_transform(alone: None) -> None:
+    with pytest.raises(NotImplementedError, match="mixture_log_prob cannot be called within a transform"):
+        torch.func.vmap(lambda z: fastvae.distributed.mixture_log_prob(z, z, torch.zeros(())))(torch.zeros(2, 3, 4))
+
+
+def test_without_gradients(alone: None) -> None:
+    z, mu, logvar = torch.randn(4, 2), torch.randn(5, 2).requires_grad_(), torch.zeros(2)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            log_prob, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar)
+        assert not log_prob.requires_grad and not score.requires_grad
+    log_prob, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar)
+    assert log_prob.requires_grad and not score.requires_grad
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
