@@ -273,7 +273,7 @@ def test_ranks_that_disagree_are_told(ranks: Ranks, name: str) -> None:
     changed, message = DISAGREEMENTS[name]
     started = time.monotonic()
     answers = ranks(told, [("mixture_log_prob", CALL), ("mixture_log_prob", CALL | changed)])[:2]
-    assert time.monotonic() - started < 25  # the group's time-out is 30
+    assert time.monotonic() - started < 50  # the group's time-out is 60
     for answer in answers:
         assert answer.startswith(("ValueError", "TypeError", "RuntimeError"))
         assert re.search(message, answer), answer

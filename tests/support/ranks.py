@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-PATIENCE = 60  # seconds; ranks that have not answered by then hang, which is what the tests look for
+PATIENCE = 120  # seconds; ranks that have not answered by then hang, which is what the tests look for
 
 
 class Failure(NamedTuple):

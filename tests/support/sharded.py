@@ -25,7 +25,7 @@ GROUPS: dict[int, Any] = {}  # on a rank: a group of the first ranks, by their n
 
 def group_of(size: int) -> Any:
     if not GROUPS:  # on all ranks at the first call of any
-        timeout = datetime.timedelta(seconds=30)
+        timeout = datetime.timedelta(seconds=60)
         GROUPS.update({n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, WORLD + 1)})
     return GROUPS[size]
 
