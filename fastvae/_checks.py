@@ -111,8 +111,8 @@ def components(
     return cast(mu, dtype), logvar, log_weights
 
 
-def excluded(exclude: Tensor, z_shape: tuple[int, ...], device: torch.device, K: int) -> None:
-    """exclude is int64 [...] for z [..., D], and names components or -1."""
+def excluded(exclude: Tensor, z_shape: tuple[int, ...], device: torch.device, K: int | None) -> None:
+    """exclude is int64 [...] for z [..., D], and names components or -1; K None: whatever they are."""
     tensor("exclude", exclude)
     lead = z_shape[:-1]
     if exclude.dtype != torch.int64:
@@ -125,7 +125,7 @@ def excluded(exclude: Tensor, z_shape: tuple[int, ...], device: torch.device, K:
     # branch on them: there an index that is out of range leaves nothing out.
     if torch.compiler.is_compiling() or exclude.device.type != "cpu" or _torch_compat.in_functorch_transform():
         return
-    if exclude.numel():
+    if exclude.numel() and K is not None:
         low, high = (int(v) for v in exclude.aminmax())
         if low < -1 or high >= K:
             raise ValueError(f"exclude must be in -1 ... {K - 1} for K = {K}, it spans {low} ... {high}")

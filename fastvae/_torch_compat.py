@@ -21,6 +21,11 @@ def constant_in_graphs(function: Function) -> Function:
     return function
 
 
+# Function -> Function, which torch.compile calls and does not trace.  torch.compiler.disable does the same, but imports
+# the compiler.
+not_traced = torch._disable_dynamo
+
+
 # () -> bool, whether a transform of torch.func is active: grad, vmap, jvp, ...
 in_functorch_transform = torch._C._are_functorch_transforms_active
 

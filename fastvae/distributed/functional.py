@@ -1,0 +1,466 @@
+"""The operations on a mixture whose components are sharded over the processes of a group.
+
+The functions have the names of those of :mod:`fastvae.functional`, and each rank calls them with its own components.
+A rank computes l_r, the log density of its share, by the usual kernels.  With l = logsumexp_r l_r and the rank's weight
+w_r = exp(l_r - l), the share of the density at z that its components hold:
+
+    dL/dmu_k = w_r g dl_r/dmu_k,  component k on rank r      dL/dz = sum_r w_r g dl_r/dz      score = sum_r w_r score_r
+
+So what travels is l_r, M numbers of each rank, and the sums over r, M D numbers.  The gradients of the components need
+nothing of other ranks but w_r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae import _checks, _torch_compat
+from fastvae import functional as F
+from fastvae._noise import draw_seed
+from fastvae.autograd import _differentiable_once
+from fastvae.backends.choice import choose, dense
+from fastvae.backends.registry import PRECISIONS, check_name
+from fastvae.distributed.dtensors import is_dtensor, to_local
+from fastvae.distributed.link import Link, Told, agree, link_to
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class _Replicated(torch.autograd.Function):
+    """A tensor that all ranks hold: itself.  Each rank's gradient is a part of the whole, which is their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, link: Link) -> Tensor:
+        ctx.link = link
+        return value.view_as(value)
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.link.all_reduce(grad), None
+
+
+class _AllRows(torch.autograd.Function):
+    """The rows of all ranks, of each rank's own."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, link: Link, rows: list[int]) -> Tensor:
+        ctx.link, ctx.rows = link, rows
+        return link.all_rows(value, rows)
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.link.own_rows(ctx.link.all_reduce(grad), ctx.rows), None, None
+
+
+class _OwnRows(torch.autograd.Function):
+    """Each rank's own rows, of all ranks'.  The gradients of the ranks' losses in their rows come together."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, link: Link, rows: list[int]) -> Tensor:
+        ctx.link, ctx.rows = link, rows
+        return link.own_rows(value, rows).clone()
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.link.all_rows(grad, ctx.rows), None, None
+
+
+class _Merged(torch.autograd.Function):
+    """(l, w_r), both [...], of the rank's l_r; w_r is a constant to autograd.
+
+    In float64 and in the order of the ranks, so that l is rounded once and has the same bits on all ranks.  Where one
+    rank's share is all, l is its l_r to the last bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, of_rank: Tensor, link: Link, dense: bool) -> tuple[Tensor, Tensor]:
+        of_ranks = link.all_gather(of_rank).double()  # [R, ...]
+        log_prob = torch.logsumexp(of_ranks, 0)
+        nowhere = log_prob == -torch.inf  # no component anywhere: density zero, no gradient
+        weight = torch.exp(of_ranks[link.rank] - log_prob).masked_fill(nowhere, 0.0).to(of_rank.dtype)
+        ctx.save_for_backward(of_rank, weight)
+        ctx.dense = dense
+        ctx.mark_non_differentiable(weight)
+        ctx.set_materialize_grads(False)
+        return log_prob.to(of_rank.dtype), weight
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
+        _, weight = ctx.saved_tensors
+        if not ctx.dense:
+            # Of a row that other ranks hold, what is left are subnormal numbers, which take a CPU many times longer.
+            # The root of the smallest normal number leaves the kernels' responsibilities room above these.
+            weight = weight.masked_fill(weight < torch.finfo(weight.dtype).tiny ** 0.5, 0.0)
+        return grad * weight, None, None
+
+
+class _Shard(NamedTuple):
+    """A rank's arguments in the form that the functions of one process take, and the way back from their results."""
+
+    link: Link
+    rows: list[int] | None  # how many rows each rank has; None where all have the same ones
+    shape: tuple[int, ...]  # of the rank's own z
+    dense: bool
+    z: Tensor  # [..., D], or of all ranks [M, D]
+    mu: Tensor
+    logvar: Tensor
+    log_weights: Tensor
+    exclude: Tensor | None  # by the numbers of the rank's components
+    like_z: Callable[[Tensor], Tensor]  # a result as a DTensor, where z was one
+
+    @property
+    def mixture(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.z, self.mu, self.logvar, self.log_weights
+
+    def log_prob(self, of_rank: Tensor) -> tuple[Tensor, Tensor]:
+        """(log p(z) [...] of the rank's own rows, w_r of all rows), of the l_r of all rows."""
+        log_prob, weight = _Merged.apply(of_rank, self.link, self.dense)
+        if self.rows is not None:
+            log_prob = _OwnRows.apply(log_prob, self.link, self.rows).reshape(self.shape[:-1])
+        return log_prob, weight
+
+    def score(self, of_rank: Tensor, weight: Tensor) -> Tensor:
+        """The score [..., D] of the rank's own rows, of the scores of its components at all rows."""
+        weight = weight[..., None]
+        score = self.link.all_reduce((of_rank * weight).masked_fill(weight == 0, 0.0))
+        return score if self.rows is None else self.link.own_rows(score, self.rows).reshape(self.shape)
+
+
+def _shard(
+    what: str,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    group: ProcessGroup | None,
+    rows: str,
+    dense_backward: bool | None,
+    precision: str | None,
+    impl: str | None,
+) -> _Shard:
+    """The arguments, checked on all ranks."""
+    z, mu, logvar, log_weights, exclude, group, rows, like_z = to_local(
+        z, mu, logvar, log_weights, exclude, group, rows
+    )
+    link = link_to(what, group)
+    sharded_rows = rows == "sharded"
+
+    def check() -> tuple[str, Told, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        _check_rows(rows)
+        check_name("precision", precision, PRECISIONS)
+        named = {"z": z, "mu": mu, "logvar": logvar, "log_weights": log_weights}
+        for name, value in named.items():
+            if value is not None or name != "log_weights":
+                _checks.tensor(name, value)
+        filled = _filled(mu, logvar, log_weights)
+        wide, *_ = _checks.mixture(z, *filled, None)
+        low, high = -1, -1
+        if exclude is not None:
+            _checks.excluded(exclude, z.shape, z.device, None)  # the range needs the K of all ranks
+            if exclude.device.type == "cpu" and exclude.numel():
+                low, high = (int(v) for v in exclude.aminmax())
+        choose(impl, z.device, wide.dtype, precision)
+        words = (
+            f"{what}(z {_shape_in_words(z, rows)}, rows={rows!r}) in {wide.dtype}, "
+            f"{_given('log_weights', log_weights)}, {_given('exclude', exclude)}, {_wanted(named)}"
+        )
+        told = Told(
+            failed=0,
+            K=len(mu),
+            M=wide[..., 0].numel(),
+            logvar_rows=len(logvar) if logvar.ndim == 2 else -1,
+            exclude_low=low,
+            exclude_high=high,
+            same=0 if sharded_rows else _fingerprint(z, exclude),
+        )
+        return words, told, (wide, *filled)
+
+    ranks, (own_z, own_mu, own_logvar, own_log_weights) = agree(link, check)
+    K = sum(rank.K for rank in ranks)
+    _check_together(what, ranks, K, sharded_rows)
+    if own_log_weights is None:
+        own_log_weights = own_z.new_full((len(own_mu),), -math.log(K))
+    counts = None
+    if sharded_rows:
+        counts = [rank.M for rank in ranks]
+        own_z = _AllRows.apply(_checks.rows(own_z), link, counts)
+        exclude = None if exclude is None else link.all_rows(exclude.flatten(), counts)
+    else:
+        own_z = _Replicated.apply(own_z, link)
+        if _is_shared(ranks):
+            own_logvar = _Replicated.apply(_checks.cast(own_logvar, own_z.dtype), link)
+    if exclude is not None:  # by the numbers of the rank's components
+        exclude = exclude - sum(rank.K for rank in ranks[: link.rank])
+        exclude = exclude.masked_fill((exclude < 0) | (exclude >= len(mu)), -1)
+    return _Shard(
+        link, counts, z.shape, dense(dense_backward), own_z, own_mu, own_logvar, own_log_weights, exclude, like_z
+    )
+
+
+def _filled(mu: Tensor, logvar: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A shard of no components as one component that is not there, with the weight 0; other shards as they are."""
+    if mu.ndim != 2 or mu.shape[0] != 0 or mu.shape[1] == 0:
+        return mu, logvar, log_weights
+    if log_weights is not None and log_weights.shape != (0,):
+        raise ValueError(
+            f"log_weights must be [0] to match mu {_checks.shape_of(mu)}, not {_checks.shape_of(log_weights)}"
+        )
+    if logvar.ndim == 2 and logvar.shape[0] == 0:
+        logvar = torch.cat([logvar, logvar.new_zeros(1, logvar.shape[1])])
+    absent = mu.new_full((1,), -torch.inf)
+    return (
+        torch.cat([mu, mu.new_zeros(1, mu.shape[1])]),
+        logvar,
+        absent if log_weights is None else torch.cat([log_weights, absent.to(log_weights)]),
+    )
+
+
+def _shape_in_words(value: Tensor, rows: str) -> str:
+    """Of the shape, what is to be the same on all ranks."""
+    return str(_checks.shape_of(value)) if rows == "replicated" else f"[..., {value.shape[-1]}]"
+
+
+def _given(name: str, value: object) -> str:
+    return f"with {name}" if value is not None else f"without {name}"
+
+
+def _wanted(named: dict[str, Tensor | None]) -> str:
+    wanted = [name for name, value in named.items() if value is not None and value.requires_grad]
+    return f"with gradients in {', '.join(wanted)}" if wanted and torch.is_grad_enabled() else "without gradients"
+
+
+def _fingerprint(*tensors: Tensor | None) -> int:
+    """A number that tensors of other bits, or in another order, have by chance alone; 0 elsewhere than on the CPU.
+
+    Elsewhere a look at the values would wait for the device.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    for value in tensors:
+        if value is not None and value.device.type == "cpu":
+            size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+            bits = value.detach().contiguous().view(size).flatten()
+            odd = torch.arange(1, 2 * len(bits) + 1, 2)
+            total = 31 * total + (bits * odd).sum()  # modulo 2^64
+    return int(total)
+
+
+def _check_together(what: str, ranks: list[Told], K: int, sharded_rows: bool) -> None:
+    """What only the numbers of all ranks tell.  All raise the same."""
+    if K == 0:
+        raise ValueError(f"{what}: mu must be [K, D] with K >= 1 on one rank at least; it has no components on any")
+    low, high = min(rank.exclude_low for rank in ranks), max(rank.exclude_high for rank in ranks)
+    if low < -1 or high >= K:
+        raise ValueError(
+            f"{what}: exclude must be in -1 ... {K - 1} for K = {K} components on all ranks, it spans {low} ... {high}"
+        )
+    of_all = [rank.logvar_rows < 0 for rank in ranks]
+    if any(of_all) and not all(of_all):
+        raise ValueError(
+            f"{what}: logvar must be [D] or [] on all ranks or on none, it is on rank {of_all.index(True)}"
+        )
+    if not sharded_rows:
+        _check_same(what, "z and exclude", ranks)
+
+
+def _check_same(what: str, names: str, ranks: list[Told]) -> None:
+    if others := [r for r, rank in enumerate(ranks) if rank.same != ranks[0].same]:
+        raise ValueError(
+            f"{what}: with rows='replicated' all ranks must give the same {names}, but those of rank {others[0]} "
+            "differ from those of rank 0: broadcast them, or say rows='sharded' if each rank has rows of its own"
+        )
+
+
+def _check_rows(rows: str) -> None:
+    if rows not in ("replicated", "sharded"):
+        raise ValueError(f"rows must be 'replicated' or 'sharded', not {rows!r}")
+
+
+def _is_shared(ranks: list[Told]) -> bool:
+    """Whether the components of all ranks share a logvar, which is [], [D] or [1, D] on all.
+
+    [1, D] where every rank has one component is a shard of [K, D].
+    """
+    return all(r.logvar_rows < 0 for r in ranks) or (
+        all(r.logvar_rows == 1 for r in ranks) and any(r.K != 1 for r in ranks)
+    )
+
+
+@_torch_compat.not_traced  # what the ranks told each other is true of one call
+def mixture_log_prob(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None = None,
+    *,
+    group: ProcessGroup | None = None,
+    rows: str = "replicated",
+    exclude: Tensor | None = None,
+    dense_backward: bool | None = None,
+    precision: str | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """:func:`fastvae.mixture_log_prob` of a mixture whose K components are sharded over the ranks of a group.
+
+    All ranks of the group must call it together.  The components stand in the order of the ranks, K_r of them on rank
+    r.  Shares may differ in size, and some may be empty.
+
+    Args:
+        z: [..., D], the points: the same on all ranks, or of each rank its own, see `rows`.
+        mu: [K_r, D], the rank's own means; K_r may be 0.
+        logvar: the rank's own, broadcastable to [K_r, D]; or shared by the components of all ranks, [], [D] or [1, D]
+            on all of them.  Where every rank has one component, [1, D] is the rank's own.
+        log_weights: [K_r], the rank's own, used as given and never renormalised.  None means -log K each, with the K
+            components of all ranks.  The components may be DTensors that are Shard(0) on one dimension of a mesh; then
+            this dimension is the group, z may be a DTensor, too, and its placement says what `rows` says.
+        group: the process group; None is the default one.
+        rows: "replicated", all ranks give the same z and get the same result; "sharded", each rank gives rows of its
+            own, as many as it has, and gets theirs.
+        exclude: int64 [...], for each row the index of a component, counted over all ranks, or -1.
+        dense_backward, precision, impl: as of :func:`fastvae.mixture_log_prob`.
+
+    Returns:
+        [...], nats, with the same bits on all ranks where the rows are replicated; a DTensor where z is one.
+
+    Gradients are those of the unsharded mixture.  Each rank gets those of its own components.
+
+    - With rows="replicated" all ranks must compute the same loss.  Each gets the whole gradient in z and in a shared
+      logvar, as if it had computed alone.
+    - With rows="sharded" the loss is the sum of the ranks' losses.  Each rank gets the gradient of that sum in its own
+      rows and components.  In a shared logvar it gets its part, which the others' are to be added to.
+
+    Backward communicates, too, so that it must run on all ranks or on none.
+
+    Raises:
+        TypeError, ValueError: as of :func:`fastvae.mixture_log_prob`, on all ranks if one has given such arguments.
+        ValueError: the ranks have not made the same call: they differ in the function, the shape of z, the dtype, in
+            which arguments they gave or in which they want gradients in; replicated rows that are not the same (on
+            the CPU, where their values are looked at).
+        RuntimeError: there is no process group; a rank has ended, or did not call within the group's time-out.
+
+    Equals, on all the ranks' components in one::
+
+        fastvae.mixture_log_prob(z, mu, logvar, log_weights)
+    """
+    shard = _shard(
+        "mixture_log_prob", z, mu, logvar, log_weights, exclude, group, rows, dense_backward, precision, impl
+    )
+    of_rank = F.mixture_log_prob(
+        *shard.mixture, exclude=shard.exclude, dense_backward=dense_backward, precision=precision, impl=impl
+    )
+    return shard.like_z(shard.log_prob(of_rank)[0])
+
+
+@_torch_compat.not_traced  # what the ranks told each other is true of one call
+def mixture_log_prob_and_score(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None = None,
+    *,
+    group: ProcessGroup | None = None,
+    rows: str = "replicated",
+    exclude: Tensor | None = None,
+    dense_backward: bool | None = None,
+    precision: str | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`mixture_log_prob` and its score, d log p(z) / dz; see :func:`fastvae.mixture_log_prob_and_score`.
+
+    Args, Raises: as :func:`mixture_log_prob`.
+
+    Returns:
+        (log_prob [...], score [..., D]).  log_prob is differentiable as usual, the score is a constant to autograd.
+    """
+    what = "mixture_log_prob_and_score"
+    shard = _shard(what, z, mu, logvar, log_weights, exclude, group, rows, dense_backward, precision, impl)
+    of_rank, score = F.mixture_log_prob_and_score(
+        *shard.mixture, exclude=shard.exclude, dense_backward=dense_backward, precision=precision, impl=impl
+    )
+    log_prob, weight = shard.log_prob(of_rank)
+    return shard.like_z(log_prob), shard.like_z(shard.score(score, weight))
+
+
+@_torch_compat.not_traced  # what the ranks told each other is true of one call
+def mixture_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor,
+    prior_logvar: Tensor,
+    log_weights: Tensor | None = None,
+    num_samples: int | None = None,
+    *,
+    group: ProcessGroup | None = None,
+    rows: str = "replicated",
+    generator: torch.Generator | None = None,
+    path_derivative: bool = False,
+    exclude: Tensor | None = None,
+    dense_backward: bool | None = None,
+    precision: str | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fastvae.mixture_kl` to a prior whose components are sharded over the ranks of a group.
+
+    Args:
+        mu, logvar: [..., D], the posterior: the same on all ranks, or of each rank its own, see `rows`.
+        prior_mu, prior_logvar, log_weights: the rank's own components, see :func:`mixture_log_prob` for these, `group`,
+            `rows` and `exclude`.  With replicated rows, `exclude` is [...] of the posterior.
+        num_samples, generator, path_derivative: as of :func:`fastvae.gaussian_rsample`.  With replicated rows all ranks
+            draw the noise of the group's first rank.
+        dense_backward, precision, impl: as of :func:`fastvae.mixture_log_prob`.
+
+    Returns:
+        (z, kl): z [S, ..., D] or [..., D]; kl = log q(z | x) - log p(z), [S, ...] or [...], nats.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mixture_log_prob`.
+    """
+    link = link_to("mixture_kl", group)
+
+    def check() -> tuple[str, Told, tuple[torch.dtype, Tensor, Tensor]]:
+        _check_rows(rows)
+        named = {"mu": mu, "logvar": logvar, "prior_mu": prior_mu, "prior_logvar": prior_logvar}
+        for name, value in named.items():
+            if is_dtensor(value):
+                raise TypeError(f"{name} must be the rank's own tensor here, such as a DTensor's .to_local()")
+        dtype = _checks.result_dtype(mu=mu, logvar=logvar)
+        wide = _checks.compute_dtype(_checks.result_dtype(**named, log_weights=log_weights))
+        posterior = _checks.gaussian(mu, logvar, wide)
+        _checks.sampled_shape(num_samples, mu)
+        if exclude is not None:
+            _checks.excluded(exclude, mu.shape, mu.device, None)
+        choose(impl, mu.device)
+        words = (
+            f"mixture_kl(mu {_shape_in_words(mu, rows)}, num_samples={num_samples}, "
+            f"path_derivative={path_derivative}, rows={rows!r})"
+        )
+        same = 0 if rows == "sharded" else _fingerprint(*posterior)
+        return words, Told(failed=0, same=same), (dtype, *posterior)
+
+    ranks, (dtype, q_mu, q_logvar) = agree(link, check)
+    if rows == "replicated":
+        _check_same(link.what, "mu and logvar", ranks)
+        seed = link.from_first(draw_seed(mu.device, generator))
+        generator = torch.Generator(mu.device).manual_seed(int(seed))
+    # in the dtype of the computation until the end, so that the density is that of z before it is rounded
+    z, log_q = F.gaussian_rsample(
+        q_mu, q_logvar, num_samples, generator=generator, path_derivative=path_derivative, impl=impl
+    )
+    log_p = mixture_log_prob(
+        z, prior_mu, prior_logvar, log_weights, group=group, rows=rows,
+        exclude=None if exclude is None else exclude.expand(z.shape[:-1]),
+        dense_backward=dense_backward, precision=precision, impl=impl,
+    )  # fmt: skip
+    return _checks.cast(z, dtype), log_q - log_p
