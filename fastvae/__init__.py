@@ -22,6 +22,7 @@ from fastvae.priors import (
     VampPrior,
     log_weights_of,
 )
+from fastvae.streaming import streamed_log_prob
 from fastvae.training import TrainingStep
 from fastvae.vae import VAE
 
@@ -46,5 +47,6 @@ __all__ = [
     "mixture_log_prob",
     "mixture_log_prob_and_score",
     "reference",
+    "streamed_log_prob",
     "use_backend",
 ]
