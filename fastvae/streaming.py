@@ -29,9 +29,7 @@ from fastvae.backends.registry import PRECISIONS, check_name
 from fastvae.functional import mixture_log_prob, mixture_log_prob_and_score
 
 DEFAULT_MEMORY = 2**28
-_ENOUGH_WORK = (
-    2**40
-)  # flops of a block of rows beyond which a longer one gains nothing, where components stay in memory
+_ENOUGH_WORK = 2**40  # flops of a block of rows, seconds of a core, where components stay in memory
 _FEWEST_ROWS = 4096  # of such a block: packing K components costs as much as a few rows
 
 T = TypeVar("T")

@@ -314,6 +314,86 @@ def reproduce_command(
     _name_files(folder.files())
 
 
+@app.command("score", cls=Command)
+def score_command(
+    points: Annotated[
+        Path,
+        typer.Option(
+            help="The points [M, D]: an .npy file, or the array z of an .npz or .safetensors file.",
+            show_default=False,
+            parser=options.path,
+            metavar="FILE",
+        ),
+    ],
+    mixture: Annotated[
+        Path,
+        typer.Option(
+            help="The components: mu [K, D], logvar, which is log sigma^2 and broadcasts to [K, D], and perhaps "
+            "log_weights [K] (else 1/K each), in an .npz or .safetensors file, or a folder of mu.npy, logvar.npy and "
+            "log_weights.npy.",
+            show_default=False,
+            parser=options.path,
+            metavar="FILE",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The .npy file to write, log p(z) [M].",
+            show_default=False,
+            parser=options.path,
+            metavar="FILE",
+        ),
+    ],
+    score: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the score d log p(z) / dz [M, D] to this .npy file.", parser=options.path, metavar="FILE"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or float64: what is computed and written. (default: by the inputs)")
+    ] = None,
+    memory: Annotated[int, typer.Option(min=1, help="MiB that rows and components may take at a time.")] = 256,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    impl: options.Impl = None,
+    precision: options.Precision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, and replace --out.")] = False,
+) -> None:
+    """Score points against a mixture of Gaussians from files that may be larger than memory.
+
+    Rows are written block by block into a hidden file beside --out, which appears once all are done. After Ctrl-C or
+    a kill the same command goes on with the next block.
+    """
+    if dtype not in (None, "float32", "float64"):
+        raise ConfigError(f"--dtype is {dtype!r}; it can be float32 or float64.")
+    options.check_device(device)
+    options.check_backend(impl, precision)
+    options.check_outputs([points, mixture], {"--out": out, "--score": score})
+    with interruptible(console, lambda: "The same command goes on from here."):
+        import_library()
+        import torch
+
+        from fastvae.app.run.device import pick_device, use_kernels
+        from fastvae.app.scoring.score import Job, score_files
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = pick_device(device)
+        job = Job(points, mixture, out, score, dtype, memory << 20, precision, impl)
+        with use_kernels(device, impl, precision):
+            done = score_files(console, job, device, overwrite=overwrite)
+    resumed = f", {done.resumed_rows:,} of them by an earlier run" if done.resumed_rows else ""
+    _say(
+        f"{done.rows:,} rows against {done.components:,} components{resumed}; "
+        f"{done.bytes_read / 1e6:,.1f} MB were read to compute them."
+    )
+    _name_files([out] if score is None else [out, score])
+
+
 @app.command(
     "bench",
     add_help_option=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -279,6 +280,21 @@ def check_backend(impl: str | None, precision: str | None) -> None:
     for name, value, words in (("--impl", impl, IMPLS), ("--precision", precision, PRECISIONS)):
         if value is not None and value not in words:
             raise ConfigError(f"{name} is {value!r}; it can be {', '.join(words)}.")
+
+
+def check_outputs(inputs: Sequence[Path], outputs: Mapping[str, Path | None]) -> None:
+    """Raise ConfigError if an .npy file to write, by its option, is none, is an input too, or has no folder."""
+    taken = [path.resolve() for path in inputs]
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.suffix != ".npy" or path.is_dir():
+            raise ConfigError(f"{option} {path}: should be the name of an .npy file.")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{option} {path}: the folder {path.parent.absolute()} does not exist.")
+        if any(path.resolve() == other or other in path.resolve().parents for other in taken):
+            raise ConfigError(f"{option} {path}: is one of the other files; name one of its own.")
+        taken.append(path.resolve())
 
 
 def given(context: typer.Context) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from budget import Case, Result, allowance, assert_within, diffuse_case, hard_case, run
 from torch import Tensor
 
 import fastvae
-from budget import Case, Result, allowance, assert_within, diffuse_case, hard_case, run
 from fastvae import streaming
 from fastvae.streaming import Blocks, StreamedScores, streamed_log_prob
 
