@@ -46,6 +46,11 @@ class Blocks(NamedTuple):
         passes = 1 if self.components >= K else math.ceil(M / self.rows)
         return M * row_bytes + passes * K * component_bytes
 
+    def bytes_held(self, D: int, *, itemsize: int = 4, score: bool = False) -> int:
+        """Memory for the blocks in use and those that are read ahead."""
+        of_row, of_component = _bytes_held(D, itemsize, score)
+        return self.rows * of_row + self.components * of_component
+
 
 def blocks(M: int, K: int, D: int, *, itemsize: int = 4, score: bool = False, memory: int = DEFAULT_MEMORY) -> Blocks:
     """The blocks that read least within `memory` bytes.
@@ -59,15 +64,18 @@ def blocks(M: int, K: int, D: int, *, itemsize: int = 4, score: bool = False, me
         score: whether the score is computed.
         memory: bytes.
     """
-    # The block in use and the next one, and the copy of the components that the kernels pack.
-    of_component = 3 * (2 * D + 1) * itemsize
-    of_row = 2 * D * itemsize + 64 + (D * (2 * itemsize + 24) if score else 0)
+    of_row, of_component = _bytes_held(D, itemsize, score)
     resident = K * of_component <= memory // 2
     share = K * of_component if resident else memory // 8
     rows = (memory - share) // of_row
     if resident:
         rows = min(rows, max(_FEWEST_ROWS, _ENOUGH_WORK // (4 * K * D)))
     return Blocks(max(1, min(M, rows)), max(1, min(K, share // of_component)))
+
+
+def _bytes_held(D: int, itemsize: int, score: bool) -> tuple[int, int]:
+    """Of a row and of a component: in the block in use and the next one, in float64 sums, and packed by the kernels."""
+    return 2 * D * itemsize + 64 + (D * (2 * itemsize + 24) if score else 0), 3 * (2 * D + 1) * itemsize
 
 
 class RowScores(NamedTuple):

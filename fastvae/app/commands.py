@@ -394,6 +394,48 @@ def score_command(
     _name_files([out] if score is None else [out, score])
 
 
+@app.command("plan", cls=Command)
+def plan_command(
+    rows: Annotated[int, typer.Option(min=1, help="M, the points to score.", show_default=False)],
+    components: Annotated[int, typer.Option(min=1, help="K, of the mixture.", show_default=False)],
+    dims: Annotated[int, typer.Option(min=1, help="D, of a point.", show_default=False)],
+    devices: Annotated[int, typer.Option(min=1, help="How many share the work.")] = 1,
+    device: Annotated[str, typer.Option(help=f"What they are: {', '.join(options.RECORDED_DEVICES)}.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, max=options.MOST_THREADS, help="Of each device, for a CPU.")] = 1,
+    score: Annotated[bool, typer.Option("--score", help="Exchange the score d log p(z) / dz too.")] = False,
+    memory: Annotated[int, typer.Option(min=1, help="MiB that rows and components may take at a time.")] = 256,
+    network: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s that a device receives from others. (default: not known)")
+    ] = None,
+) -> None:
+    """Tell what a job would take, before it is run: time, memory, bytes read and exchanged.
+
+    The times come from recorded measurements, for densities in float32. Where a rate was never recorded, the plan says
+    what the rate would have to be.
+    """
+    if device not in options.RECORDED_DEVICES:
+        raise ConfigError(f"--device is {device!r}; it can be {', '.join(options.RECORDED_DEVICES)}.")
+    if threads > 1 and not device.startswith("cpu"):
+        raise ConfigError(f"--threads is for a CPU, and --device is {device}.")
+    import_library()
+    from fastvae.app.planning.cost import LAYOUTS, Work, all_rates, limit
+    from fastvae.app.planning.table import plan_table
+
+    rates = all_rates()[device]
+    bytes_per_second = None if network is None else network * 1e9
+    work = Work(rows, components, dims, devices, threads, score, memory << 20, bytes_per_second)
+    console.print(plan_table(work, rates))
+    _say(f"By {rates.source}: {rates.machine}.")
+    if rates.deviation is None:
+        _say(f"The record has one shape, with {rates.fewest_rows:,} rows; other shapes may differ.")
+    else:
+        _say(f"The recorded times are within {rates.deviation:.0%} of what the plan computes for them.")
+    if score:
+        _say("The time of the score is not recorded, and not in the plan.")
+    for sharded in LAYOUTS:
+        _say(f"With {sharded} sharded, {limit(work, rates, sharded)}.")
+
+
 @app.command(
     "bench",
     add_help_option=False,

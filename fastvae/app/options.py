@@ -33,6 +33,7 @@ MODEL, TRAINING, DATA, KERNELS = "Model", "Training", "Data", "Kernels"
 IMPLS = "cpu", "cuda", "triton", "composite", "reference"
 PRECISIONS = "highest", "high", "medium"
 MOST_THREADS = 1024
+RECORDED_DEVICES = "cpu", "cpu-avx2", "h100", "h200"  # those of planning/rates.json
 
 OutFolder = Annotated[
     Path, typer.Option("--out", "-o", help="The run's folder.", show_default=False, parser=path, metavar="DIR")

@@ -16,6 +16,7 @@ from . import (  # noqa: F401  register tables
     mutation_table,
     status_table,
 )
+from .cost_rates import update_rates
 from .pages import nowhere, update
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ def main(arguments: list[str], root: Path = ROOT) -> str | int:
     if arguments not in ([], ["--check"]):
         return "usage: python -m tools.tables [--check]"
     try:
-        stale = update(root, check=bool(arguments))
+        stale = update(root, check=bool(arguments)) + update_rates(root, check=bool(arguments))
     except BenchmarkError as error:
         return f"error: {error}"
     if not arguments:
