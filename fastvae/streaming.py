@@ -55,8 +55,8 @@ class Blocks(NamedTuple):
 def blocks(M: int, K: int, D: int, *, itemsize: int = 4, score: bool = False, memory: int = DEFAULT_MEMORY) -> Blocks:
     """The blocks that read least within `memory` bytes.
 
-    Components stay in memory if they fit into half of it.  Otherwise they get an eighth, and the rows get the rest: the
-    larger a block of rows, the fewer times all components are read.
+    Components stay in memory if they fit into half of it.  Otherwise they get what all rows leave, an eighth at least,
+    and the rows get the rest: the larger a block of rows, the fewer times all components are read.
 
     Args:
         M, K, D: rows, components, dimensions.
@@ -66,7 +66,7 @@ def blocks(M: int, K: int, D: int, *, itemsize: int = 4, score: bool = False, me
     """
     of_row, of_component = _bytes_held(D, itemsize, score)
     resident = K * of_component <= memory // 2
-    share = K * of_component if resident else memory // 8
+    share = K * of_component if resident else max(memory // 8, memory - M * of_row)
     rows = (memory - share) // of_row
     if resident:
         rows = min(rows, max(_FEWEST_ROWS, _ENOUGH_WORK // (4 * K * D)))

@@ -1,4 +1,4 @@
-"""Run a study and record what it finds: python -m fastvae.benchmarks.studies estimators|refresh|memory [--out DIR]"""
+"""Run a study and record what it finds: python -m fastvae.benchmarks.studies NAME [--out DIR]"""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from pathlib import Path
 import torch
 
 from ..record import versions, write_record
-from . import encoding_memory, estimators, exemplar_refresh
+from . import encoding_memory, estimators, exemplar_refresh, out_of_core
 
-STUDIES = {"estimators": estimators.study, "refresh": exemplar_refresh.study, "memory": encoding_memory.study}
+STUDIES = {
+    "estimators": estimators.study,
+    "refresh": exemplar_refresh.study,
+    "memory": encoding_memory.study,
+    "out-of-core": out_of_core.study,
+}
+_NOT_OF_BOUNDS = ("out-of-core",)  # the others' records begin with "bounds-"
 
 
 def main(arguments: list[str]) -> None:
-    """Write bounds-NAME.json."""
+    """Write the record."""
     parser = argparse.ArgumentParser(prog="python -m fastvae.benchmarks.studies", description=__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="the folder for the record")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"bounds-{options.study}.json"
+    path = options.out / f"{'' if options.study in _NOT_OF_BOUNDS else 'bounds-'}{options.study}.json"
     write_record(path, STUDIES[options.study]() | {"threads": torch.get_num_threads(), "versions": versions()})
     print(f"wrote {path}")
 

@@ -1,4 +1,4 @@
-"""What it costs to score points from files: time beside the call in memory, bytes read, and the memory of a large job."""
+"""What scoring points from files costs: time beside the call in memory, bytes read, the memory of a large job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fastvae.streaming import StreamedScores
 
 BESIDE = (65_536, 20_000, 16)  # rows, components, dimensions
 LARGE = (10_000_000, 100_000, 16)
-ROUNDS = 9
+MEMORIES = (2**28, 2**23, 2**22)  # components stay in memory; neither they nor the rows do
+ROUNDS = 7
 SAMPLES = 10  # of the memory of the large job
 _WRITTEN_ROWS = 1_000_000
 
@@ -31,14 +32,13 @@ def study() -> dict[str, Any]:
 
 
 def beside(M: int, K: int, D: int) -> list[dict[str, Any]]:
-    """Streaming from files beside the call in memory, in turn: where components stay in memory, and where they do not."""
+    """Streaming from files beside the call in memory, in turn: with components that stay in memory, and without."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         paths = _write(Path(folder), M, K, D)
         z, mu, logvar = (np.load(path, mmap_mode="r") for path in paths)
         in_memory = [torch.from_numpy(np.array(a)) for a in (z, mu, logvar)]
-        # A quarter of the rows, and a sixteenth of the components, at a time.
-        for name, memory in (("components stay", 2**28), ("components are read for each block of rows", 2**22)):
+        for memory in MEMORIES:
             parts = StreamedScores(z, mu, logvar, memory=memory)
 
             def call() -> torch.Tensor:
@@ -48,15 +48,16 @@ def beside(M: int, K: int, D: int) -> list[dict[str, Any]]:
                 return torch.cat([part.log_prob for part in parts])
 
             difference = float((call() - stream()).abs().max())
-            pairs = [(_seconds(call), _seconds(stream)) for _ in range(ROUNDS)]
+            times = [(*_times(call), *_times(stream)) for _ in range(ROUNDS)]
             rows.append(
                 {
-                    **{"M": M, "K": K, "D": D, "way": name, "memory": memory},
+                    **{"M": M, "K": K, "D": D, "memory": memory},
                     **{"block_rows": parts.blocks.rows, "block_components": parts.blocks.components},
-                    "bytes_read": parts.bytes_read,
-                    "call_seconds": median(one for one, _ in pairs),
-                    "streamed_seconds": median(other for _, other in pairs),
-                    "ratio": median(other / one for one, other in pairs),
+                    **{"bytes_read": parts.bytes_read, "input_bytes": 4 * D * (M + 2 * K)},
+                    "call_seconds": median(call for call, *_ in times),
+                    "streamed_seconds": median(streamed for *_, streamed, _ in times),
+                    "ratio": median(streamed / call for call, _, streamed, _ in times),
+                    "cpu_ratio": median(streamed / call for _, call, _, streamed in times),
                     "largest_difference": difference,
                 }
             )
@@ -111,10 +112,11 @@ def _write(folder: Path, M: int, K: int, D: int) -> list[Path]:
     return paths
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def _times(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor in all threads."""
+    started, before = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - before
 
 
 def _resident(process: int) -> int:

@@ -14,6 +14,7 @@ from . import (  # noqa: F401  register tables
     machine_code_tables,
     model_tables,
     mutation_table,
+    out_of_core_tables,
     status_table,
 )
 from .cost_rates import update_rates
