@@ -372,7 +372,7 @@ def score_command(
         raise ConfigError(f"--dtype is {dtype!r}; it can be float32 or float64.")
     options.check_device(device)
     options.check_backend(impl, precision)
-    options.check_outputs([points, mixture], {"--out": out, "--score": score})
+    options.check_files({"--points": points, "--mixture": mixture}, {"--out": out, "--score": score})
     with interruptible(console, lambda: "The same command goes on from here."):
         import_library()
         import torch

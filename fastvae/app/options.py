@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -283,9 +283,12 @@ def check_backend(impl: str | None, precision: str | None) -> None:
             raise ConfigError(f"{name} is {value!r}; it can be {', '.join(words)}.")
 
 
-def check_outputs(inputs: Sequence[Path], outputs: Mapping[str, Path | None]) -> None:
-    """Raise ConfigError if an .npy file to write, by its option, is none, is an input too, or has no folder."""
-    taken = [path.resolve() for path in inputs]
+def check_files(inputs: Mapping[str, Path], outputs: Mapping[str, Path | None]) -> None:
+    """Raise ConfigError if an input is not there, or an .npy file to write is none, is an input, or has no folder."""
+    for option, path in inputs.items():
+        if not path.exists():
+            raise ConfigError(f"{option} {path}: there is no such file.")
+    taken = [path.resolve() for path in inputs.values()]
     for option, path in outputs.items():
         if path is None:
             continue

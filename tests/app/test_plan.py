@@ -113,3 +113,27 @@ def test_ranks_in_one_process_receive_what_is_planned() -> None:
         # a part of a sum that does not divide by the ranks is a number longer than another
         assert abs(found["received_with_score"] - found["planned_with_score"]) <= 8 * found["ranks"]
         assert found["largest_difference"] < 1e-5 and found["largest_difference_of_score"] < 1e-4
+
+
+def test_the_plan_is_near_what_jobs_took() -> None:
+    """By the record: the middle of the ratios within 25 %, each within 60 %."""
+    pytest.importorskip("tools")
+    from tools.experiments import plan_check
+
+    root = Path(plan_check.__file__).parents[2]
+    recorded = json.loads((root / "benchmarks" / "results" / "plan.json").read_text())
+    ratios = sorted(row["taken_by_planned"] for row in recorded["rows"])
+    assert len(ratios) == 10 and 1 / 1.25 < ratios[4] < 1.25 and ratios[0] > 1 / 1.6 and ratios[-1] < 1.6
+
+
+def test_the_check_of_the_plan_runs_here() -> None:
+    """Small jobs take longer than the plan says, which leaves out what a call costs; none takes much less."""
+    pytest.importorskip("tools")
+    from tools.experiments import plan_check
+
+    try:
+        found = plan_check.measure(((3000, 500, 8),))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert len(found["rows"]) == 2 and all(row["taken_by_planned"] > 0.3 for row in found["rows"])
+    assert "3,000 x 500, D = 8" in plan_check.markdown(found)

@@ -316,6 +316,18 @@ def test_the_whole_of_an_array_is_looked_at_in_blocks(monkeypatch: pytest.Monkey
     assert arrays.fingerprint(arrays.open_points(tmp_path / "z.npy"), read.append) != first
 
 
+def test_two_jobs_with_a_second_file_of_the_same_name_do_not_mix(tmp_path: Path) -> None:
+    shapes, blocks = [(10,), (10, 2)], [np.arange(4, dtype=np.float32), np.ones((4, 2), np.float32)]
+    first = ResumableArrays([tmp_path / "a.npy", tmp_path / "score.npy"], shapes, "float32")
+    other = ResumableArrays([tmp_path / "b.npy", tmp_path / "score.npy"], shapes, "float32")
+    for results, factor in ((first, 1), (other, 2)):
+        results.open({"job": "1"}, overwrite=False)
+        results.write(0, [factor * block for block in blocks])
+    first.write(4, [np.arange(6, dtype=np.float32), np.ones((6, 2), np.float32)])
+    first.finish()
+    assert (np.load(tmp_path / "score.npy") == 1).all()
+
+
 def test_a_journal_without_its_part_begins_anew(tmp_path: Path) -> None:
     def begun() -> ResumableArrays:
         results = ResumableArrays([tmp_path / "a.npy"], [(10,)], "float32")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvae.benchmarks.studies import digits, encoding_memory, estimators, exemplar_refresh
+from fastvae.benchmarks.studies import digits, encoding_memory, estimators, exemplar_refresh, out_of_core
 from fastvae.benchmarks.studies.__main__ import main
 
 pytest.importorskip("sklearn")
@@ -45,3 +45,25 @@ def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> Non
             assert row["log_likelihood"] < 0 and (row["way"] == "all") == (row["encoded_in_a_step"] == 1200)
         if study == "memory":
             assert row["peak_bytes"] > 50_000_000
+
+
+def test_the_study_of_files_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_core, "BESIDE", (600, 400, 3))
+    monkeypatch.setattr(out_of_core, "LARGE", (5000, 400, 3))
+    monkeypatch.setattr(out_of_core, "MEMORIES", (2**28, 2**14))
+    main(["out-of-core", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "out-of-core.json").read_text())
+    whole, cut = found["beside"]
+    assert whole["bytes_read"] == whole["input_bytes"] < cut["bytes_read"] and cut["block_components"] < 400
+    assert whole["largest_difference"] < 1e-5 and cut["largest_difference"] < 1e-5
+    large = found["large"]
+    assert large["M"] == 5000 and large["bytes_read"] == large["input_bytes"] == 4 * 3 * 5800
+    assert large["peak_bytes"] == max(large["peak_bytes_of_each_half"]) > 50_000_000
+    assert large["cpu_seconds"] > 0 and large["seconds"] > 0
+
+
+def test_the_recorded_study_of_files_is_flat_in_memory_and_as_fast_as_the_call() -> None:
+    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "out-of-core.json").read_text())
+    first, second = found["large"]["peak_bytes_of_each_half"]
+    assert abs(second - first) < 0.1 * first and second < found["large"]["input_bytes"]
+    assert all(row["ratio"] < 1.1 for row in found["beside"] if row["memory"] >= 2**23)

@@ -11,6 +11,7 @@ from .registry import Results, table
 @table("out-of-core", "out-of-core.json")
 def beside(results: Results) -> str:
     """Streaming from files beside the call in memory."""
+    found = results.read("out-of-core.json")["beside"]
     rows = [
         [
             f"{row['memory'] >> 20} MiB",
@@ -20,11 +21,18 @@ def beside(results: Results) -> str:
             f"{row['cpu_ratio']:.2f}",
             formatting.error(row["largest_difference"]),
         ]
-        for row in (found := results.read("out-of-core.json"))["beside"]
+        for row in found
     ]
-    one = found["beside"][0]
+    one = found[0]
     job = f"{one['M']:,} x {one['K']:,}, D = {one['D']}"
-    headings = [f"memory ({job})", "blocks", "bytes read / files", "time", "of the processor", "largest difference, nats"]
+    headings = [
+        f"memory ({job})",
+        "blocks",
+        "bytes read / files",
+        "time",
+        "of the processor",
+        "largest difference, nats",
+    ]
     return formatting.markdown(headings, rows)
 
 

@@ -92,8 +92,6 @@ def open_mixture(path: Path) -> Arrays:
 
 
 def _open(path: Path) -> Arrays:
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file.")
     if path.is_dir():
         files = sorted(path.glob("*.npy"))
         return Arrays(path, {file.stem: NpyRows(file) for file in files}, tuple(files))

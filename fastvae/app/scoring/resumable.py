@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,10 @@ class ResumableArrays:
 
     def __init__(self, paths: Sequence[Path], shapes: Sequence[tuple[int, ...]], dtype: str) -> None:
         self._paths, self._shapes, self._dtype = list(paths), list(shapes), np.dtype(dtype)
-        self._parts = [path.with_name(f".{path.name}.part") for path in paths]
+        # Another job may write a second file of the same name, so that its part is named after the first file too.
+        first = hashlib.blake2b(str(paths[0].resolve()).encode(), digest_size=4).hexdigest()
+        names = [f".{path.name}.{first}.part" if index else f".{path.name}.part" for index, path in enumerate(paths)]
+        self._parts = [path.with_name(name) for path, name in zip(paths, names, strict=True)]
         self._journal = paths[0].with_name(f".{paths[0].name}.journal")
         self.rows, self.finished_rows = shapes[0][0], 0
 

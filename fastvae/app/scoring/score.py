@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,14 +52,15 @@ def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> 
         RunError: the output exists, belongs to another job, or is being written by another process.
         FileError: it cannot be written.
     """
-    with _locked(job.out):
+    outputs = [job.out] if job.score is None else [job.out, job.score]
+    with ExitStack() as locks:
+        for path in outputs:
+            locks.enter_context(_locked(path))
         points, mixture = open_points(job.points), open_mixture(job.mixture)
         stamps = points.stamps(), mixture.stamps()
         parts = _stream(job, points, mixture, device)
-        outputs, shapes = [job.out], [(parts.M,), (parts.M, parts.D)]
-        if job.score is not None:
-            outputs.append(job.score)
-        results = ResumableArrays(outputs, shapes[: len(outputs)], str(parts.dtype).removeprefix("torch."))
+        shapes = [(parts.M,), (parts.M, parts.D)][: len(outputs)]
+        results = ResumableArrays(outputs, shapes, str(parts.dtype).removeprefix("torch."))
         if not overwrite:
             results.refuse_result()
         results.open(_identity(console, job, points, mixture), overwrite=overwrite)
