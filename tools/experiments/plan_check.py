@@ -19,6 +19,7 @@ import torch
 from fastvae.app.planning.cost import Rates, Work, all_rates, cost
 from fastvae.benchmarks import formatting
 from fastvae.benchmarks.probe import has_isa, multiply_add_meter
+from fastvae.benchmarks.record import machine, versions
 from fastvae.streaming import streamed_log_prob
 
 from . import command
@@ -42,7 +43,7 @@ def measure(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> dict[str, Any]
         raise RuntimeError("the probe of multiply-adds cannot be compiled")
     rates = all_rates()[device]
     rows = [_check(M, K, D, memory, rates, meter) for M, K, D in shapes for memory in MEMORIES]
-    return {"device": device, "rounds": ROUNDS, "rows": rows}
+    return {"device": device, "machine": machine("cpu"), "versions": versions(), "rounds": ROUNDS, "rows": rows}
 
 
 def _check(M: int, K: int, D: int, memory: int, rates: Rates, meter: Callable[[], float]) -> dict[str, Any]:
