@@ -126,6 +126,7 @@ def streamed_log_prob(
     Raises:
         TypeError: an argument has no shape or no rows, or is not floating (`exclude`: not int64).
         ValueError: shapes that do not fit, K = 0, `exclude` out of range, an unknown name, no memory.
+        RuntimeError: the named backend is not built, or there is no such device.
 
     Equals::
 
@@ -201,6 +202,8 @@ class StreamedScores:
         self._shared_logvar = len(self._logvar.shape) < 2 or self._logvar.shape[0] == 1
         self._with_score, self._options = score, {"precision": precision, "impl": impl}
         self._device = torch.device(device)
+        if self._device.type == "meta" or (self._device.type == "cuda" and not torch.cuda.is_available()):
+            raise RuntimeError(f"device={str(device)!r} cannot compute here; device='cpu' can")
         check_name("precision", precision, PRECISIONS)
         choose(impl, self._device, self.dtype, precision)
 
@@ -286,6 +289,8 @@ class _Source:
     """An argument that is read by rows."""
 
     def __init__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            _checks.tensor(name, value)
         shape = value.get_shape() if hasattr(value, "get_shape") else getattr(value, "shape", None)
         if shape is None or not hasattr(value, "__getitem__"):
             raise TypeError(

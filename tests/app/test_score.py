@@ -258,6 +258,7 @@ MIXTURE = {"mu": np.zeros((5, 3), np.float32), "logvar": np.zeros(3, np.float32)
         (Z, MIXTURE | {"log_weights": np.array([0, 0, 0, np.nan, 0])}, "log_weights holds NaN or +infinity"),
         (Z, {"mu": Z, "scale": Z}, "logvar (log sigma^2, [K, D] or what broadcasts to it)"),
         (Z, MIXTURE | {"mu": np.zeros((0, 3))}, "mu must be [K, D] with K >= 1"),
+        (np.zeros((4, 0), np.float32), MIXTURE, "z must be [..., 3] to match mu [5, 3], not [4, 0]"),
     ],
 )
 def test_wrong_contents_are_told(cli: Cli, tmp_path: Path, points: Any, mixture: Any, told: str) -> None:
@@ -300,6 +301,12 @@ def test_wrong_files_and_options_are_told(cli: Cli, tmp_path: Path, inputs: tupl
     out = tmp_path / "out.npy"
     assert "is one of the other files" in cli(*options(inputs, out), "--score", out)[2]
     assert "--dtype is 'half'" in cli(*options(inputs, out), "--dtype", "half")[2]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="takes a folder that takes no files")
+def test_a_folder_that_takes_no_files_is_told(cli: Cli, inputs: tuple[Path, Path]) -> None:
+    code, _, error = cli(*options(inputs, Path("/proc/out.npy")))
+    assert code == 1 and "/proc/out.npy: cannot be written" in error
 
 
 def test_the_whole_of_an_array_is_looked_at_in_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

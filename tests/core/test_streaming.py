@@ -286,6 +286,8 @@ def test_gradients_are_neither_computed_nor_kept() -> None:
         ({"memory": 0}, ValueError, "memory must be at least 1 byte"),
         ({"memory": 1e9}, TypeError, "memory must be a number of bytes"),
         ({"dtype": torch.float16}, ValueError, "dtype must be torch.float32, torch.float64 or None"),
+        ({"z": torch.randn(5, 2).to_sparse()}, TypeError, "z must be a dense tensor"),
+        ({"device": "meta"}, RuntimeError, "device='meta' cannot compute here"),
         ({"impl": "fast"}, ValueError, "impl"),
         ({"precision": "low"}, ValueError, "precision"),
     ],

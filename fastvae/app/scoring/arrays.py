@@ -45,7 +45,7 @@ class NpyRows:
         )
         if found.size != (stop - start) * width:
             raise DataError(f"{self.path}: was cut short while it was read.")
-        return found.reshape(-1, *self.shape[1:]).astype(self.dtype.newbyteorder("="), copy=False)
+        return found.reshape(stop - start, *self.shape[1:]).astype(self.dtype.newbyteorder("="), copy=False)
 
 
 @dataclass(frozen=True)

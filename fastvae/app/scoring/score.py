@@ -135,6 +135,8 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
+        if not Path(lock.lock_file).exists():  # the file system takes none
+            raise FileError(f"{out}: cannot be written; name a file in another folder.") from None
         raise RunError(f"{out}: is being written by another process. Wait for it, or name another file.") from None
     except OSError as error:
         raise FileError(f"{out}: cannot be written ({error.strerror}).") from error
