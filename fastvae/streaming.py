@@ -114,8 +114,8 @@ def streamed_log_prob(
         log_weights: [K], used as given; None means -log K each.
         exclude: int64 [M], for each row the index of a component to leave out, or -1 for none.
         score: also return d log p(z) / dz.
-        memory: bytes that the blocks may take, beside the result.  The last bits of the result depend on it, as it
-            decides where the components are cut; no more than that, see docs/guides/out-of-core.md.
+        memory: bytes that the blocks may take, beside the result.  It decides where rows and components are cut, and
+            with that the last bits of the result; see docs/guides/out-of-core.md.
         device: where blocks are computed.  To a CUDA device they are copied from pinned memory, beside the kernels.
         dtype: float32 or float64, what is computed with; None is what the arguments promote to, float32 at least.
         precision, impl: as for :func:`mixture_log_prob`.

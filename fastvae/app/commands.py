@@ -373,7 +373,8 @@ def score_command(
     options.check_device(device)
     options.check_backend(impl, precision)
     options.check_files({"--points": points, "--mixture": mixture}, {"--out": out, "--score": score})
-    with interruptible(console, lambda: "The same command goes on from here."):
+    without = " without --overwrite" if overwrite else ""
+    with interruptible(console, lambda: f"The same command{without} goes on from here."):
         import_library()
         import torch
 

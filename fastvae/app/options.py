@@ -297,9 +297,7 @@ def check_files(inputs: Mapping[str, Path], outputs: Mapping[str, Path | None]) 
         if not path.parent.is_dir():
             raise ConfigError(f"{option} {path}: the folder {path.parent.absolute()} does not exist.")
         if any(path.resolve() == other or other in path.resolve().parents for other in taken):
-            raise ConfigError(
-                f"{option} {path}: is one of the other files, or in a folder that is; name one of its own."
-            )
+            raise ConfigError(f"{option} {path}: is one of the other files, or in one; name another.")
         taken.append(path.resolve())
 
 

@@ -152,10 +152,29 @@ def test_a_torn_journal_is_read_up_to_its_last_whole_line(
     assert np.allclose(np.load(tmp_path / "out.npy"), wanted(inputs)[0], atol=1e-5)
 
 
+def test_a_torn_line_does_not_run_into_the_next(tmp_path: Path) -> None:
+    """A second stop after the one that tore it."""
+
+    def go_on() -> ResumableArrays:
+        results = ResumableArrays([tmp_path / "a.npy"], [(1000,)], "float32")
+        results.open({"job": "1"}, overwrite=False)
+        return results
+
+    go_on().write(0, [np.zeros(150, np.float32)])
+    journal = tmp_path / ".a.npy.journal"
+    journal.write_bytes(journal.read_bytes()[:-2])  # 15, of 150
+    results = go_on()
+    assert results.finished_rows == 0
+    results.write(0, [np.zeros(20, np.float32)])
+    assert go_on().finished_rows == 20
+
+
 def test_a_damaged_journal_is_told(cli: Cli, tmp_path: Path, stopped: list[Any]) -> None:
-    (tmp_path / ".out.npy.journal").write_bytes(b"\x00\x00\n100\n")
-    code, _, error = cli(*stopped)
-    assert code == 1 and "journal: is damaged. Say --overwrite" in error
+    journal = tmp_path / ".out.npy.journal"
+    for damaged in (b"\x00\x00\n100\n", b"[]\n100\n", journal.read_bytes() + b"501\n", journal.read_bytes() + b"x\n"):
+        journal.write_bytes(damaged)
+        code, _, error = cli(*stopped)
+        assert code == 1 and "journal: is damaged. Say --overwrite" in error
     assert cli(*stopped, "--overwrite")[0] == 0
     (tmp_path / "out.npy").unlink()
 
@@ -207,6 +226,13 @@ def test_inputs_that_change_meanwhile_give_no_result(
     monkeypatch.setattr(ResumableArrays, "write", changing)
     code, _, error = cli(*options(inputs, tmp_path / "out.npy"))
     assert code == 1 and "was changed while it was read" in error and left(tmp_path) == []
+
+    def touching(self: ResumableArrays, start: int, blocks: list[np.ndarray]) -> None:
+        write(self, start, blocks)
+        os.utime(inputs[0], (1, 1))
+
+    monkeypatch.setattr(ResumableArrays, "write", touching)  # the content is the same
+    assert cli(*options(inputs, tmp_path / "out.npy"))[0] == 0
 
 
 def test_a_full_disk_is_told_before_the_work(

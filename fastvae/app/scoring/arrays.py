@@ -16,6 +16,7 @@ from fastvae.app.data.array_files import read_npz
 from fastvae.app.user_errors import DataError
 
 _SCANNED = 2**24  # bytes of a block that is looked through
+_MIXTURE = ("mu", "logvar", "log_weights")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -67,7 +68,7 @@ def open_points(path: Path) -> Arrays:
     Raises:
         DataError: the file is not there, damaged, or holds something else.
     """
-    found = _open(path)
+    found = _open(path, ("z",))
     if "z" in found.arrays:
         return Arrays(path, {"z": found.arrays["z"]}, found.files)
     if len(found.arrays) != 1:
@@ -81,19 +82,20 @@ def open_mixture(path: Path) -> Arrays:
     Raises:
         DataError: as :func:`open_points`.
     """
-    found = _open(path)
-    for name in ("mu", "logvar"):
+    found = _open(path, _MIXTURE)
+    for name in _MIXTURE[:2]:
         if name not in found.arrays:
             raise DataError(
                 f"{path}: should hold mu [K, D], logvar (log sigma^2, [K, D] or what broadcasts to it) and perhaps "
                 f"log_weights [K]; it holds {_names(found)}."
             )
-    return Arrays(path, {n: found.arrays[n] for n in ("mu", "logvar", "log_weights") if n in found.arrays}, found.files)
+    return Arrays(path, {name: found.arrays[name] for name in _MIXTURE if name in found.arrays}, found.files)
 
 
-def _open(path: Path) -> Arrays:
+def _open(path: Path, names: tuple[str, ...]) -> Arrays:
+    """All arrays of a file, or those of these names of a folder."""
     if path.is_dir():
-        files = sorted(path.glob("*.npy"))
+        files = [file for name in names if (file := path / f"{name}.npy").is_file()]
         return Arrays(path, {file.stem: NpyRows(file) for file in files}, tuple(files))
     if path.suffix == ".npy":
         return Arrays(path, {path.stem: NpyRows(path)}, (path,))
@@ -160,14 +162,11 @@ def size_in_bytes(opened: Arrays) -> int:
 
 def _row_blocks(path: Path, name: str, array: Any) -> Iterator[tuple[int, Tensor]]:
     shape = _shape(array)
+    width = max(1, int(np.prod(shape[1:], dtype=np.int64)))
+    step = max(1, _SCANNED // (8 * width))
     try:
-        if not shape or shape[0] <= 1:
-            yield 0, torch.tensor(array[...]) if not isinstance(array[...], Tensor) else array[...]
-            return
-        width = max(1, int(np.prod(shape[1:], dtype=np.int64)))
-        step = max(1, _SCANNED // (8 * width))
-        for start in range(0, shape[0], step):
-            block = array[start : start + step]
+        for start in range(0, shape[0] if shape else 1, step):
+            block = array[start : start + step] if shape else array[...]
             yield start, block if isinstance(block, Tensor) else torch.tensor(block)
     except TypeError as error:
         raise DataError(f"{path}: {name} should be numbers in floating point ({error}).") from error

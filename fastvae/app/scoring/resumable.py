@@ -65,6 +65,7 @@ class ResumableArrays:
                 )
             complete = finished == self.rows
             if all(part.exists() or (complete and path.exists()) for part, path in self._pairs()):
+                self._cut_journal()
                 self.finished_rows = finished
                 return
         self._begin(job)
@@ -101,6 +102,13 @@ class ResumableArrays:
     def _pairs(self) -> list[tuple[Path, Path]]:
         return list(zip(self._parts, self._paths, strict=True))
 
+    def _cut_journal(self) -> None:
+        """Cut a line off that was begun, lest the next one go on with it."""
+        whole = self._journal.read_bytes().rfind(b"\n") + 1
+        with open(self._journal, "r+b") as file:
+            file.truncate(whole)
+            _sync(file)
+
     def _read_journal(self) -> tuple[dict[str, Any], int] | None:
         """(the job, how many rows are finished); None where there is no journal, or not even its first line."""
         try:
@@ -110,9 +118,12 @@ class ResumableArrays:
         if not lines:
             return None
         try:
-            return json.loads(lines[0]), max(map(int, lines[1:]), default=0)
+            job, finished = json.loads(lines[0]), int(lines[-1]) if len(lines) > 1 else 0
+            if not isinstance(job, dict) or not 0 <= finished <= self.rows:
+                raise ValueError
         except ValueError as error:
             raise RunError(f"{self._journal}: is damaged. Say --overwrite to begin anew.") from error
+        return job, finished
 
     def _begin(self, job: Mapping[str, str]) -> None:
         try:

@@ -63,7 +63,8 @@ def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> 
         results = ResumableArrays(outputs, shapes, str(parts.dtype).removeprefix("torch."))
         if not overwrite:
             results.refuse_result()
-        results.open(_identity(console, job, points, mixture), overwrite=overwrite)
+        identity = _identity(console, job, points, mixture)
+        results.open(identity, overwrite=overwrite)
         parts.first_row = resumed = results.finished_rows
         bytes_read = parts.bytes_read if resumed < parts.M else 0
         with counting_progress(console, "scoring", parts.M, "rows") as on_rows:
@@ -71,7 +72,8 @@ def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> 
             for part in parts:
                 blocks = [part.log_prob] if part.score is None else [part.log_prob, part.score]
                 results.write(part.start, [block.numpy() for block in blocks])
-        if (points.stamps(), mixture.stamps()) != stamps:
+        changed = (points.stamps(), mixture.stamps()) != stamps
+        if changed and _identity(console, job, open_points(job.points), open_mixture(job.mixture)) != identity:
             results.discard()
             raise DataError(f"{job.points} or {job.mixture} was changed while it was read; nothing was written.")
         results.finish()
