@@ -285,9 +285,9 @@ def check_backend(impl: str | None, precision: str | None) -> None:
 
 def check_files(inputs: Mapping[str, Path], outputs: Mapping[str, Path | None]) -> None:
     """Raise ConfigError if an input is not there, or an .npy file to write is none, is an input, or has no folder."""
-    for option, path in inputs.items():
-        if not path.exists():
-            raise ConfigError(f"{option} {path}: there is no such file.")
+    for option, file in inputs.items():
+        if not file.exists():
+            raise ConfigError(f"{option} {file}: there is no such file.")
     taken = [path.resolve() for path in inputs.values()]
     for option, path in outputs.items():
         if path is None:

@@ -94,7 +94,8 @@ def markdown(content: dict[str, Any]) -> str:
         ]
         for row in content["rows"]
     ]
-    headings = ["ranks", "bytes received", "planned", "with the score", "planned", "largest difference, nats"]
+    job = f"M = {content['M']}, K = {content['K']:,}, D = {content['D']}"
+    headings = [f"ranks ({job})", "bytes received", "planned", "with the score", "planned", "largest difference, nats"]
     return formatting.markdown(headings, rows, left=0)
 
 
