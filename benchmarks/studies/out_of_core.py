@@ -18,6 +18,8 @@ import torch
 import fastvae
 from fastvae.streaming import StreamedScores
 
+from ..record import machine
+
 BESIDE = (65_536, 20_000, 16)  # rows, components, dimensions
 LARGE = (10_000_000, 100_000, 16)
 MEMORIES = (2**28, 2**23, 2**22)  # components stay in memory; neither they nor the rows do
@@ -28,7 +30,7 @@ _WRITTEN_ROWS = 1_000_000
 
 def study() -> dict[str, Any]:
     """Both parts; the large job takes minutes on a core of its own."""
-    return {"beside": beside(*BESIDE), "large": large(*LARGE)}
+    return {"machine": machine("cpu"), "beside": beside(*BESIDE), "large": large(*LARGE)}
 
 
 def beside(M: int, K: int, D: int) -> list[dict[str, Any]]:
