@@ -27,6 +27,7 @@ from fastvae.priors import (
     VampPrior,
     log_weights_of,
 )
+from fastvae.streaming import streamed_log_prob
 from fastvae.training import TrainingStep
 from fastvae.vae import VAE
 
@@ -61,6 +62,7 @@ __all__ = [
     "mixture_marginal_log_prob",
     "mixture_responsibilities",
     "reference",
+    "streamed_log_prob",
     "total_correlation",
     "use_backend",
 ]

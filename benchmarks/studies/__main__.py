@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..record import versions, write_record
-from . import annealing, em, encoding_memory, estimators, exemplar_refresh, total_correlation
+from . import annealing, em, encoding_memory, estimators, exemplar_refresh, out_of_core, total_correlation
 
 # Each with the record that it writes.
 STUDIES = {
@@ -17,6 +17,7 @@ STUDIES = {
     "em": ("em.json", em.study),
     "estimators": ("bounds-estimators.json", estimators.study),
     "memory": ("bounds-memory.json", encoding_memory.study),
+    "out-of-core": ("out-of-core.json", out_of_core.study),
     "refresh": ("bounds-refresh.json", exemplar_refresh.study),
     "total-correlation": ("bounds-total-correlation.json", total_correlation.study),
 }

@@ -367,6 +367,129 @@ def reproduce_command(
     _name_files(folder.files())
 
 
+@app.command("score", cls=Command)
+def score_command(
+    points: Annotated[
+        Path,
+        typer.Option(
+            help="The points [M, D]: an .npy file, or the array z of an .npz or .safetensors file.",
+            show_default=False,
+            parser=options.path,
+            metavar="FILE",
+        ),
+    ],
+    mixture: Annotated[
+        Path,
+        typer.Option(
+            help="The components: mu [K, D], logvar, which is log sigma^2 and broadcasts to [K, D], and perhaps "
+            "log_weights [K] (else 1/K each), in an .npz or .safetensors file, or a folder of mu.npy, logvar.npy and "
+            "log_weights.npy.",
+            show_default=False,
+            parser=options.path,
+            metavar="FILE",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The .npy file to write, log p(z) [M].",
+            show_default=False,
+            parser=options.path,
+            metavar="FILE",
+        ),
+    ],
+    score: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the score d log p(z) / dz [M, D] to this .npy file.", parser=options.path, metavar="FILE"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or float64: what is computed and written. (default: by the inputs)")
+    ] = None,
+    memory: Annotated[int, typer.Option(min=1, help="MiB that rows and components may take at a time.")] = 256,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    impl: options.Impl = None,
+    precision: options.Precision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, and replace --out.")] = False,
+) -> None:
+    """Score points against a mixture of Gaussians from files that may be larger than memory.
+
+    Rows are written block by block into a hidden file beside --out, which appears once all are done. After Ctrl-C or
+    a kill the same command goes on with the next block.
+    """
+    if dtype not in (None, "float32", "float64"):
+        raise ConfigError(f"--dtype is {dtype!r}; it can be float32 or float64.")
+    options.check_device(device)
+    options.check_backend(impl, precision)
+    options.check_files({"--points": points, "--mixture": mixture}, {"--out": out, "--score": score})
+    without = " without --overwrite" if overwrite else ""
+    with interruptible(console, lambda: f"The same command{without} goes on from here."):
+        import_library()
+        import torch
+
+        from fastvae.app.run.device import pick_device, use_kernels
+        from fastvae.app.scoring.score import Job, score_files
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = pick_device(device)
+        job = Job(points, mixture, out, score, dtype, memory << 20, precision, impl)
+        with use_kernels(device, impl, precision):
+            done = score_files(console, job, device, overwrite=overwrite)
+    resumed = f", {done.resumed_rows:,} of them by an earlier run" if done.resumed_rows else ""
+    _say(
+        f"{done.rows:,} rows against {done.components:,} components{resumed}; "
+        f"{done.bytes_read / 1e6:,.1f} MB were read to compute them."
+    )
+    _name_files([out] if score is None else [out, score])
+
+
+@app.command("plan", cls=Command)
+def plan_command(
+    rows: Annotated[int, typer.Option(min=1, help="M, the points to score.", show_default=False)],
+    components: Annotated[int, typer.Option(min=1, help="K, of the mixture.", show_default=False)],
+    dims: Annotated[int, typer.Option(min=1, help="D, of a point.", show_default=False)],
+    devices: Annotated[int, typer.Option(min=1, help="How many share the work.")] = 1,
+    device: Annotated[str, typer.Option(help=f"What they are: {', '.join(options.RECORDED_DEVICES)}.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, max=options.MOST_THREADS, help="Of each device, for a CPU.")] = 1,
+    score: Annotated[bool, typer.Option("--score", help="Exchange the score d log p(z) / dz too.")] = False,
+    memory: Annotated[int, typer.Option(min=1, help="MiB that rows and components may take at a time.")] = 256,
+    network: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s that a device receives from others. (default: not known)")
+    ] = None,
+) -> None:
+    """Tell what a job would take, before it is run: time, memory, bytes read and exchanged.
+
+    The times come from recorded measurements, for densities in float32. Where a rate was never recorded, the plan says
+    what the rate would have to be.
+    """
+    if device not in options.RECORDED_DEVICES:
+        raise ConfigError(f"--device is {device!r}; it can be {', '.join(options.RECORDED_DEVICES)}.")
+    if threads > 1 and not device.startswith("cpu"):
+        raise ConfigError(f"--threads is for a CPU, and --device is {device}.")
+    import_library()
+    from fastvae.app.planning.cost import LAYOUTS, Work, all_rates, limit
+    from fastvae.app.planning.table import plan_table
+
+    rates = all_rates()[device]
+    bytes_per_second = None if network is None else network * 1e9
+    work = Work(rows, components, dims, devices, threads, score, memory << 20, bytes_per_second)
+    console.print(plan_table(work, rates))
+    _say(f"By {rates.source}: {rates.machine}.")
+    if rates.deviation is None:
+        _say(f"The record has one shape, with {rates.fewest_rows:,} rows; other shapes may differ.")
+    else:
+        _say(f"The recorded times are within {rates.deviation:.0%} of what the plan computes for them.")
+    if score:
+        _say("The time of the score is not recorded, and not in the plan.")
+    for sharded in LAYOUTS:
+        _say(f"With {sharded} sharded, {limit(work, rates, sharded)}.")
+
+
 @app.command(
     "bench",
     add_help_option=False,

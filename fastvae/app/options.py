@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ MODEL, TRAINING, DATA, KERNELS = "Model", "Training", "Data", "Kernels"
 IMPLS = "cpu", "cuda", "triton", "composite", "reference"
 PRECISIONS = "highest", "high", "medium"
 MOST_THREADS = 1024
+RECORDED_DEVICES = "cpu", "cpu-avx2", "h100", "h200"  # those of planning/rates.json
 
 OutFolder = Annotated[
     Path, typer.Option("--out", "-o", help="The run's folder.", show_default=False, parser=path, metavar="DIR")
@@ -306,6 +308,24 @@ def check_installed(option: str, package: str) -> None:
     """Raise ConfigError if the package that an option or a command needs is not there."""
     if find_spec(package) is None:
         raise ConfigError(f'{option} needs {package}, which is not installed; pip install "fastvae-kernels[{package}]"')
+
+
+def check_files(inputs: Mapping[str, Path], outputs: Mapping[str, Path | None]) -> None:
+    """Raise ConfigError if an input is not there, or an .npy file to write is none, is an input, or has no folder."""
+    for option, file in inputs.items():
+        if not file.exists():
+            raise ConfigError(f"{option} {file}: there is no such file.")
+    taken = [path.resolve() for path in inputs.values()]
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.suffix != ".npy" or path.is_dir():
+            raise ConfigError(f"{option} {path}: should be the name of an .npy file.")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{option} {path}: the folder {path.parent.absolute()} does not exist.")
+        if any(path.resolve() == other or other in path.resolve().parents for other in taken):
+            raise ConfigError(f"{option} {path}: is one of the other files, or in one; name another.")
+        taken.append(path.resolve())
 
 
 def given(context: typer.Context) -> dict[str, Any]:

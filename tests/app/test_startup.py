@@ -45,6 +45,8 @@ def command(*arguments: str) -> tuple[int, str, str, float]:
         (["evaluate", "a"], "holds no run"),
         (["sample", "a"], "holds no run"),
         (["compare", "--priors", "vamp", "--out", "a"], "--priors is 'vamp'"),
+        (["score", "--points", "none.npy", "--mixture", "none.npz", "--out", "a.npy"], "there is no such file"),
+        (["plan", "--rows", "1", "--components", "1", "--dims", "1", "--device", "tpu"], "it can be cpu, cpu-avx2"),
         (["evaluate", ""], "the name is empty"),
         (["train", "--out", ""], "the name is empty"),
     ],

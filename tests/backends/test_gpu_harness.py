@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from core.test_operators import OPERATIONS, Operation
-from support.on_gpu import FUNCTIONS, call_on
+from support.on_gpu import FUNCTIONS, TAKE_A_DEVICE, call_on
 from torch import Tensor
 
 import fastvae
@@ -18,7 +18,15 @@ import fastvae
 def test_every_function_that_takes_an_impl_is_moved() -> None:
     public = {name: getattr(fastvae, name) for name in fastvae.__all__}
     functions = [name for name, f in public.items() if inspect.isfunction(f) and "impl" in (f.__kwdefaults__ or {})]
-    assert sorted(functions) == sorted(FUNCTIONS)
+    assert sorted(functions) == sorted(FUNCTIONS + TAKE_A_DEVICE)
+
+
+def test_a_function_that_takes_a_device_is_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    call_on(monkeypatch, "meta", "composite")
+    z, mu = torch.randn(4, 3), torch.randn(5, 3)
+    with pytest.raises(RuntimeError, match="device='meta' cannot compute here"):
+        fastvae.streamed_log_prob(z, mu, mu, impl="composite")
+    assert fastvae.streamed_log_prob(z, mu, mu, impl="cpu").shape == (4,)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

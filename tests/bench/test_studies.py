@@ -15,6 +15,7 @@ from fastvae.benchmarks.studies import (
     encoding_memory,
     estimators,
     exemplar_refresh,
+    out_of_core,
     total_correlation,
 )
 from fastvae.benchmarks.studies.__main__ import main
@@ -78,3 +79,25 @@ def test_em_writes_its_record(tmp_path: Path) -> None:
         )
         assert 0 < row["largest_error_of_means"]["fastvae"] < error
     assert found["memory"]["N"] == 500 and found["memory"]["seconds_per_iteration"] > 0
+
+
+def test_the_study_of_files_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_core, "BESIDE", (600, 400, 3))
+    monkeypatch.setattr(out_of_core, "LARGE", (5000, 400, 3))
+    monkeypatch.setattr(out_of_core, "MEMORIES", (2**28, 2**14))
+    main(["out-of-core", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "out-of-core.json").read_text())
+    whole, cut = found["beside"]
+    assert whole["bytes_read"] == whole["input_bytes"] < cut["bytes_read"] and cut["block_components"] < 400
+    assert whole["largest_difference"] < 1e-5 and cut["largest_difference"] < 1e-5
+    large = found["large"]
+    assert large["M"] == 5000 and large["bytes_read"] == large["input_bytes"] == 4 * 3 * 5800
+    assert large["peak_bytes"] == max(large["peak_bytes_of_each_half"]) > 50_000_000
+    assert large["cpu_seconds"] > 0 and large["seconds"] > 0
+
+
+def test_the_recorded_study_of_files_is_flat_in_memory_and_as_fast_as_the_call() -> None:
+    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "out-of-core.json").read_text())
+    first, second = found["large"]["peak_bytes_of_each_half"]
+    assert abs(second - first) < 0.1 * first and second < found["large"]["input_bytes"]
+    assert all(row["ratio"] < 1.1 for row in found["beside"] if row["memory"] >= 2**23)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from support.internals import COMPOSITE_CHUNK
@@ -173,3 +175,39 @@ def test_em_and_responsibilities() -> None:
     if sys.platform != "linux":
         pytest.skip("reads the peak from /proc")
     assert int(run(EM)) < 150e6
+
+
+STREAMED = """
+    import sys, threading, time
+    import numpy as np, torch
+    from fastvae.streaming import StreamedScores
+
+    def own():  # what the process holds itself, without the pages of mapped files
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+    score, memory = bool(int(sys.argv[1])), int(sys.argv[2])
+    M, K, D = 400_000, 20_000, 16
+    for name, rows in (("z", M), ("mu", K)):
+        np.lib.format.open_memmap(f"{name}.npy", "w+", np.float32, (rows, D)).flush()
+    z, mu = (np.load(f"{name}.npy", mmap_mode="r") for name in ("z", "mu"))
+    list(StreamedScores(z[:64], mu[:64], torch.zeros(()), score=score))
+    before, most = own(), [0]
+    def watch():
+        while most:
+            most[0] = max(most[0], own())
+            time.sleep(0.001)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    for part in StreamedScores(z, mu, mu, score=score, memory=memory):
+        if part.start > 0:  # two blocks of rows
+            break
+    print(most[0] - before)
+"""
+
+
+@pytest.mark.parametrize(("score", "memory"), [(0, 2**23), (1, 2**24)])  # the components do not fit, and fit
+def test_streaming_holds_what_it_is_allowed(score: int, memory: int, tmp_path: Path, monkeypatch: Any) -> None:
+    """The inputs are more than 28 MB; 6 MB are for what libraries allocate on the way."""
+    monkeypatch.chdir(tmp_path)
+    assert int(run(STREAMED, str(score), str(memory))) < memory + 6e6

@@ -76,7 +76,9 @@ def library() -> set[str]:
         ("kernels", "fastvae/kernels"),
         ("benchmarks", "fastvae/benchmarks"),
     ):
-        files |= {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
+        for pattern in ("*.py", "app/**/*.json", "app/**/*.toml"):
+            found = (ROOT / folder).rglob(pattern)
+            files |= {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in found}
     return files
 
 

@@ -27,6 +27,7 @@ FUNCTIONS = (
     "mixture_log_prob_and_score",
     "mixture_marginal_log_prob",
 )
+TAKE_A_DEVICE = ("streamed_log_prob",)  # their arguments stay where they are
 
 
 def call_on(monkeypatch: pytest.MonkeyPatch, device: str, impl: str) -> None:
@@ -36,6 +37,8 @@ def call_on(monkeypatch: pytest.MonkeyPatch, device: str, impl: str) -> None:
     """
     for name in FUNCTIONS:
         monkeypatch.setattr(fastvae, name, _there_and_back(getattr(fastvae, name), torch.device(device), impl))
+    for name in TAKE_A_DEVICE:
+        monkeypatch.setattr(fastvae, name, _on(getattr(fastvae, name), device, impl))
     internals.draw_seeds_on_cpu(monkeypatch)
 
 
@@ -51,6 +54,14 @@ def _there_and_back(function: Callable[..., Any], device: torch.device, impl: st
             *(_moved(a, device) for a in arguments), **{name: _moved(a, device) for name, a in named.items()}
         )
         return tuple(_moved(r, home) for r in result) if isinstance(result, tuple) else _moved(result, home)
+
+    return call
+
+
+def _on(function: Callable[..., Any], device: str, impl: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **(named | {"device": device} if named.get("impl") == impl else named))
 
     return call
 

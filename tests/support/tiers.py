@@ -26,7 +26,7 @@ _MARK_OF_FILE = {
     "test_static_report": "machine_code",
     **dict.fromkeys(("test_ddp", "test_memory", "test_notebooks", "test_packaging"), "slow"),
     **dict.fromkeys(("test_audit_pairs", "test_distributed", "test_distributed_lightning"), "slow"),
-    **dict.fromkeys(("test_gpu_dry_run", "test_studies", "test_whole_runs"), "slow"),
+    **dict.fromkeys(("test_gpu_dry_run", "test_score_killed", "test_studies", "test_whole_runs"), "slow"),
 }
 
 

@@ -15,8 +15,10 @@ from . import (  # noqa: F401  register tables
     machine_code_tables,
     model_tables,
     mutation_table,
+    out_of_core_tables,
     status_table,
 )
+from .cost_rates import update_rates
 from .pages import nowhere, update
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +29,7 @@ def main(arguments: list[str], root: Path = ROOT) -> str | int:
     if arguments not in ([], ["--check"]):
         return "usage: python -m tools.tables [--check]"
     try:
-        stale = update(root, check=bool(arguments))
+        stale = update(root, check=bool(arguments)) + update_rates(root, check=bool(arguments))
     except BenchmarkError as error:
         return f"error: {error}"
     if not arguments:

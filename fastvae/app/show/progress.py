@@ -63,17 +63,19 @@ def training_progress(
 
 
 @contextmanager
-def counting_progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting_progress(
+    console: Console, label: str, total: int, unit: str = "images"
+) -> Iterator[Callable[[int], None]]:
     """Show a bar over `total` images; gives a function to be told how many have been done."""
     wide = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("images"),
+        TextColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    narrow = (TextColumn("{task.description}\n{task.completed}/{task.total} images"), TimeRemainingColumn())
+    narrow = (TextColumn("{task.description}\n{task.completed}/{task.total} " + unit), TimeRemainingColumn())
     with _progress(console, wide, narrow) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)

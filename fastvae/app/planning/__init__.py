@@ -1,0 +1,1 @@
+"""`fastvae plan`: what a job would cost, from rates that were recorded."""
