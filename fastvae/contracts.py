@@ -48,14 +48,14 @@ def describe(value: object) -> str:
     return f"{value!r}" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def encode(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mu [B, D], logvar [B, D]) of x [B, *x_shape].
+def encode(encoder: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(mu [B, D], logvar [B, D]) of x [B, *x_shape], and of y [B, ...] where it is given.
 
     Raises:
         TypeError: the encoder does not return two tensors.
         ValueError: these are not both [B, D].  A logvar that would broadcast counts too: [D] and [B] look alike.
     """
-    output = encoder(x)
+    output = encoder(x) if y is None else encoder(x, y)
     wanted = f"the encoder must return (mu, logvar), both [B, D]; for an input {list(x.shape)} it returned"
     if not isinstance(output, tuple | list) or len(output) != 2 or not all(isinstance(o, Tensor) for o in output):
         raise TypeError(f"{wanted} {describe(output)}")

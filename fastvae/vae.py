@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from fastvae import _checks, bounds
 from fastvae import functional as F
 from fastvae.backends import BackendOptions, choice
-from fastvae.contracts import encode, evaluate, require_methods, require_shape
+from fastvae.contracts import encode, evaluate, require_methods, require_shape, require_tensor
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
 from fastvae.priors import Prior
 
@@ -88,14 +89,19 @@ class VAE(nn.Module):
     """A variational autoencoder made of the modules you give it.
 
     Args:
-        encoder: x [B, *x_shape] -> (mu [B, D], logvar [B, D]).
-        decoder: z [N, D] -> the likelihood's parameters: a tensor [N, *x_shape], or a pair of them.
+        encoder: x [B, *x_shape] -> (mu [B, D], logvar [B, D]); of a conditional VAE (x, y [B, ...]).
+        decoder: z [N, D] -> the likelihood's parameters: a tensor [N, *x_shape], or a pair of them; of a conditional
+            VAE (z, y [N, ...]).
         prior: a :class:`fastvae.Prior`.  A VampPrior or ExemplarPrior must have been given this same encoder; it
             follows when `vae.encoder` is assigned.
         likelihood: "bernoulli" (x in [0, 1]; the decoder returns logits), "gaussian" ((mean, logvar), or a mean),
             "discretized_logistic" ((mean, logscale); x on 256 levels in [0, 1]), or a :class:`fastvae.Likelihood`.
         backend: impl, precision, dense_backward, as of :func:`fastvae.use_backend`, for all operations inside; a
             prior's own choice goes before them.
+
+    A VAE is conditional, of p(x | y), where its methods are given y, labels or covariates.  Encoder and decoder are
+    then called with y as their second argument, whether they use it or not.  A prior that is `conditional` is asked for
+    p(z | y); any other prior means that z is independent of y.
 
     Raises:
         TypeError: prior or likelihood lacks a method; in use: the encoder does not return (mu, logvar), the decoder
@@ -140,6 +146,7 @@ class VAE(nn.Module):
     def forward(
         self,
         x: Tensor,
+        y: Tensor | None = None,
         *,
         beta: float = 1.0,
         num_samples: int = 1,
@@ -153,6 +160,8 @@ class VAE(nn.Module):
 
         Args:
             x: [B, *x_shape].
+            y: [B, ...], what each x is conditioned on: labels, int64 [B], or covariates [B, C].  None for a VAE that is
+                not conditional.
             beta: weight of the KL in the loss, for warm-up; the bound does not depend on it.
             num_samples: S draws of z for each x.
             kl: "analytic", E[log p(x|z)] - KL(q || p) in closed form; "sample", E[log p(x|z) + log p(z) - log q(z|x)];
@@ -179,14 +188,14 @@ class VAE(nn.Module):
         gradient = bounds.gradient_for(bound, gradient)
         if kl == "analytic" and (bound, gradient, chunk_size) != ("elbo", "plain", None):
             raise ValueError("kl='analytic' is for bound='elbo' with gradient='plain' and no chunk_size")
-        mu, logvar = self._posterior(x)
+        mu, logvar = self._posterior(x, y)
         if bound == "elbo" and gradient == "plain" and chunk_size is None and kl != "sample":
-            z, divergence = self._kl(mu, logvar, num_samples, index)
-            log_likelihood = self._log_likelihood_of(x, z)
+            z, divergence = self._kl(mu, logvar, num_samples, index, y)
+            log_likelihood = self._log_likelihood_of(x, z, y)
             drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
             in_closed_form = self.prior.has_closed_form_kl
         else:
-            drawn = self._drawn(bound, x, mu, logvar, num_samples, gradient, beta, chunk_size, index)
+            drawn = self._drawn(bound, x, y, mu, logvar, num_samples, gradient, beta, chunk_size, index)
             in_closed_form = False
         log_weights = (drawn.log_likelihood - drawn.kl).detach()  # of drawn; torch 2.10 traces no property
         reconstruction, divergence = drawn.log_likelihood.mean(0), drawn.kl.mean(0)  # [B]
@@ -204,10 +213,11 @@ class VAE(nn.Module):
         gradient: str | None = None,
         chunk_size: int | None = None,
         index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
         """The evidence lower bound of each x, [B], nats; arguments as in :meth:`forward`."""
         output: VAEOutput = self(
-            x, num_samples=num_samples, kl=kl, gradient=gradient, chunk_size=chunk_size, index=index
+            x, y, num_samples=num_samples, kl=kl, gradient=gradient, chunk_size=chunk_size, index=index
         )
         return output.elbo
 
@@ -220,6 +230,7 @@ class VAE(nn.Module):
         gradient: str | None = None,
         chunk_size: int | None = None,
         index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
         """The importance weighted bound of each x, [B], nats; arguments as in :meth:`forward`.
 
@@ -228,17 +239,18 @@ class VAE(nn.Module):
 
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
-        mu, logvar = self._posterior(x)
-        return self._drawn("iwae", x, mu, logvar, num_samples, gradient, 1.0, chunk_size, index).objective
+        mu, logvar = self._posterior(x, y)
+        return self._drawn("iwae", x, y, mu, logvar, num_samples, gradient, 1.0, chunk_size, index).objective
 
     @torch.no_grad()
     @_with_own_backend
-    def log_likelihood(self, x: Tensor, num_samples: int = 5000) -> Tensor:
-        """log p(x) by importance sampling from q(z | x), in memory bounded whatever B and S are.
+    def log_likelihood(self, x: Tensor, num_samples: int = 5000, *, y: Tensor | None = None) -> Tensor:
+        """log p(x), or log p(x | y), by importance sampling from q(z | x), in memory bounded whatever B and S are.
 
         Args:
             x: [B, *x_shape].
             num_samples: S.
+            y: as in :meth:`forward`.
 
         Returns:
             [B], nats: log 1/S sum_s p(x | z_s) p(z_s) / q(z_s | x), a lower bound in expectation that tightens with S.
@@ -246,46 +258,70 @@ class VAE(nn.Module):
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
         _checks.count("num_samples", num_samples)
-        prior = self.prior.snapshot()
-        return torch.cat([self._importance(part, num_samples, prior) for part in x.split(_rows_on(x.device) // 10)])
+        self._check_y(y, len(x), "x")
+        prior, rows = self.prior.snapshot(), _rows_on(x.device) // 10
+        parts = zip(x.split(rows), repeat(None) if y is None else y.split(rows), strict=False)
+        return torch.cat([self._importance(*part, num_samples, prior) for part in parts])
 
-    def _importance(self, x: Tensor, num_samples: int, prior: Prior) -> Tensor:
-        mu, logvar = self._posterior(x)
+    def _importance(self, x: Tensor, y: Tensor | None, num_samples: int, prior: Prior) -> Tensor:
+        mu, logvar = self._posterior(x, y)
+        log_prior = prior.density(y=y) if y is not None and _is_conditional(prior) else prior.log_prob
         step = max(1, _rows_on(x.device) // max(1, len(x)))
         parts = []
         for start in range(0, num_samples, step):
             z, log_q = F.gaussian_rsample(mu, logvar, min(step, num_samples - start))
-            log_p = evaluate("the prior's log_prob", prior.log_prob, z)
-            log_w = self._log_likelihood_of(x, z) + log_p - log_q  # [S, B]
+            log_p = evaluate("the prior's log_prob", log_prior, z)
+            log_w = self._log_likelihood_of(x, z, y) + log_p - log_q  # [S, B]
             parts.append(torch.logsumexp(log_w, 0))
         return torch.logsumexp(torch.stack(parts), 0) - math.log(num_samples)
 
     @torch.no_grad()
     @_with_own_backend
-    def sample(self, n: int, *, mean: bool = False) -> Tensor:
-        """n draws of x ~ p(x | z), z ~ p(z), or with mean=True of E[x | z]: [n, *x_shape]."""
-        z = self.prior.sample(n)
+    def sample(self, n: int, *, mean: bool = False, y: Tensor | None = None) -> Tensor:
+        """n draws of x ~ p(x | z), z ~ p(z), or with mean=True of E[x | z]: [n, *x_shape].
+
+        With y, [n, ...], draw m is of p(x | z, y[m]), z ~ p(z | y[m]).
+        """
+        self._check_y(y, n, "draw")
+        z = self.prior.sample(n, **self._for_prior(y))
         if z.ndim != 2 or z.shape[0] != n:
             raise ValueError(f"the prior's sample({n}) must be [{n}, D], not {list(z.shape)}")
-        output = self.decoder(z)
+        output = self._decode(z, y)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x | z] at the posterior's mean: [B, *x_shape]."""
-        mu, _ = self._posterior(x)
-        mean = self.likelihood.mean(self.decoder(mu))
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """E[x | z] at the posterior's mean: [B, *x_shape]; y as in :meth:`forward`."""
+        mu, _ = self._posterior(x, y)
+        mean = self.likelihood.mean(self._decode(mu, y))
         return require_shape(f"the likelihood's mean for x {list(x.shape)}", mean, x.shape)
 
-    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(mu [B, D], logvar [B, D]) of x [B, *x_shape]."""
+    def _posterior(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(mu [B, D], logvar [B, D]) of x [B, *x_shape] and y."""
         _check_encoder(self.prior, self.encoder)
-        return encode(self.encoder, x)
+        self._check_y(y, len(x), "x")
+        return encode(self.encoder, x, y)
 
-    def _kl(self, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _decode(self, z: Tensor, y: Tensor | None) -> Any:
+        return self.decoder(z) if y is None else self.decoder(z, y)
+
+    def _for_prior(self, y: Tensor | None) -> dict[str, Tensor]:
+        """The argument y for the prior, if it takes one."""
+        return {} if y is None or not _is_conditional(self.prior) else {"y": y}
+
+    def _check_y(self, y: Tensor | None, rows: int, of_each: str) -> None:
+        if y is None:
+            if _is_conditional(self.prior):
+                raise ValueError(f"the {type(self.prior).__name__} is conditional: give y, a row for each {of_each}")
+        elif require_tensor("y", y).ndim == 0 or len(y) != rows:
+            raise ValueError(f"y must be [{rows}, ...], a row for each {of_each}, not {list(y.shape)}")
+
+    def _kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None, y: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(z [S, B, D], KL [S, B]), in closed form where the prior has it."""
         known = {} if index is None else {"index": index}  # a prior of one's own need not take it
-        z, divergence = self.prior.kl(mu, logvar, num_samples, **known)
+        z, divergence = self.prior.kl(mu, logvar, num_samples, **known, **self._for_prior(y))
         shape = (num_samples, *mu.shape)
         return require_shape("the prior's z", z, shape), require_shape("the prior's kl", divergence, shape[:-1])
 
@@ -293,6 +329,7 @@ class VAE(nn.Module):
         self,
         bound: str,
         x: Tensor,
+        y: Tensor | None,
         mu: Tensor,
         logvar: Tensor,
         num_samples: int,
@@ -304,8 +341,8 @@ class VAE(nn.Module):
         """The bound with its KL sampled."""
         estimate = bounds.elbo if bound == "elbo" else bounds.iwae
         return estimate(
-            lambda z: self._log_likelihood_of(x, z),
-            self.prior.density(index, mu),
+            lambda z: self._log_likelihood_of(x, z, y),
+            self.prior.density(index, mu, **self._for_prior(y)),
             mu,
             logvar,
             num_samples,
@@ -314,10 +351,11 @@ class VAE(nn.Module):
             chunk_size=chunk_size,
         )
 
-    def _log_likelihood_of(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x | z), [S, B], of x [B, *x_shape] under z [S, B, D]."""
+    def _log_likelihood_of(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """log p(x | z), [S, B], of x [B, *x_shape] and y [B, ...] under z [S, B, D]."""
         S, B, _ = z.shape
         rows = z.flatten(0, 1)  # [N, D]
+        of_rows = None if y is None else y.expand(S, *y.shape).flatten(0, 1)  # [N, ...]
 
         def by_sample(part: Tensor) -> Tensor:
             """[N, ...] -> [S, B, ...], in float32 at least: a density is not to be computed in half precision."""
@@ -327,12 +365,16 @@ class VAE(nn.Module):
             part = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
             return part.unflatten(0, (S, B))
 
-        output = tree_map_only(Tensor, by_sample, self.decoder(rows))
+        output = tree_map_only(Tensor, by_sample, self._decode(rows, of_rows))
         log_prob = self.likelihood.log_prob(output, x)
         shape = (S, B, *x.shape[1:])
         log_prob = require_shape(f"the log_prob of {type(self.likelihood).__name__}", log_prob, shape)
         log_prob = log_prob if log_prob.dtype == torch.float64 else log_prob.float()
         return log_prob.reshape(S, B, math.prod(x.shape[1:])).sum(-1)
+
+
+def _is_conditional(prior: Prior) -> bool:
+    return getattr(prior, "conditional", False)  # a prior of one's own need not have it
 
 
 _PRIOR_METHODS = ("log_prob", "sample", "kl", "density", "snapshot", "has_closed_form_kl")

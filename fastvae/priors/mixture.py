@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fastvae import _checks
 from fastvae import functional as F
-from fastvae.contracts import is_readable, require_tensor
+from fastvae.contracts import is_readable, require_shape, require_tensor
+from fastvae.grouped import grouped_mixture_log_prob
 from fastvae.priors.base import Density, Prior
-from fastvae.priors.weights import weight_logits
+from fastvae.priors.weights import log_weights_within, weight_logits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,6 +27,14 @@ class Mixture(Prior):
     A subclass in which a few components, or the weights alone, cost less than all components also defines
     `component_parameters` and `component_log_weights`, which `sample` is made of.
 
+    A mixture can be conditional, p(z | y) for labels y, in two ways.  Where `labels` gives each component one, p(z | y)
+    is the mixture of the components with the label y, whose weights are normalised among themselves; without y, all
+    components count.  Where log_weights is [L, K], every label has its own weights of the same components, and y must
+    be given.
+
+    Attributes:
+        labels: int64 [K], the label of each component, 0 ... L - 1, or None.
+
     Example::
 
         class UnitVariances(fastvae.Mixture):
@@ -38,11 +47,13 @@ class Mixture(Prior):
                 return self.mu, self.mu.new_zeros(()), self.mu.new_full((K,), -math.log(K))
     """
 
+    labels: Tensor | None = None
+
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """(mu [K, D], logvar broadcastable to [K, D], log_weights [K]), differentiable; the weights sum to one.
 
         A logvar of one dimension is [D], for all components alike, also where K = D; one for each component is
-        [K, 1].
+        [K, 1].  log_weights is [L, K] where each label has its own.
         """
         raise NotImplementedError(f"{type(self).__name__} must define components()")
 
@@ -51,7 +62,7 @@ class Mixture(Prior):
         return self.components()
 
     def component_log_weights(self) -> Tensor:
-        """log w, [K]."""
+        """log w, [K], or [L, K]."""
         return self.components()[2]
 
     def component_parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,15 +70,79 @@ class Mixture(Prior):
         mu, logvar, _ = self.components()
         return mu[index], logvar.expand(mu.shape)[index]
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        return F.mixture_log_prob(z, *self.components(), **self.backend_options)
+    def log_prob(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """log p(z), or log p(z | y), differentiable in z and in the prior's parameters.
 
-    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
-        mu, logvar, log_weights = self.step_components(near)
-        return lambda z: F.mixture_log_prob(z, mu, logvar, log_weights, **self.backend_options)
+        Args:
+            z: [..., B, D]; without y, [..., D].
+            y: int64 [B], the label of each row, for a conditional mixture.
+
+        Returns:
+            [..., B], or [...], nats.
+        """
+        return self._density_of(self.components(), y)(z)
+
+    def density(self, index: Tensor | None = None, near: Tensor | None = None, y: Tensor | None = None) -> Density:
+        return self._density_of(self.step_components(near), y)
+
+    def _density_of(self, components: tuple[Tensor, Tensor, Tensor], y: Tensor | None) -> Density:
+        mu, logvar, log_weights = components
+        if y is None:
+            self._require_one_mixture(log_weights)
+            return lambda z: F.mixture_log_prob(z, mu, logvar, log_weights, **self.backend_options)
+        self._require_labels(y, log_weights)
+        if self.labels is None or log_weights.ndim == 2:
+            return lambda z: F.mixture_log_prob(
+                z, mu, logvar, log_weights, labels=_of_rows(y, z), **self.backend_options
+            )
+        groups, within = self.labels, log_weights_within(self.labels, log_weights)
+        impl, dense = self.backend_options["impl"], self.backend_options["dense_backward"]
+        return lambda z: grouped_mixture_log_prob(
+            z, mu, logvar, groups, within, labels=_of_rows(y, z), dense_backward=dense, impl=impl
+        )
+
+    def _condition_on(self, labels: Tensor | None, logits: Tensor) -> None:
+        """Make the prior conditional: on the labels of its components, on weights [L, K], or on neither."""
+        self.conditional = labels is not None or logits.ndim == 2
+        if labels is None:
+            return
+        K = logits.shape[-1]
+        if require_tensor("labels", labels).dtype != torch.int64:
+            raise TypeError(f"labels must be an int64 tensor, not {labels.dtype}")
+        if labels.shape != (K,):
+            raise ValueError(f"labels must be [{K}], a label for each component, not {list(labels.shape)}")
+        low, high = (int(value) for value in labels.aminmax())
+        there = labels if logits.ndim == 2 else labels[logits > -math.inf]
+        if low < 0 or high >= K or not bool(there.bincount(minlength=high + 1).all()):
+            raise ValueError(
+                f"labels must be numbered 0 ... L - 1, each of one component at least whose weight is not 0; they span "
+                f"{low} ... {high}, and {len(there.unique())} of them have such components"
+            )
+        self.register_buffer("labels", labels.detach().clone())
+
+    def _require_one_mixture(self, log_weights: Tensor) -> None:
+        if log_weights.ndim == 2:
+            raise ValueError(
+                f"the weights of this {type(self).__name__} depend on y: give y, int64 labels below {len(log_weights)}"
+            )
+
+    def _require_labels(self, y: Tensor, log_weights: Tensor) -> None:
+        if not self.conditional:
+            raise ValueError(
+                f"this {type(self).__name__} is not conditional: it takes y where it was made with labels, or with "
+                "weights [L, K]"
+            )
+        if require_tensor("y", y).dtype != torch.int64 or y.ndim > 1:
+            raise ValueError(f"y must be int64 [B], the labels, not {y.dtype} {list(y.shape)}")
+        if y.device.type == "cpu" and is_readable(y) and y.numel():
+            count = len(log_weights) if self.labels is None or log_weights.ndim == 2 else int(self.labels.max()) + 1
+            low, high = (int(value) for value in y.aminmax())
+            if low < 0 or high >= count:
+                raise ValueError(f"y must be in 0 ... {count - 1}, the labels there are; it spans {low} ... {high}")
 
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         mu, logvar, log_weights = self.components()
+        self._require_one_mixture(log_weights)
         if z.ndim == 0 or z.shape[-1] != mu.shape[1]:
             raise ValueError(f"z must be [..., {mu.shape[1]}] to match mu {list(mu.shape)}, not {list(z.shape)}")
         logvar = logvar.expand(mu.shape)
@@ -78,22 +153,52 @@ class Mixture(Prior):
         return torch.stack(each, -1)
 
     def kl(
-        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None = None,
+        *,
+        index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if self.conditional:
+            return super().kl(mu, logvar, num_samples, index=index, y=y)
         return F.mixture_kl(mu, logvar, *self.step_components(mu), num_samples, **self.backend_options)
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
-        """n independent draws, [n, D]: a component by its weight, then that component alone, whatever K is."""
-        index = _draw_components(self.component_log_weights(), n)
+    def sample(self, n: int, y: Tensor | None = None) -> Tensor:
+        """n independent draws, [n, D]: a component by its weight, then that component alone, whatever K is.
+
+        With y, int64 [n], draw m is of p(z | y[m]).
+        """
+        log_weights = self.component_log_weights()
+        if y is None:
+            self._require_one_mixture(log_weights)
+            index = _draw_components(log_weights, n)
+        else:
+            self._require_labels(y, log_weights)
+            index = self._draw_given(require_shape("y", y, (n,)), log_weights)
         z, _ = F.gaussian_rsample(*self.component_parameters(index), impl=self.backend_options["impl"])
         return z
+
+    def _draw_given(self, y: Tensor, log_weights: Tensor) -> Tensor:
+        """A component for each label of y [n], int64 [n]."""
+        index = torch.empty_like(y)
+        for label in y.unique().tolist():
+            if log_weights.ndim == 2:
+                of_label = log_weights[label]
+            else:
+                of_label = log_weights.masked_fill(self.labels != label, -math.inf)
+            rows = y == label
+            index[rows] = _draw_components(of_label, int(rows.count_nonzero()))
+        return index
 
     @torch.no_grad()
     def snapshot(self) -> Prior:
         mu, logvar, log_weights = self.components()
         frozen = MixturePrior(mu, logvar, **self.backend_options)
-        frozen.logits.copy_(log_weights)
+        frozen.logits = nn.Parameter(log_weights.clone())
+        frozen._condition_on(self.labels, log_weights)
         return frozen.requires_grad_(False)
 
 
@@ -106,7 +211,10 @@ class MixturePrior(Mixture):
             components alike, also where K = D; one log variance for each component is [K, 1].
         learn_weights: make the weights parameters too.
         probs: [K], the weights to start from; what they sum to does not matter.  None means equal weights.  A weight
-            of 0 stays 0: it is kept as a logit of -inf, whose gradient is 0.
+            of 0 stays 0: it is kept as a logit of -inf, whose gradient is 0.  [L, K] are weights for each label, which
+            makes the prior conditional: p(z | y) has the weights of y.
+        labels: int64 [K], the label of each component, which makes the prior conditional: p(z | y) is the mixture of
+            the components with the label y.
         backend: impl, precision, dense_backward, see :class:`fastvae.Prior`.
     """
 
@@ -119,6 +227,7 @@ class MixturePrior(Mixture):
         *,
         learn_weights: bool = True,
         probs: Tensor | None = None,
+        labels: Tensor | None = None,
         **backend: Unpack[BackendOptions],
     ) -> None:
         super().__init__(**backend)
@@ -126,9 +235,19 @@ class MixturePrior(Mixture):
         self.mu = nn.Parameter(mu.detach().clone())
         self.logvar = nn.Parameter(logvar.detach().clone())
         self.logits = weight_logits(mu, probs, learn_weights)
+        if labels is not None and self.logits.ndim == 2:
+            raise ValueError("labels and probs [L, K] are two ways to make the prior conditional; give one of them")
+        self._condition_on(labels, self.logits)
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.mu, self.logvar, torch.log_softmax(self.logits, 0)
+        return self.mu, self.logvar, torch.log_softmax(self.logits, -1)
+
+
+def _of_rows(y: Tensor, z: Tensor) -> Tensor:
+    """y [B] for each row of z [..., B, D]."""
+    if z.shape[-2:-1] != y.shape:
+        raise ValueError(f"y must be [B] to match z [..., B, D] {list(z.shape)}, not {list(y.shape)}")
+    return y.expand(z.shape[:-1])
 
 
 def expanded_logvar(mu: Tensor, logvar: Tensor | None, rows: str = "K") -> Tensor:
