@@ -147,11 +147,9 @@ def _by_label(
         if with_score:
             return reference.mixture_log_prob_and_score(*mixture, exclude=exclude, labels=labels)
         return reference.mixture_log_prob(*mixture, exclude=exclude, labels=labels), z.new_empty(0)
-    rows = _checks.flat(z, mu, logvar, log_weights, exclude)
-    log_prob, score = call(
-        LabelledMixtureLogProb, *rows, labels.reshape(-1), None, len(log_weights), with_score, dense(dense_backward),
-        backend,
-    )  # fmt: skip
+    rows = *_checks.flat(z, mu, logvar, log_weights, exclude), labels.reshape(-1).contiguous()
+    options = None, len(log_weights), with_score, dense(dense_backward), backend
+    log_prob, score = call(LabelledMixtureLogProb, *rows, *options)
     return _checks.shaped(log_prob, z.shape[:-1]), _checks.shaped(score, z.shape) if with_score else score
 
 

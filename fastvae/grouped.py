@@ -91,7 +91,7 @@ def of_own_group(
         every = _by_reference(z, *_sorted(mu, logvar, log_weights, groups, num_groups))
         return every.gather(-1, labels[..., None]).squeeze(-1)
     mixture = _checks.flat(z, mu, logvar, log_weights, None)
-    own = labels.reshape(-1), groups.contiguous(), num_groups, False, dense(dense_backward), backend
+    own = labels.reshape(-1).contiguous(), groups.contiguous(), num_groups, False, dense(dense_backward), backend
     return _checks.shaped(call(LabelledMixtureLogProb, *mixture, *own)[0], z.shape[:-1])
 
 

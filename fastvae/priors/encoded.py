@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvae.contracts import encode, is_readable, require_tensor
-from fastvae.priors.mixture import Mixture
+from fastvae.priors.mixture import Mixture, checked_labels
 from fastvae.priors.weights import weight_logits
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ class EncodedMixture(Mixture):
 
     def _encoded(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu [n, D], logvar [n, D]), in chunks whose activations are not kept but computed again in backward."""
-        u, y = self._inputs(index), self.labels if self.labels is None or index is None else self.labels[index]
+        u, y = self._inputs(index), self.component_labels()
+        if y is not None and index is not None:
+            y = y[index]
         if self.chunk_size is None:
             return self._encode(u, y)
         parts = zip(u.split(self.chunk_size), repeat(None) if y is None else y.split(self.chunk_size), strict=False)
@@ -164,6 +166,7 @@ class VampPrior(EncodedMixture):
     """
 
     logits: Tensor
+    labels: Tensor | None
 
     def __init__(
         self,
@@ -191,7 +194,8 @@ class VampPrior(EncodedMixture):
         _warn_of_clamping(pseudo_inputs.detach(), value_range)
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.logits = weight_logits(pseudo_inputs, probs, learn_weights)
-        self._condition_on(labels, self.logits)
+        self.register_buffer("labels", checked_labels(labels, self.logits))
+        self.conditional = labels is not None or self.logits.ndim == 2
         self.value_range = value_range
 
     def inputs(self) -> Tensor:
@@ -200,6 +204,9 @@ class VampPrior(EncodedMixture):
 
     def component_log_weights(self) -> Tensor:
         return torch.log_softmax(self.logits, -1)
+
+    def component_labels(self) -> Tensor | None:
+        return self.labels
 
     def _inputs(self, index: Tensor | None) -> Tensor:
         return self.pseudo_inputs if index is None else self.pseudo_inputs[index]

@@ -27,13 +27,10 @@ class Mixture(Prior):
     A subclass in which a few components, or the weights alone, cost less than all components also defines
     `component_parameters` and `component_log_weights`, which `sample` is made of.
 
-    A mixture can be conditional, p(z | y) for labels y, in two ways.  Where `labels` gives each component one, p(z | y)
-    is the mixture of the components with the label y, whose weights are normalised among themselves; without y, all
-    components count.  Where log_weights is [L, K], every label has its own weights of the same components, and y must
-    be given.
-
-    Attributes:
-        labels: int64 [K], the label of each component, 0 ... L - 1, or None.
+    A mixture can be conditional, p(z | y) for labels y, in two ways; it then sets `conditional = True`.  Where
+    `component_labels` gives each component a label, p(z | y) is the mixture of the components with the label y, whose
+    weights are normalised among themselves; without y, all components count.  Where log_weights is [L, K], every label
+    has its own weights of the same components, and y must be given.
 
     Example::
 
@@ -46,8 +43,6 @@ class Mixture(Prior):
                 K = len(self.mu)
                 return self.mu, self.mu.new_zeros(()), self.mu.new_full((K,), -math.log(K))
     """
-
-    labels: Tensor | None = None
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         """(mu [K, D], logvar broadcastable to [K, D], log_weights [K]), differentiable; the weights sum to one.
@@ -64,6 +59,10 @@ class Mixture(Prior):
     def component_log_weights(self) -> Tensor:
         """log w, [K], or [L, K]."""
         return self.components()[2]
+
+    def component_labels(self) -> Tensor | None:
+        """The label of each component, int64 [K] with every one of 0 ... L - 1, or None."""
+        return None
 
     def component_parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(mu [n, D], logvar [n, D]) of these components alone; index int64 [n]."""
@@ -91,34 +90,16 @@ class Mixture(Prior):
             self._require_one_mixture(log_weights)
             return lambda z: F.mixture_log_prob(z, mu, logvar, log_weights, **self.backend_options)
         self._require_labels(y, log_weights)
-        if self.labels is None or log_weights.ndim == 2:
+        groups = self.component_labels()
+        if groups is None or log_weights.ndim == 2:
             return lambda z: F.mixture_log_prob(
                 z, mu, logvar, log_weights, labels=_of_rows(y, z), **self.backend_options
             )
-        groups, within = self.labels, log_weights_within(self.labels, log_weights)
+        within = log_weights_within(groups, log_weights)
         impl, dense = self.backend_options["impl"], self.backend_options["dense_backward"]
         return lambda z: grouped_mixture_log_prob(
             z, mu, logvar, groups, within, labels=_of_rows(y, z), dense_backward=dense, impl=impl
         )
-
-    def _condition_on(self, labels: Tensor | None, logits: Tensor) -> None:
-        """Make the prior conditional: on the labels of its components, on weights [L, K], or on neither."""
-        self.conditional = labels is not None or logits.ndim == 2
-        if labels is None:
-            return
-        K = logits.shape[-1]
-        if require_tensor("labels", labels).dtype != torch.int64:
-            raise TypeError(f"labels must be an int64 tensor, not {labels.dtype}")
-        if labels.shape != (K,):
-            raise ValueError(f"labels must be [{K}], a label for each component, not {list(labels.shape)}")
-        low, high = (int(value) for value in labels.aminmax())
-        there = labels if logits.ndim == 2 else labels[logits > -math.inf]
-        if low < 0 or high >= K or not bool(there.bincount(minlength=high + 1).all()):
-            raise ValueError(
-                f"labels must be numbered 0 ... L - 1, each of one component at least whose weight is not 0; they span "
-                f"{low} ... {high}, and {len(there.unique())} of them have such components"
-            )
-        self.register_buffer("labels", labels.detach().clone())
 
     def _require_one_mixture(self, log_weights: Tensor) -> None:
         if log_weights.ndim == 2:
@@ -135,7 +116,8 @@ class Mixture(Prior):
         if require_tensor("y", y).dtype != torch.int64 or y.ndim > 1:
             raise ValueError(f"y must be int64 [B], the labels, not {y.dtype} {list(y.shape)}")
         if y.device.type == "cpu" and is_readable(y) and y.numel():
-            count = len(log_weights) if self.labels is None or log_weights.ndim == 2 else int(self.labels.max()) + 1
+            labels = self.component_labels()
+            count = len(log_weights) if labels is None or log_weights.ndim == 2 else int(labels.max()) + 1
             low, high = (int(value) for value in y.aminmax())
             if low < 0 or high >= count:
                 raise ValueError(f"y must be in 0 ... {count - 1}, the labels there are; it spans {low} ... {high}")
@@ -188,7 +170,7 @@ class Mixture(Prior):
             if log_weights.ndim == 2:
                 of_label = log_weights[label]
             else:
-                of_label = log_weights.masked_fill(self.labels != label, -math.inf)
+                of_label = log_weights.masked_fill(self.component_labels() != label, -math.inf)
             rows = y == label
             index[rows] = _draw_components(of_label, int(rows.count_nonzero()))
         return index
@@ -198,7 +180,7 @@ class Mixture(Prior):
         mu, logvar, log_weights = self.components()
         frozen = MixturePrior(mu, logvar, **self.backend_options)
         frozen.logits = nn.Parameter(log_weights.clone())
-        frozen._condition_on(self.labels, log_weights)
+        frozen.labels, frozen.conditional = self.component_labels(), self.conditional
         return frozen.requires_grad_(False)
 
 
@@ -219,6 +201,7 @@ class MixturePrior(Mixture):
     """
 
     logits: Tensor
+    labels: Tensor | None
 
     def __init__(
         self,
@@ -237,10 +220,33 @@ class MixturePrior(Mixture):
         self.logits = weight_logits(mu, probs, learn_weights)
         if labels is not None and self.logits.ndim == 2:
             raise ValueError("labels and probs [L, K] are two ways to make the prior conditional; give one of them")
-        self._condition_on(labels, self.logits)
+        self.register_buffer("labels", checked_labels(labels, self.logits))
+        self.conditional = labels is not None or self.logits.ndim == 2
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.mu, self.logvar, torch.log_softmax(self.logits, -1)
+
+    def component_labels(self) -> Tensor | None:
+        return self.labels
+
+
+def checked_labels(labels: Tensor | None, logits: Tensor) -> Tensor | None:
+    """A copy of the labels [K] of the components whose logits are [K], or [L, K]; errors for what are none."""
+    if labels is None:
+        return None
+    K = logits.shape[-1]
+    if require_tensor("labels", labels).dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor, not {labels.dtype}")
+    if labels.shape != (K,):
+        raise ValueError(f"labels must be [{K}], a label for each component, not {list(labels.shape)}")
+    low, high = (int(value) for value in labels.aminmax())
+    there = labels if logits.ndim == 2 else labels[logits > -math.inf]
+    if low < 0 or high >= K or not bool(there.bincount(minlength=high + 1).all()):
+        raise ValueError(
+            f"labels must be numbered 0 ... L - 1, each of one component at least whose weight is not 0; they span "
+            f"{low} ... {high}, and {len(there.unique())} of them have such components"
+        )
+    return labels.detach().clone()
 
 
 def _of_rows(y: Tensor, z: Tensor) -> Tensor:
