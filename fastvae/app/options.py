@@ -44,6 +44,10 @@ OutPicture = Annotated[
     typer.Option("--out", "-o", help="The PNG to write. (default DIR/samples.png)", parser=_path, metavar="FILE"),
 ]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many samples.")]
+Label = Annotated[
+    int | None,
+    typer.Option(help="Of a conditional model: the label of all samples. (default: the labels in turn)"),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -101,6 +105,15 @@ PseudoInit = Annotated[
     typer.Option(
         help="Where pseudo-inputs start: data, training images at random, or noise around the mean image."
         " (default data)",
+        rich_help_panel=MODEL,
+    ),
+]
+Conditional = Annotated[
+    bool | None,
+    typer.Option(
+        "--conditional",
+        help="Model p(x|y) of images with labels y, which encoder, decoder and prior are given. "
+        "With --prior standard, mixture or vamp; each label has its share of the components.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -32,7 +32,8 @@ class TrainConfig:
 
     The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
     `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
-    `num_samples` draws and the estimator `gradient`, is what training maximises. `data_sha256` is the fingerprint of
+    `num_samples` draws and the estimator `gradient`, is what training maximises. A `conditional` model is given the
+    images' labels. `data_sha256` is the fingerprint of
     the images, by which they are known again when their file has moved.
     """
 
@@ -44,6 +45,7 @@ class TrainConfig:
     components: AtLeastOne = 500
     pseudo_init: PseudoInit = "data"
     learn_weights: bool = False
+    conditional: bool = False
     chunk_size: AtLeastOne | None = None
     subset: AtLeastOne | None = None
     refresh: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -160,7 +162,7 @@ def read_config(path: Path) -> TrainConfig:
     Raises:
         RunError: there are none, or they are damaged; the message names the option that is wrong.
     """
-    known, optional = {field.name for field in fields(TrainConfig)}, {"data_sha256"}
+    known, optional = {field.name for field in fields(TrainConfig)}, {"data_sha256", "conditional"}
     try:
         content = from_json(path.read_bytes())
         if not isinstance(content, dict):

@@ -12,9 +12,10 @@ from torch import Tensor
 from fastvae import VAE
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.gap import Gap, measure_gap
-from fastvae.app.run.measuring import VALIDATION_BATCH, measure, with_fixed_prior
+from fastvae.app.run.measuring import VALIDATION_BATCH, batches, measure, with_fixed_prior
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
+from fastvae.contracts import encode
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BOUND_SAMPLES = 10  # of z for each image: the sampling noise of the bound is then small beside its spread over images
@@ -54,16 +55,18 @@ def evaluate(
     """
     started = time.perf_counter()
     x = plan.images(run.dataset).to(run.device)
+    y = run.y(plan.whole_set(run.dataset))
+    y = None if y is None else y[: len(x)]
     reseed(run.config.seed, Stream.EVALUATE)
     vae = with_fixed_prior(run.vae)
     parts = []
-    for batch in x.split(50):
-        parts.append(vae.log_likelihood(batch, num_samples=plan.samples))
+    for batch, of_batch in batches(x, y, 50):
+        parts.append(vae.log_likelihood(batch, num_samples=plan.samples, y=of_batch))
         on_images(sum(map(len, parts)))
     log_likelihood = torch.cat(parts).double()
     several = len(x) > 1
-    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES)
-    means = posterior_means(run.vae, x)
+    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES, y=y)
+    means = posterior_means(run.vae, x, y)
     return Evaluation(
         split=plan.split,
         images=len(x),
@@ -81,6 +84,6 @@ def evaluate(
 
 
 @torch.no_grad()
-def posterior_means(vae: VAE, x: Tensor) -> Tensor:
-    """E[z|x] of images x [N, pixels]: [N, latent]."""
-    return torch.cat([vae.encoder(batch)[0] for batch in x.split(VALIDATION_BATCH)])
+def posterior_means(vae: VAE, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """E[z|x] of images x [N, pixels], or E[z|x,y]: [N, latent]."""
+    return torch.cat([encode(vae.encoder, *batch)[0] for batch in batches(x, y, VALIDATION_BATCH)])
