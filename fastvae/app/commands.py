@@ -146,7 +146,8 @@ def evaluate_command(
         use_threads(threads, run.config, run.dataset)
         with use_kernels(run.device, impl, precision):
             result = evaluate_run(console, run, plan)
-    title = f"{run.dataset.name}, {run.config.prior} prior: {images_in_words(result.images, split)}"
+    conditional = "conditional, " if run.config.conditional else ""
+    title = f"{run.dataset.name}, {conditional}{run.config.prior} prior: {images_in_words(result.images, split)}"
     console.print(evaluation_table(result, title))
     console.print(gap_table(result.gap))
     _name_files([run.folder.evaluation(plan.part(run.dataset)), run.folder.picture(GAP)])

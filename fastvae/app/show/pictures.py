@@ -84,7 +84,8 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
 
 
 def _title(run: TrainedRun, what: str) -> str:
-    return f"{run.dataset.name}, {PRIOR_NAMES[run.config.prior]}\n{what}"
+    conditional = "conditional, " if run.config.conditional else ""
+    return f"{run.dataset.name}, {conditional}{PRIOR_NAMES[run.config.prior]}\n{what}"
 
 
 def _shown(drawn: bool) -> str:
