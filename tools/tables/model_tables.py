@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 from fastvae.benchmarks import formatting
 
+from ..experiments import labels
 from .registry import Results, table
 
 
@@ -19,6 +20,12 @@ def demo(results: Results) -> str:
     ]
     written = formatting.markdown(["prior", "test log-likelihood", "ELBO", "KL", "active units"], rows)
     return f"{written}\n\n{found['verdict']['sentence']}"
+
+
+@table("labels", "labels.json")
+def of_labels(results: Results) -> str:
+    """What a call with labels costs beside one without, on the CPU."""
+    return labels.markdown(results.read("labels.json"))
 
 
 def _mean(values: list[float], digits: int = 2) -> str:
