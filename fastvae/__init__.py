@@ -11,6 +11,7 @@ from fastvae.functional import (
     mixture_log_prob_and_score,
 )
 from fastvae.grouped import grouped_mixture_log_prob
+from fastvae.hierarchical import HierarchicalVAE
 from fastvae.likelihoods import Likelihood
 from fastvae.priors import (
     AggregatedPosterior,
@@ -29,6 +30,7 @@ __all__ = [
     "VAE",
     "AggregatedPosterior",
     "ExemplarPrior",
+    "HierarchicalVAE",
     "Likelihood",
     "Mixture",
     "MixturePrior",

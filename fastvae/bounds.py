@@ -24,6 +24,7 @@ Monte Carlo objectives (ICLR 2019), whose beta is 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 DEFAULT_GRADIENTS = {"elbo": "plain", "iwae": "dreg"}
 BOUNDS = tuple(DEFAULT_GRADIENTS)
 GRADIENTS = ("plain", "stl", "dreg")
+
+# (mu [B, D], logvar [B, D], s, path_derivative) -> (z [s, B, ...], log q(z | x) [s, B]).  With path_derivative the
+# gradient of log q flows through z alone, as of :func:`fastvae.gaussian_rsample`.
+Sampler = Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor]]
 
 
 class Bound(NamedTuple):
@@ -105,12 +110,8 @@ def elbo(
         TypeError, ValueError: log_likelihood or log_prior does not return [s, B]; num_samples or chunk_size < 1; there
             is no such estimator.
     """
-    gradient = gradient_for("elbo", gradient)
-    if gradient == "dreg":
-        raise ValueError("gradient='dreg' is for the IWAE bound; for the ELBO it is gradient='stl'")
     with choice.with_options(choice.checked("elbo", backend)):
-        z, log_x, kl, _ = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
-    return Bound((log_x - beta * kl).mean(0), z, log_x, kl)
+        return estimate("elbo", log_likelihood, log_prior, mu, logvar, num_samples, gradient, beta, chunk_size)
 
 
 def iwae(
@@ -133,15 +134,41 @@ def iwae(
 
         The others, Returns, Raises: as :func:`elbo`.
     """
-    gradient = gradient_for("iwae", gradient)
     with choice.with_options(choice.checked("iwae", backend)):
-        z, log_x, kl, carrier = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size)
+        return estimate("iwae", log_likelihood, log_prior, mu, logvar, num_samples, gradient, beta, chunk_size)
+
+
+def estimate(
+    bound: str,
+    log_likelihood: Density,
+    log_prior: Density,
+    mu: Tensor,
+    logvar: Tensor,
+    num_samples: int,
+    gradient: str | None,
+    beta: float,
+    chunk_size: int | None,
+    sampler: Sampler | None = None,
+) -> Bound:
+    """The bound of this name, of z that the sampler draws; None means z of N(mu, exp(logvar)).  Others as elsewhere."""
+    gradient = gradient_for(bound, gradient)
+    if (bound, gradient) == ("elbo", "dreg"):
+        raise ValueError("gradient='dreg' is for the IWAE bound; for the ELBO it is gradient='stl'")
+    sampler = sampler or gaussian_sampler
+    z, log_x, kl, carrier = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size, sampler)
     log_w = log_x - beta * kl  # [S, B]
+    if bound == "elbo":
+        return Bound(log_w.mean(0), z, log_x, kl)
     objective = log_mean_exp(log_w)  # its gradient in log w_s is v_s
     if gradient == "dreg":
         v = torch.softmax(log_w.detach(), 0)
         objective = _SendBack.apply(objective, carrier, 1 - beta + beta * v)
     return Bound(objective, z, log_x.detach(), kl.detach())
+
+
+def gaussian_sampler(mu: Tensor, logvar: Tensor, count: int, path_derivative: bool) -> tuple[Tensor, Tensor]:
+    """The sampler of q(z | x) = N(mu, exp(logvar))."""
+    return F.gaussian_rsample(mu, logvar, count, path_derivative=path_derivative)
 
 
 def gradient_for(bound: str, gradient: str | None) -> str:
@@ -170,6 +197,7 @@ def _draws(
     num_samples: int,
     gradient: str,
     chunk_size: int | None,
+    sampler: Sampler,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(z [S, B, D], log p(x | z), log q(z | x) - log p(z), carrier), the last three [S, B]; see :class:`_Scale`.
 
@@ -182,7 +210,7 @@ def _draws(
         raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
 
     def some(mu: Tensor, logvar: Tensor, count: int) -> tuple[Tensor, ...]:
-        z, log_q = F.gaussian_rsample(mu, logvar, count, path_derivative=gradient != "plain")
+        z, log_q = sampler(mu, logvar, count, gradient != "plain")
         scaled, carrier = z, log_q.new_empty(0)
         if gradient == "dreg":
             scaled, log_q, carrier = _Scale.apply(z, log_q)

@@ -52,15 +52,35 @@ def encode(encoder: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Tens
     """(mu [B, D], logvar [B, D]) of x [B, *x_shape], and of y [B, ...] where it is given.
 
     Raises:
-        TypeError: the encoder does not return two tensors.
-        ValueError: these are not both [B, D].  A logvar that would broadcast counts too: [D] and [B] look alike.
+        TypeError, ValueError: as :func:`gaussian_from`.
     """
     output = encoder(x) if y is None else encoder(x, y)
-    wanted = f"the encoder must return (mu, logvar), both [B, D]; for an input {list(x.shape)} it returned"
+    return gaussian_from("the encoder", output, f"an input {list(x.shape)}", "B, D", x.shape[:1])
+
+
+def gaussian_from(
+    what: str, output: object, of: str, shape: str, lead: Sequence[int], D: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A network's output as (mu, logvar), both [*lead, D].
+
+    Args:
+        what: the network, in words.
+        output: what it returned.
+        of: what it was given, in words.
+        shape: the shape that mu and logvar should have, in letters.
+        lead: the sizes before the last one.
+        D: the last one, where it is known.
+
+    Raises:
+        TypeError: the output is not two tensors.
+        ValueError: these are not of that shape.  A logvar that would broadcast counts too: [D] and [B] look alike.
+    """
+    wanted = f"{what} must return (mu, logvar), both [{shape}]; for {of} it returned"
     if not isinstance(output, tuple | list) or len(output) != 2 or not all(isinstance(o, Tensor) for o in output):
         raise TypeError(f"{wanted} {describe(output)}")
     mu, logvar = output
-    if mu.ndim != 2 or mu.shape[0] != x.shape[0] or mu.shape != logvar.shape:
+    known = (*lead, mu.shape[-1] if D is None and mu.ndim else D)
+    if mu.shape != known or mu.shape != logvar.shape:
         raise ValueError(f"{wanted} mu {list(mu.shape)} and logvar {list(logvar.shape)}")
     return mu, logvar
 

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastvae import _checks, bounds
-from fastvae import functional as F
 from fastvae.backends import BackendOptions, choice
 from fastvae.contracts import encode, evaluate, require_methods, require_shape, require_tensor
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
-from fastvae.priors import Prior
+from fastvae.priors import Density, Prior
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -190,10 +189,9 @@ class VAE(nn.Module):
             raise ValueError("kl='analytic' is for bound='elbo' with gradient='plain' and no chunk_size")
         mu, logvar = self._posterior(x, y)
         if bound == "elbo" and gradient == "plain" and chunk_size is None and kl != "sample":
-            z, divergence = self._kl(mu, logvar, num_samples, index, y)
-            log_likelihood = self._log_likelihood_of(x, z, y)
+            z, log_likelihood, divergence = self._drawn_with_kl(x, y, mu, logvar, num_samples, index)
             drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
-            in_closed_form = self.prior.has_closed_form_kl
+            in_closed_form = self._has_closed_form_kl()
         else:
             drawn = self._drawn(bound, x, y, mu, logvar, num_samples, gradient, beta, chunk_size, index)
             in_closed_form = False
@@ -201,7 +199,7 @@ class VAE(nn.Module):
         reconstruction, divergence = drawn.log_likelihood.mean(0), drawn.kl.mean(0)  # [B]
         value = reconstruction - divergence if bound == "elbo" else bounds.log_mean_exp(log_weights)
         kept = None if in_closed_form else log_weights
-        return VAEOutput(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, kept)
+        return self._output(-drawn.objective.mean(), value, reconstruction, divergence, drawn.z, mu, logvar, kept)
 
     @_with_own_backend
     def elbo(
@@ -265,13 +263,15 @@ class VAE(nn.Module):
 
     def _importance(self, x: Tensor, y: Tensor | None, num_samples: int, prior: Prior) -> Tensor:
         mu, logvar = self._posterior(x, y)
-        log_prior = prior.density(y=y) if y is not None and _is_conditional(prior) else prior.log_prob
+        of_prior = prior.density(y=y) if y is not None and _is_conditional(prior) else prior.log_prob
+        log_likelihood, log_prior = self._densities(x, y, mu, of_prior)
+        draw = self._sampler(x)
         step = max(1, _rows_on(x.device) // max(1, len(x)))
         parts = []
         for start in range(0, num_samples, step):
-            z, log_q = F.gaussian_rsample(mu, logvar, min(step, num_samples - start))
+            z, log_q = draw(mu, logvar, min(step, num_samples - start), False)
             log_p = evaluate("the prior's log_prob", log_prior, z)
-            log_w = self._log_likelihood_of(x, z, y) + log_p - log_q  # [S, B]
+            log_w = log_likelihood(z) + log_p - log_q  # [S, B]
             parts.append(torch.logsumexp(log_w, 0))
         return torch.logsumexp(torch.stack(parts), 0) - math.log(num_samples)
 
@@ -283,18 +283,54 @@ class VAE(nn.Module):
         With y, [n, ...], draw m is of p(x | z, y[m]), z ~ p(z | y[m]).
         """
         self._check_y(y, n, "draw")
-        z = self.prior.sample(n, **self._for_prior(y))
-        if z.ndim != 2 or z.shape[0] != n:
-            raise ValueError(f"the prior's sample({n}) must be [{n}, D], not {list(z.shape)}")
-        output = self._decode(z, y)
+        output = self._generate(n, y)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E[x | z] at the posterior's mean: [B, *x_shape]; y as in :meth:`forward`."""
-        mu, _ = self._posterior(x, y)
-        mean = self.likelihood.mean(self._decode(mu, y))
+        mean = self.likelihood.mean(self._decode_means(x, y))
         return require_shape(f"the likelihood's mean for x {list(x.shape)}", mean, x.shape)
+
+    # A model whose latents are more than z ~ N(mu, exp(logvar)) overrides these.
+
+    _output: ClassVar[type[VAEOutput]] = VAEOutput
+
+    def _has_closed_form_kl(self) -> bool:
+        """Whether `_drawn_with_kl` has the KL in closed form, all of it or a part: then it has no log weights."""
+        return self.prior.has_closed_form_kl
+
+    def _drawn_with_kl(
+        self, x: Tensor, y: Tensor | None, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(z [S, B, D], log p(x | z) [S, B], KL [S, B]), in closed form where there is one."""
+        z, divergence = self._kl(mu, logvar, num_samples, index, y)
+        return z, self._log_likelihood_of(x, z, y=y), divergence
+
+    def _sampler(self, x: Tensor) -> bounds.Sampler:
+        """How z is drawn."""
+        return bounds.gaussian_sampler
+
+    def _densities(self, x: Tensor, y: Tensor | None, mu: Tensor, log_prior: Density) -> tuple[Density, Density]:
+        """(log p(x | z), log p(z)) of what the sampler draws; log_prior is that of the prior."""
+        return lambda z: self._log_likelihood_of(x, z, y=y), log_prior
+
+    def _generate(self, n: int, y: Tensor | None) -> Any:
+        """The decoder's output for n draws of z ~ p(z)."""
+        return self._decode(self._prior_sample(n, y), y=y)
+
+    def _decode_means(self, x: Tensor, y: Tensor | None) -> Any:
+        """The decoder's output at the posterior's mean."""
+        mu, _ = self._posterior(x, y)
+        return self._decode(mu, y=y)
+
+    # These are for every model.
+
+    def _prior_sample(self, n: int, y: Tensor | None) -> Tensor:
+        z = self.prior.sample(n, **self._for_prior(y))
+        if z.ndim != 2 or z.shape[0] != n:
+            raise ValueError(f"the prior's sample({n}) must be [{n}, D], not {list(z.shape)}")
+        return z
 
     def _posterior(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """(mu [B, D], logvar [B, D]) of x [B, *x_shape] and y."""
@@ -302,8 +338,8 @@ class VAE(nn.Module):
         self._check_y(y, len(x), "x")
         return encode(self.encoder, x, y)
 
-    def _decode(self, z: Tensor, y: Tensor | None) -> Any:
-        return self.decoder(z) if y is None else self.decoder(z, y)
+    def _decode(self, *z: Tensor, y: Tensor | None) -> Any:
+        return self.decoder(*z) if y is None else self.decoder(*z, y)
 
     def _for_prior(self, y: Tensor | None) -> dict[str, Tensor]:
         """The argument y for the prior, if it takes one."""
@@ -339,33 +375,25 @@ class VAE(nn.Module):
         index: Tensor | None,
     ) -> bounds.Bound:
         """The bound with its KL sampled."""
-        estimate = bounds.elbo if bound == "elbo" else bounds.iwae
-        return estimate(
-            lambda z: self._log_likelihood_of(x, z, y),
-            self.prior.density(index, mu, **self._for_prior(y)),
-            mu,
-            logvar,
-            num_samples,
-            gradient=gradient,
-            beta=beta,
-            chunk_size=chunk_size,
-        )
+        densities = self._densities(x, y, mu, self.prior.density(index, mu, **self._for_prior(y)))
+        sampler = self._sampler(x)
+        return bounds.estimate(bound, *densities, mu, logvar, num_samples, gradient, beta, chunk_size, sampler)
 
-    def _log_likelihood_of(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """log p(x | z), [S, B], of x [B, *x_shape] and y [B, ...] under z [S, B, D]."""
-        S, B, _ = z.shape
-        rows = z.flatten(0, 1)  # [N, D]
+    def _log_likelihood_of(self, x: Tensor, *z: Tensor, y: Tensor | None = None) -> Tensor:
+        """log p(x | z), [S, B], of x [B, *x_shape] and y under z [S, B, D]; the decoder is given all z there are."""
+        S, B, _ = z[0].shape
+        rows = [level.flatten(0, 1) for level in z]  # [N, D]
         of_rows = None if y is None else y.expand(S, *y.shape).flatten(0, 1)  # [N, ...]
 
         def by_sample(part: Tensor) -> Tensor:
             """[N, ...] -> [S, B, ...], in float32 at least: a density is not to be computed in half precision."""
-            if part.ndim == 0 or part.shape[0] != rows.shape[0]:
-                wanted = f"[{rows.shape[0]}, ...] for z {list(rows.shape)}"
+            if part.ndim == 0 or part.shape[0] != S * B:
+                wanted = f"[{S * B}, ...] for z {' and '.join(str(list(level.shape)) for level in rows)}"
                 raise ValueError(f"the decoder must return {wanted}, not {list(part.shape)}")
             part = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
             return part.unflatten(0, (S, B))
 
-        output = tree_map_only(Tensor, by_sample, self._decode(rows, of_rows))
+        output = tree_map_only(Tensor, by_sample, self._decode(*rows, y=of_rows))
         log_prob = self.likelihood.log_prob(output, x)
         shape = (S, B, *x.shape[1:])
         log_prob = require_shape(f"the log_prob of {type(self.likelihood).__name__}", log_prob, shape)

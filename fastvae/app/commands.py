@@ -16,7 +16,17 @@ from fastvae.app import options
 from fastvae.app.data.places import check_name
 from fastvae.app.library import import_library
 from fastvae.app.narrow_help import Command, Group
-from fastvae.app.run.config import PRIORS, TrainConfig, bound_name, continued, make_config, moved_data, read_config
+from fastvae.app.run.config import (
+    PRIORS,
+    TrainConfig,
+    bound_name,
+    continued,
+    latents_with_prior,
+    make_config,
+    moved_data,
+    prior_name,
+    read_config,
+)
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import GAP, RunFolder
 from fastvae.app.run.lock import locked
@@ -40,6 +50,7 @@ def train_command(
     context: typer.Context,
     out: options.OutFolder,
     data: options.Data = None,
+    model: options.Model = None,
     prior: options.Prior = None,
     components: options.Components = None,
     pseudo_init: options.PseudoInit = None,
@@ -71,7 +82,7 @@ def train_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, from its checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
 ) -> None:
-    """Train a VAE: the model of the VampPrior paper (Tomczak and Welling 2018), gated dense layers.
+    """Train a VAE: a model of the VampPrior paper (Tomczak and Welling 2018), gated dense layers.
 
     The folder --out gets config.json, checkpoint.pt (the last epoch and the best model so far), results.json
     and the pictures. Ctrl-C keeps the last checkpoint, and --resume goes on from it as if there had been no
@@ -146,10 +157,10 @@ def evaluate_command(
         use_threads(threads, run.config, run.dataset)
         with use_kernels(run.device, impl, precision):
             result = evaluate_run(console, run, plan)
-    conditional = "conditional, " if run.config.conditional else ""
-    title = f"{run.dataset.name}, {conditional}{run.config.prior} prior: {images_in_words(result.images, split)}"
-    console.print(evaluation_table(result, title))
-    console.print(gap_table(result.gap))
+    title = f"{run.dataset.name}, {prior_name(run.config)}: {images_in_words(result.images, split)}"
+    z = latents_with_prior(run.config)
+    console.print(evaluation_table(result, title, z))
+    console.print(gap_table(result.gap, z))
     _name_files([run.folder.evaluation(plan.part(run.dataset)), run.folder.picture(GAP)])
 
 
@@ -196,6 +207,7 @@ def compare_command(
     data: options.Data = None,
     priors: Annotated[str, typer.Option(help="Two or more priors, with commas between.")] = "standard,vamp",
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds: 0, 1, ...")] = 3,
+    model: options.Model = None,
     components: options.Components = None,
     pseudo_init: options.PseudoInit = None,
     learn_weights: options.LearnWeights = None,

@@ -88,6 +88,14 @@ Binarize = Annotated[
 Download = Annotated[
     bool, typer.Option("--download", help="Fetch mnist from OpenML if it is not there.", rich_help_panel=DATA)
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="vae, or hvae: two levels of latents, of --latent dimensions each, with the prior on the upper one. "
+        "(default vae)",
+        rich_help_panel=MODEL,
+    ),
+]
 Prior = Annotated[
     str | None, typer.Option(help="standard, mixture, vamp or exemplar. (default vamp)", rich_help_panel=MODEL)
 ]
@@ -181,7 +189,7 @@ Latent = Annotated[
 Hidden = Annotated[
     int | None,
     typer.Option(
-        help=f"Units of each of the two hidden layers, in the encoder and in the decoder. {_default('hidden')}",
+        help=f"Units of each hidden layer, in the encoders and in the decoder. {_default('hidden')}",
         rich_help_panel=MODEL,
     ),
 ]

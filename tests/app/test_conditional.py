@@ -118,3 +118,8 @@ def test_a_label_decides_the_image(tmp_path: Path, prior: str) -> None:
     y = torch.arange(3).repeat_interleave(20)
     columns = run.vae.sample(60, mean=True, y=y).view(60, 4, 4).mean(1)[:, :3]
     assert float((columns.argmax(1) == y).float().mean()) > 0.9
+
+
+def test_one_level_of_latents(cli: Cli, tmp_path: Path) -> None:
+    code, _, error = cli("train", "--out", tmp_path / "run", "--conditional", "--model", "hvae")
+    assert code == 1 and "--conditional is for --model vae; an hvae is not given labels." in error

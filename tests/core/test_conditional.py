@@ -10,7 +10,7 @@ import torch
 from models import Decoder, Encoder, LinearGaussian
 from torch import Tensor, nn
 
-from fastvae import VAE, MixturePrior, Prior, StandardNormalPrior, TrainingStep, VampPrior, reference
+from fastvae import VAE, HierarchicalVAE, MixturePrior, Prior, StandardNormalPrior, TrainingStep, VampPrior, reference
 
 L = 3
 
@@ -326,3 +326,11 @@ def test_a_label_without_mass_stays_finite() -> None:
     assert float(value[0]) < -1e11 and math.isclose(float(value[1]), -math.log(2 * math.pi), rel_tol=1e-6)
     value.sum().backward()
     assert z.grad is not None and bool(z.grad.isfinite().all())
+
+
+def test_two_levels_take_no_y() -> None:
+    encoder = Encoder()
+    vae = HierarchicalVAE(encoder, nn.Identity(), nn.Identity(), nn.Identity(), StandardNormalPrior(3))
+    for call in (lambda: vae(torch.rand(2, 6), torch.arange(2)), lambda: vae.sample(2, y=torch.arange(2))):
+        with pytest.raises(ValueError, match="a HierarchicalVAE is not conditional, and takes no y"):
+            call()

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 from fastvae.app.data.places import is_own_file
 from fastvae.app.user_errors import ConfigError, RunError
 
+ModelName = Literal["vae", "hvae"]
 PriorName = Literal["standard", "mixture", "vamp", "exemplar"]
 PseudoInit = Literal["data", "noise"]
 # The names of fastvae.bounds, said again because they are checked before PyTorch is imported.
@@ -30,7 +31,8 @@ AtLeastZero = Annotated[int, Field(ge=0, le=LARGEST)]
 class TrainConfig:
     """All that decides the result of a training run; kept as config.json in the run's folder.
 
-    The sizes are those of the VampPrior paper's one-layer VAE (Tomczak and Welling 2018). `warmup` and
+    The sizes are those of the VampPrior paper (Tomczak and Welling 2018); `model` is its one-level VAE or its
+    hierarchical one, whose two levels have `latent` dimensions each. `warmup` and
     `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
     `num_samples` draws and the estimator `gradient`, is what training maximises. A `conditional` model is given the
     images' labels. `data_sha256` is the fingerprint of
@@ -41,6 +43,7 @@ class TrainConfig:
     data_dir: str | None = None
     data_sha256: str | None = None
     binarize: bool = False
+    model: ModelName = "vae"
     prior: PriorName = "vamp"
     components: AtLeastOne = 500
     pseudo_init: PseudoInit = "data"
@@ -66,6 +69,8 @@ class TrainConfig:
     def _fit_together(self) -> TrainConfig:
         if self.subset is not None and self.refresh < 1:
             raise ConfigError("--subset and --refresh are two ways to save work in a step; say one of them.")
+        if self.conditional and self.model == "hvae":
+            raise ConfigError("--conditional is for --model vae; an hvae is not given labels.")
         if self.bound == "elbo" and self.gradient == "dreg":
             raise ConfigError("--gradient dreg is for --bound iwae; for the ELBO it would be --gradient stl.")
         if self.warmup >= self.epochs:
@@ -76,9 +81,24 @@ class TrainConfig:
         return self
 
 
+# What runs of earlier versions do not say: for them the default holds.
+ADDED_LATER = frozenset({"data_sha256", "model", "conditional"})
+
+
 def bound_name(config: TrainConfig) -> str:
     """The bound that training maximises, in words."""
     return "ELBO" if config.bound == "elbo" else f"IWAE bound of {config.num_samples} samples"
+
+
+def prior_name(config: TrainConfig) -> str:
+    """The prior, and the model unless it is the usual one, in words."""
+    conditional = "conditional, " if config.conditional else ""
+    return f"{conditional}{'hvae, ' if config.model == 'hvae' else ''}{config.prior} prior"
+
+
+def latents_with_prior(config: TrainConfig) -> str:
+    """The name of the latents that the prior is on: of two levels the upper one, z2."""
+    return "z2" if config.model == "hvae" else "z"
 
 
 def option(field: str) -> str:
@@ -162,12 +182,12 @@ def read_config(path: Path) -> TrainConfig:
     Raises:
         RunError: there are none, or they are damaged; the message names the option that is wrong.
     """
-    known, optional = {field.name for field in fields(TrainConfig)}, {"data_sha256", "conditional"}
+    known = {field.name for field in fields(TrainConfig)}
     try:
         content = from_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it should hold an option's name and value a line, in braces")
-        if others := known - set(content) - optional | set(content) - known:
+        if others := known - set(content) - ADDED_LATER | set(content) - known:
             raise ValueError(
                 f"its settings are not those of this version's runs: {', '.join(sorted(others))} should "
                 f"{'be there' if others <= known else 'not be there'}"

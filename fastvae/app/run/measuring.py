@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ VALIDATION_BATCH = 1000  # images encoded at once
 
 def with_fixed_prior(vae: VAE) -> VAE:
     """The same model for evaluation, whose prior's components are encoded once and not for every batch."""
-    return VAE(vae.encoder, vae.decoder, vae.prior.snapshot(), vae.likelihood).eval()
+    networks: dict[str, Any] = {
+        name: module for name, module in vae.named_children() if name not in ("prior", "likelihood")
+    }
+    return type(vae)(**networks, prior=vae.prior.snapshot(), likelihood=vae.likelihood).eval()
 
 
 class Meter:

@@ -1,4 +1,4 @@
-"""The VAE of the VampPrior paper (Tomczak and Welling 2018): dense, gated, one layer of latents."""
+"""The VAEs of the VampPrior paper (Tomczak and Welling 2018): dense, gated, one or two levels of latents."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvae import VAE, ExemplarPrior, MixturePrior, StandardNormalPrior, VampPrior
-from fastvae._networks import BinaryDecoder, Encoder, two_layers
+from fastvae import VAE, ExemplarPrior, HierarchicalVAE, MixturePrior, StandardNormalPrior, VampPrior
+from fastvae._networks import BinaryDecoder, Encoder, decoder_body
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.data.physical_memory import physical_memory
 from fastvae.app.run.config import TrainConfig
@@ -20,17 +20,17 @@ EXEMPLAR_CHUNK = 1000  # exemplars encoded at once: with all at once, activation
 
 
 class GrayDecoder(nn.Module):
-    """z [..., latent] -> mean and logscale [..., pixels] of the discretised logistic p(x|z)."""
+    """z [..., latent], or z1 and z2, -> mean and logscale [..., pixels] of the discretised logistic p(x|z)."""
 
-    def __init__(self, pixels: int, hidden: int, latent: int) -> None:
+    def __init__(self, pixels: int, hidden: int, latent: int, levels: int = 1) -> None:
         super().__init__()
-        self.body = two_layers(latent, hidden)
+        self.body = decoder_body(hidden, latent, levels)
         self.mean = nn.Linear(hidden, pixels)
         self.logscale = nn.Sequential(nn.Linear(hidden, pixels), nn.Hardtanh(-4.5, 0.0))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *z: Tensor) -> tuple[Tensor, Tensor]:
         """[..., latent] -> two of [..., pixels]."""
-        h = self.body(z)
+        h = self.body(*z)
         # The middles of the first and of the last of the 256 levels are the extremes a mean can be.
         return torch.sigmoid(self.mean(h)).clamp(1 / 512, 1 - 1 / 512), self.logscale(h)
 
@@ -59,10 +59,15 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
     reseed(config.seed, Stream.INITIALISE)
     classes = len(dataset.classes) if config.conditional else 0
     labels, probs = _labels_and_weights(config, dataset)
+    sizes = (dataset.num_pixels, config.hidden, config.latent)
+    levels = 2 if config.model == "hvae" else 1
     encoder: nn.Module = Encoder(dataset.num_pixels + classes, config.hidden, config.latent)
-    sizes = (dataset.num_pixels, config.hidden, config.latent + classes)
-    decoder: nn.Module = BinaryDecoder(*sizes) if dataset.kind == "binary" else GrayDecoder(*sizes)
-    for network in (encoder, decoder):
+    of_decoder = (dataset.num_pixels, config.hidden, config.latent + classes, levels)
+    decoder: nn.Module = BinaryDecoder(*of_decoder) if dataset.kind == "binary" else GrayDecoder(*of_decoder)
+    lower: list[nn.Module] = []  # q(z1 | x, z2) and p(z1 | z2)
+    if levels == 2:
+        lower = [Encoder(*sizes, given=True), Encoder(config.latent, config.hidden, config.latent)]
+    for network in (encoder, decoder, *lower):
         network.apply(_he_normal)
     if config.conditional:
         encoder, decoder = GivenLabel(encoder, classes), GivenLabel(decoder, classes)
@@ -98,6 +103,8 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
             neighbours=config.neighbours,
         )
     likelihood = "bernoulli" if dataset.kind == "binary" else "discretized_logistic"
+    if lower:
+        return HierarchicalVAE(encoder, lower[0], lower[1], decoder, prior, likelihood=likelihood)
     return VAE(encoder, decoder, prior, likelihood=likelihood)
 
 
@@ -105,6 +112,8 @@ def _check_memory(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse what cannot be trained here: a system that runs out of memory often kills a program without a word."""
     pixels, hidden, latent = dataset.num_pixels, config.hidden, config.latent
     weights = hidden * (3 * pixels + 4 * hidden + 4 * latent)  # at least; grey images take a little more
+    if config.model == "hvae":
+        weights += hidden * (2 * pixels + 8 * hidden + 10 * latent)
     if config.prior in ("mixture", "vamp"):
         weights += config.components * (latent if config.prior == "mixture" else pixels)
     needed = 5 * 4 * weights  # float32 weights, their gradients, Adam's two moments, and the best weights so far

@@ -15,6 +15,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from fastvae import MixturePrior, VampPrior
+from fastvae.app.run.config import latents_with_prior
 from fastvae.app.run.evaluation import posterior_means
 from fastvae.app.run.gap import aggregated_posterior
 from fastvae.app.run.trained import TrainedRun
@@ -92,7 +93,8 @@ def draw_densities(panels: Sequence[Axes], run: TrainedRun) -> None:
         mu, logvar, weights = drawable_components(mixture, len(plane.centre))
         densities.append(density_on_plane(x, y, plane.project(mu), plane.covariances(logvar), weights))
     levels = np.linspace(0, max(map(np.max, densities)), 13)
-    titles = "prior, p(z)", "aggregated posterior, q(z)"
+    z = latents_with_prior(run.config)
+    titles = f"prior, p({z})", f"aggregated posterior, q({z})"
     for axes, density, title in zip(panels, densities, titles, strict=True):
         axes.contourf(x, y, density, levels=levels, cmap="Greys")
         axes.set_title(title, fontsize=11, color=INK)

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from fastvae import VampPrior
-from fastvae.app.run.config import bound_name
+from fastvae.app.run.config import bound_name, latents_with_prior
 from fastvae.app.run.folder import GAP, PICTURES
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
@@ -26,6 +26,8 @@ PRIOR_NAMES = {
     "vamp": "VampPrior",
     "exemplar": "exemplar prior",
 }
+
+MODEL_NAMES = {"vae": "", "hvae": "hierarchical VAE, "}
 
 TALLEST = 60  # inches of a picture, 9,000 pixels; the PNG writer takes 65,535 at most
 
@@ -76,7 +78,7 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
     for column, run in enumerate(runs):
         top, bottom = grid[:, column]
         draw_images(top, _sample(run, 60, False, 0), run.dataset, columns_for(60, run.dataset.image_shape, usual=10))
-        top.set_title(f"{PRIOR_NAMES[run.config.prior]}: samples,\n{_shown(False)}", fontsize=13)
+        top.set_title(f"{_model(run)}: samples,\n{_shown(False)}", fontsize=13)
         draw_latent_space(bottom, run)
         bottom.set_title("latent space", fontsize=13)
     figure.suptitle(runs[0].dataset.name, fontsize=15)
@@ -84,8 +86,12 @@ def draw_comparison(runs: Sequence[TrainedRun], path: Path) -> None:
 
 
 def _title(run: TrainedRun, what: str) -> str:
+    return f"{run.dataset.name}, {_model(run)}\n{what}"
+
+
+def _model(run: TrainedRun) -> str:
     conditional = "conditional, " if run.config.conditional else ""
-    return f"{run.dataset.name}, {conditional}{PRIOR_NAMES[run.config.prior]}\n{what}"
+    return conditional + MODEL_NAMES[run.config.model] + PRIOR_NAMES[run.config.prior]
 
 
 def _shown(drawn: bool) -> str:
@@ -161,5 +167,7 @@ def _latent_space(run: TrainedRun) -> Figure:
     figure = Figure(figsize=(6.8, 7.6), layout="constrained")
     axes = figure.subplots()
     draw_latent_space(axes, run)
-    axes.set_title(_title(run, "posterior means of the test images"), fontsize=12)
+    z = latents_with_prior(run.config)
+    of_z2 = "" if z == "z" else f" of {z},"
+    axes.set_title(_title(run, f"posterior means{of_z2} of the test images"), fontsize=12)
     return figure

@@ -22,8 +22,8 @@ def images_in_words(count: int, split: str) -> str:
     return f"{count} {split} image{'' if count == 1 else 's'}"
 
 
-def evaluation_table(result: Evaluation, title: str) -> Table:
-    """What an evaluation measured on its images; "-" where one image does not tell."""
+def evaluation_table(result: Evaluation, title: str, z: str = "z") -> Table:
+    """What an evaluation measured on its images; "-" where one image does not tell.  z: the latents with the prior."""
     table = Table(title=title)
     table.add_column("nats per image, mean")
     table.add_column(justify="right")
@@ -34,22 +34,22 @@ def evaluation_table(result: Evaluation, title: str) -> Table:
     table.add_row("ELBO", f"{result.elbo:.2f}")
     table.add_row("reconstruction term", f"{result.reconstruction:.2f}")
     table.add_row("KL term", f"{result.kl:.2f}")
-    table.add_row("active units", f"{active} of {result.latent}")
+    table.add_row("active units" if z == "z" else f"active units of {z}", f"{active} of {result.latent}")
     return table
 
 
-def gap_table(gap: Gap) -> Table:
-    """How far the prior is from the aggregated posterior; "+-" is the standard error over draws."""
-    table = Table(title=f"prior p(z) and aggregated posterior q(z) of {gap['images']} training images")
+def gap_table(gap: Gap, z: str = "z") -> Table:
+    """How far the prior of the latents z is from the aggregated posterior; "+-" is the standard error over draws."""
+    table = Table(title=f"prior p({z}) and aggregated posterior q({z}) of {gap['images']} training images")
     table.add_column(f"nats, mean of {gap['draws']} draws +- its standard error")
     table.add_column(justify="right")
     each = gap["dimension_wise_kl"]
     largest = max(range(len(each)), key=lambda d: each[d]["value"])
     rows = {
-        f"I(x; z), at most log {gap['images']} = {math.log(gap['images']):.2f}": gap["mutual_information"],
-        "KL(q(z) || p(z)), lost to the prior": gap["marginal_kl"],
-        "total correlation of q(z)": gap["total_correlation"],
-        f"largest KL of one dimension, z[{largest}]": each[largest],
+        f"I(x; {z}), at most log {gap['images']} = {math.log(gap['images']):.2f}": gap["mutual_information"],
+        f"KL(q({z}) || p({z})), lost to the prior": gap["marginal_kl"],
+        f"total correlation of q({z})": gap["total_correlation"],
+        f"largest KL of one dimension, {z}[{largest}]": each[largest],
     }
     for name, measured in rows.items():
         table.add_row(name, f"{measured['value']:.3f} +- {measured['standard_error']:.3f}")
