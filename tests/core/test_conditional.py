@@ -10,7 +10,7 @@ import torch
 from models import Decoder, Encoder, LinearGaussian
 from torch import Tensor, nn
 
-from fastvae import VAE, MixturePrior, Prior, StandardNormalPrior, TrainingStep, VampPrior, reference
+from fastvae import VAE, ExemplarPrior, MixturePrior, Prior, StandardNormalPrior, TrainingStep, VampPrior, reference
 
 L = 3
 
@@ -298,6 +298,10 @@ class _Nothing(list):  # type: ignore[type-arg]
         (lambda vae, x, y: vae.prior.log_prob(x[:3, :3], y), ValueError, r"y must be \[B\] to match z.*not \[4\]"),
         (lambda vae, x, y: vae.prior.sample(2, y), ValueError, r"y must be \[2\], not \[4\]"),
         (lambda vae, x, y: MixturePrior(x).log_prob(x, y), ValueError, "this MixturePrior is not conditional"),
+        (lambda vae, x, y: MixturePrior(x).kl(x, x, y=y), ValueError, "this MixturePrior is not conditional"),
+        (lambda vae, x, y: StandardNormalPrior(6).kl(x, x, y=y), ValueError, "StandardNormalPrior is not conditional"),
+        (lambda vae, x, y: StandardNormalPrior(6).density(y=y), ValueError, "StandardNormalPrior is not conditional"),
+        (lambda vae, x, y: ExemplarPrior(nn.Identity(), x).density(y=y), ValueError, "is not conditional"),
         (lambda vae, x, y: MixturePrior(x, probs=torch.ones(2, 4)).log_prob(x), ValueError, "depend on y: give y"),
         (lambda vae, x, y: MixturePrior(x, probs=torch.ones(2, 4)).sample(3), ValueError, "depend on y: give y"),
         (lambda vae, x, y: MixturePrior(x, probs=torch.ones(2, 4), labels=y), ValueError, "labels and probs"),
