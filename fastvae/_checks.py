@@ -132,7 +132,7 @@ def components(
     K, D = mu.shape
     if log_weights is not None:
         if log_weights.shape != (K,):
-            by_label = "; a row for each label needs labels" if log_weights.ndim == 2 else ""
+            by_label = "; weights by label are for mixture_log_prob with labels" if log_weights.ndim == 2 else ""
             raise ValueError(
                 f"log_weights must be [{K}] to match {prefix}mu {shape_of(mu)}, not {shape_of(log_weights)}{by_label}"
             )

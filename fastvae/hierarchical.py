@@ -102,7 +102,7 @@ class HierarchicalVAE(VAE):
     def _has_closed_form_kl(self) -> bool:
         return True  # that of z1
 
-    def _check_y(self, y: Tensor | None, rows: int, of_each: str) -> None:
+    def _check_y(self, y: Tensor | None, rows: tuple[int, ...], of_each: str) -> None:
         if y is not None:
             raise ValueError("a HierarchicalVAE is not conditional, and takes no y")
         super()._check_y(y, rows, of_each)

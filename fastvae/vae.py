@@ -256,7 +256,7 @@ class VAE(nn.Module):
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
         _checks.count("num_samples", num_samples)
-        self._check_y(y, len(x), "x")
+        self._check_y(y, x.shape[:1], "x")
         prior, rows = self.prior.snapshot(), _rows_on(x.device) // 10
         parts = zip(x.split(rows), repeat(None) if y is None else y.split(rows), strict=False)
         return torch.cat([self._importance(*part, num_samples, prior) for part in parts])
@@ -282,7 +282,7 @@ class VAE(nn.Module):
 
         With y, [n, ...], draw m is of p(x | z, y[m]), z ~ p(z | y[m]).
         """
-        self._check_y(y, n, "draw")
+        self._check_y(y, (n,), "draw")
         output = self._generate(n, y)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output)
 
@@ -335,7 +335,7 @@ class VAE(nn.Module):
     def _posterior(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """(mu [B, D], logvar [B, D]) of x [B, *x_shape] and y."""
         _check_encoder(self.prior, self.encoder)
-        self._check_y(y, len(x), "x")
+        self._check_y(y, x.shape[:1], "x")
         return encode(self.encoder, x, y)
 
     def _decode(self, *z: Tensor, y: Tensor | None) -> Any:
@@ -345,12 +345,13 @@ class VAE(nn.Module):
         """The argument y for the prior, if it takes one."""
         return {} if y is None or not _is_conditional(self.prior) else {"y": y}
 
-    def _check_y(self, y: Tensor | None, rows: int, of_each: str) -> None:
+    def _check_y(self, y: Tensor | None, rows: tuple[int, ...], of_each: str) -> None:
+        """rows: (B,), which y must begin with; of_each: what there are so many of."""
         if y is None:
             if _is_conditional(self.prior):
                 raise ValueError(f"the {type(self.prior).__name__} is conditional: give y, a row for each {of_each}")
-        elif require_tensor("y", y).ndim == 0 or len(y) != rows:
-            raise ValueError(f"y must be [{rows}, ...], a row for each {of_each}, not {list(y.shape)}")
+        elif require_tensor("y", y).shape[:1] != rows:
+            raise ValueError(f"y must be [{rows[0]}, ...], a row for each {of_each}, not {list(y.shape)}")
 
     def _kl(
         self, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None, y: Tensor | None

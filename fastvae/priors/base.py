@@ -90,12 +90,17 @@ class Prior(nn.Module):
                 (see :class:`fastvae.ExemplarPrior`); others have no use for it.
             near: [B, D], points close to the z that will be evaluated, such as the posteriors' means; a prior may use
                 them to choose which components to encode.
-            y: [B, ...], for a conditional prior: what each row of a batch is given; others have no use for it.
+            y: [B, ...], for a conditional prior: what each row of a batch is given.  Others refuse it.
 
         Returns:
             A function: z [..., B, D] -> [..., B], nats, differentiable in z and in the prior's parameters.
         """
+        self._check_given(y)
         return self.log_prob if y is None else partial(self.log_prob, y=y)  # type: ignore[call-arg]  # which a conditional one takes
+
+    def _check_given(self, y: Tensor | None) -> None:
+        if y is not None and not self.conditional:
+            raise ValueError(f"this {type(self).__name__} is not conditional, and takes no y")
 
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         """log p(z_d) of each dimension by itself: [..., D] -> [..., D], nats."""
@@ -167,6 +172,7 @@ class StandardNormalPrior(Prior):
         index: Tensor | None = None,
         y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        self._check_given(y)
         self._check_dimensions("mu", mu)
         impl = self.backend_options["impl"]
         z, log_q = F.gaussian_rsample(mu, logvar, num_samples, impl=impl)

@@ -75,6 +75,7 @@ class ExemplarPrior(EncodedMixture):
         return self.data.new_full((len(self.data),), -math.log(len(self.data)))
 
     def density(self, index: Tensor | None = None, near: Tensor | None = None, y: Tensor | None = None) -> Density:
+        self._check_given(y)
         mu, logvar, own = self._step(index, near)
         if self.logvar is not None:
             logvar = self.logvar  # one for all, which the kernels need not read K times, and never an old one
@@ -101,7 +102,7 @@ class ExemplarPrior(EncodedMixture):
         index: Tensor | None = None,
         y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return Prior.kl(self, mu, logvar, num_samples, index=index)  # Mixture's does not know `index`
+        return Prior.kl(self, mu, logvar, num_samples, index=index, y=y)  # Mixture's does not know `index`
 
     def _step(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(mu [K, D], logvar, own int64 [B]): the components of a step, and which of them each row is, or -1."""

@@ -108,11 +108,7 @@ class Mixture(Prior):
             )
 
     def _require_labels(self, y: Tensor, log_weights: Tensor) -> None:
-        if not self.conditional:
-            raise ValueError(
-                f"this {type(self).__name__} is not conditional: it takes y where it was made with labels, or with "
-                "weights [L, K]"
-            )
+        self._check_given(y)
         if require_tensor("y", y).dtype != torch.int64 or y.ndim > 1:
             raise ValueError(f"y must be int64 [B], the labels, not {y.dtype} {list(y.shape)}")
         if y.device.type == "cpu" and is_readable(y) and y.numel():
@@ -143,7 +139,7 @@ class Mixture(Prior):
         index: Tensor | None = None,
         y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if self.conditional:
+        if self.conditional or y is not None:
             return super().kl(mu, logvar, num_samples, index=index, y=y)
         return F.mixture_kl(mu, logvar, *self.step_components(mu), num_samples, **self.backend_options)
 

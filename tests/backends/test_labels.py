@@ -166,7 +166,7 @@ def test_strided_inputs(backend: str) -> None:
         ({"log_weights": None}, ValueError, r"with labels, log_weights must be \[L, 9\].*not None"),
         ({"log_weights": torch.zeros(9)}, ValueError, r"with labels, log_weights must be \[L, 9\].*not \[9\]"),
         ({"log_weights": torch.zeros(0, 9)}, ValueError, r"\[L, 9\].*L >= 1, not \[0, 9\]"),
-        ({"labels": None}, ValueError, r"log_weights must be \[9\].*not \[4, 9\]; a row for each label needs labels"),
+        ({"labels": None}, ValueError, r"log_weights must be \[9\].*not \[4, 9\]; weights by label are for"),
         ({"exclude": torch.full((3, 5), 9)}, ValueError, "exclude must be in"),
     ],
 )
