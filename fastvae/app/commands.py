@@ -60,6 +60,7 @@ def train_command(
     subset: options.Subset = None,
     refresh: options.Refresh = None,
     neighbours: options.Neighbours = None,
+    shared_variance: options.SharedVariance = None,
     latent: options.Latent = None,
     hidden: options.Hidden = None,
     bound: options.Bound = None,
@@ -70,6 +71,7 @@ def train_command(
     patience: options.Patience = None,
     batch_size: options.BatchSize = None,
     learning_rate: options.LearningRate = None,
+    normalize_gradients: options.NormalizeGradients = None,
     seed: options.Seed = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -146,7 +148,7 @@ def evaluate_command(
     plan = EvaluationPlan(split, samples, limit)
     _check_run(run_dir, data, data_dir, device)
     options.check_backend(impl, precision)
-    with interruptible(console, lambda: "Nothing was written."), locked(run_dir):
+    with interruptible(console, lambda: "The same command goes on from here."), locked(run_dir):
         import_library()
         from fastvae.app.run.device import pick_device, use_kernels, use_threads
         from fastvae.app.run.trained import load_run
@@ -266,6 +268,68 @@ def compare_command(
         console.print(table)
     _say(f"{comparison.verdict}")
     _name_files(written)
+
+
+@app.command("reproduce", cls=Command)
+def reproduce_command(
+    name: Annotated[
+        str | None, typer.Argument(help="What to reproduce; none lists what there is.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The run's folder. (default runs/NAME-seed-SEED)",
+            parser=options.path,
+            metavar="DIR",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides every random number.")] = 0,
+    as_it_is: Annotated[
+        bool,
+        typer.Option(
+            "--as-it-is", help="Train no further: measure the best model so far, and record that it is not finished."
+        ),
+    ] = False,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    data_dir: options.DataDir = None,
+    download: options.Download = False,
+) -> None:
+    """Train by the protocol of a published figure, measure on the test images, and show both figures.
+
+    The same command goes on where an earlier one was stopped. The folder also gets reproduction.json, the record of the
+    run. On one CPU thread a run takes hours, on a GPU minutes.
+    """
+    from fastvae.app.run.protocol import protocol_names, read_protocol
+
+    if name is None:
+        from fastvae.app.show.result_tables import protocols_table
+
+        console.print(protocols_table([read_protocol(each) for each in protocol_names()]))
+        return
+    protocol, folder = read_protocol(name), RunFolder(out or Path("runs") / f"{name}-seed-{seed}")
+    config = protocol.config
+    check_name(config.data, data_dir)
+    options.check_device(device)
+    if as_it_is and not folder.holds_run():
+        raise ConfigError(f"--as-it-is: {folder.path} holds no run to measure.")
+    with interruptible(console, lambda: "The same command goes on from here."), locked(folder.path):
+        import_library()
+        from fastvae.app.data.named_sets import load
+        from fastvae.app.run.device import pick_device, use_threads
+        from fastvae.app.show.result_tables import reproduction_table
+        from fastvae.app.workflow import reproduce_figure
+
+        device = pick_device(device)
+        dataset = load(config.data, data_dir, download=download)
+        use_threads(threads, config, dataset)
+        reproduction = reproduce_figure(console, protocol, dataset, seed, folder.path, device=device, as_it_is=as_it_is)
+    console.print(reproduction_table(reproduction))
+    for difference in protocol.differences:
+        _say(f"Not as published: {difference}")
+    _name_files(folder.files())
 
 
 @app.command(

@@ -20,7 +20,7 @@ def _default(field: str) -> str:
     return f"(default {'; '.join([str(getattr(TrainConfig, field)), *special])})"
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
     """A path as it was typed; with a ~ that the shell left alone."""
     if not text:
         raise typer.BadParameter("the name is empty.")
@@ -34,14 +34,14 @@ PRECISIONS = "highest", "high", "medium"
 MOST_THREADS = 1024
 
 OutFolder = Annotated[
-    Path, typer.Option("--out", "-o", help="The run's folder.", show_default=False, parser=_path, metavar="DIR")
+    Path, typer.Option("--out", "-o", help="The run's folder.", show_default=False, parser=path, metavar="DIR")
 ]
 OutOfAll = Annotated[
-    Path, typer.Option("--out", "-o", help="The folder for all runs.", show_default=False, parser=_path, metavar="DIR")
+    Path, typer.Option("--out", "-o", help="The folder for all runs.", show_default=False, parser=path, metavar="DIR")
 ]
 OutPicture = Annotated[
     Path | None,
-    typer.Option("--out", "-o", help="The PNG to write. (default DIR/samples.png)", parser=_path, metavar="FILE"),
+    typer.Option("--out", "-o", help="The PNG to write. (default DIR/samples.png)", parser=path, metavar="FILE"),
 ]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many samples.")]
 Label = Annotated[
@@ -62,7 +62,7 @@ DataDir = Annotated[
     typer.Option(
         help="The folder with the data files. (default $FASTVAE_DATA, else ./data)",
         rich_help_panel=DATA,
-        parser=_path,
+        parser=path,
         metavar="DIR",
     ),
 ]
@@ -74,7 +74,7 @@ MovedData = Annotated[
 ]
 MovedDataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="The folder with the data, if they have moved.", parser=_path, metavar="DIR"),
+    typer.Option("--data-dir", help="The folder with the data, if they have moved.", parser=path, metavar="DIR"),
 ]
 Binarize = Annotated[
     bool | None,
@@ -111,8 +111,8 @@ Components = Annotated[
 PseudoInit = Annotated[
     str | None,
     typer.Option(
-        help="Where pseudo-inputs start: data, training images at random, or noise around the mean image."
-        " (default data)",
+        help="Where pseudo-inputs start: data, training images at random; noise, around the mean image; or flat, all "
+        "nearly the same and dark. (default data)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -158,6 +158,14 @@ Neighbours = Annotated[
     int | None,
     typer.Option(
         help="With --refresh: how many of those nearest to each image a step encodes as well. (default 0)",
+        rich_help_panel=MODEL,
+    ),
+]
+SharedVariance = Annotated[
+    bool | None,
+    typer.Option(
+        "--shared-variance",
+        help="Give all exemplars one learned variance, as Norouzi et al. (2020) do, in place of the encoder's.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -218,6 +226,15 @@ LearningRate = Annotated[
     float | None,
     typer.Option(help=f"Adam's learning rate. {_default('learning_rate')}", rich_help_panel=TRAINING),
 ]
+NormalizeGradients = Annotated[
+    bool | None,
+    typer.Option(
+        "--normalize-gradients",
+        help="Divide the gradient of each weight tensor by its norm before Adam's step, as the VampPrior paper's code "
+        "does.",
+        rich_help_panel=TRAINING,
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Decides every random number. (default 0)", rich_help_panel=TRAINING)]
 Device = Annotated[
     str,
@@ -266,7 +283,7 @@ ImportanceSamples = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images alone, the first.")]
 RunDir = Annotated[
-    Path, typer.Argument(help="The folder of a training run.", show_default=False, parser=_path, metavar="DIR")
+    Path, typer.Argument(help="The folder of a training run.", show_default=False, parser=path, metavar="DIR")
 ]
 
 SplitName = Annotated[str, typer.Option(help="The set to measure on: validation or test.")]

@@ -21,6 +21,8 @@ from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.lock import locked
 from fastvae.app.run.networks import build
+from fastvae.app.run.protocol import Protocol
+from fastvae.app.run.reproduction import Reproduction, reproduction_of, write_reproduction
 from fastvae.app.run.trained import TrainedRun, load_run, versions, with_fingerprint
 from fastvae.app.run.training import train
 from fastvae.app.show.pictures import draw_comparison, draw_gap, draw_run
@@ -146,6 +148,34 @@ def keep_comparison(
     result = out / (f"compare-{part}.json" if part else "compare.json")
     write_json(result, summary)
     return [result, *pictures]
+
+
+def reproduce_figure(
+    console: Console,
+    protocol: Protocol,
+    dataset: Dataset,
+    seed: int,
+    out: Path,
+    *,
+    device: str,
+    as_it_is: bool = False,
+) -> Reproduction:
+    """Train and evaluate by a protocol, going on with what `out` holds; keep the record in `out`.
+
+    Raises:
+        RunError: `as_it_is`, to train no further, was said of a folder without a run.
+        ConfigError: the run in `out` is not by this protocol.
+    """
+    folder = RunFolder(out)
+    if as_it_is:
+        run = load_run(out, dataset=dataset, device=device)
+        continued(run.config, asdict(replace(protocol.config, seed=seed)))  # raises if it is not by this protocol
+    else:
+        run = _trained(console, replace(protocol.config, seed=seed), dataset, folder, device, label="")
+    evaluation = earlier_evaluation(run, protocol.plan) or evaluate_run(console, run, protocol.plan)
+    reproduction = reproduction_of(protocol, run, evaluation)
+    write_reproduction(reproduction, folder.reproduction)
+    return reproduction
 
 
 def _folder(out: Path, prior: str, seed: int) -> RunFolder:

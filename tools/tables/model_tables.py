@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from statistics import fmean, stdev
+from typing import Any
 
+from fastvae.app.run.protocol import protocol_names, read_protocol
 from fastvae.benchmarks import formatting
 
 from ..experiments import labels
@@ -49,6 +51,48 @@ def static_mnist(results: Results) -> str:
             ]
         )
     return formatting.markdown(["", "test log-likelihood +- standard error", "ELBO", "KL", "active units"], rows)
+
+
+@table("reproductions", "reproductions/*.json")
+def reproductions(results: Results) -> str:
+    """What `fastvae reproduce` found, beside the published figures."""
+    rows = []
+    for path in sorted(results.folder.glob("reproductions/*.json")):
+        found = results.read(f"reproductions/{path.name}")
+        protocol, measured = found["protocol"], found["evaluation"]
+        published = protocol["published"]
+        value = measured["log_likelihood"]
+        rows.append(
+            [
+                f"`{protocol['name']}`",
+                str(found["seed"]),
+                f"{published[0]['log_likelihood']:.2f}" if published else formatting.NOTHING,
+                f"{value:.2f} +- {measured['standard_error']:.2f}",
+                f"{value - published[0]['log_likelihood']:+.2f}" if published else formatting.NOTHING,
+                f"{found['epochs']}" if found["finished"] else f"{found['epochs']}, not finished",
+                f"{found['seconds'] / 3600:.1f} h",
+                _place(found["machine"]),
+            ]
+        )
+    headings = ["", "seed", "published", "found +- standard error", "better by", "epochs", "training", "on"]
+    return formatting.markdown(headings, rows)
+
+
+def _place(machine: dict[str, Any]) -> str:
+    threads = machine["threads"]
+    return machine.get("gpu") or f"{threads} CPU thread{'' if threads == 1 else 's'}"
+
+
+@table("published", "*")
+def published(_: Results) -> str:
+    """Where the published figures of the reproductions are from."""
+    rows = []
+    for name in protocol_names():
+        protocol = read_protocol(name)
+        for figure in protocol.published:
+            seen = figure.looked_up or "from memory"
+            rows.append([f"`{name}`", figure.source, seen, f"{figure.log_likelihood:.2f}"])
+    return formatting.markdown(["", "source", "looked up in", "log-likelihood"], rows, left=3)
 
 
 @table("groups", "groups.json")

@@ -15,7 +15,7 @@ from fastvae.app.user_errors import ConfigError, RunError
 
 ModelName = Literal["vae", "hvae"]
 PriorName = Literal["standard", "mixture", "vamp", "exemplar"]
-PseudoInit = Literal["data", "noise"]
+PseudoInit = Literal["data", "noise", "flat"]
 # The names of fastvae.bounds, said again because they are checked before PyTorch is imported.
 BoundName = Literal["elbo", "iwae"]
 GradientName = Literal["plain", "stl", "dreg"]
@@ -32,10 +32,10 @@ class TrainConfig:
     """All that decides the result of a training run; kept as config.json in the run's folder.
 
     The sizes are those of the VampPrior paper (Tomczak and Welling 2018); `model` is its one-level VAE or its
-    hierarchical one, whose two levels have `latent` dimensions each. `warmup` and
-    `patience` are in epochs; `learning_rate` is Adam's. `chunk_size` to `neighbours` are the prior's; `bound`, with
-    `num_samples` draws and the estimator `gradient`, is what training maximises. A `conditional` model is given the
-    images' labels. `data_sha256` is the fingerprint of
+    hierarchical one, whose two levels have `latent` dimensions each. `warmup` and `patience` are in epochs;
+    `learning_rate` is Adam's, whose gradients are first divided by their norms where `normalize_gradients` says so.
+    `chunk_size` to `shared_variance` are the prior's; `bound`, with `num_samples` draws and the estimator `gradient`,
+    is what training maximises. A `conditional` model is given the images' labels. `data_sha256` is the fingerprint of
     the images, by which they are known again when their file has moved.
     """
 
@@ -53,6 +53,7 @@ class TrainConfig:
     subset: AtLeastOne | None = None
     refresh: Annotated[float, Field(gt=0, le=1)] = 1.0
     neighbours: AtLeastZero = 0
+    shared_variance: bool = False
     bound: BoundName = "elbo"
     num_samples: AtLeastOne = 1
     gradient: GradientName = "plain"
@@ -63,6 +64,7 @@ class TrainConfig:
     patience: AtLeastOne = 20
     batch_size: AtLeastOne = 100
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    normalize_gradients: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -82,7 +84,7 @@ class TrainConfig:
 
 
 # What runs of earlier versions do not say: for them the default holds.
-ADDED_LATER = frozenset({"data_sha256", "model", "conditional"})
+ADDED_LATER = frozenset({"data_sha256", "model", "shared_variance", "normalize_gradients", "conditional"})
 
 
 def bound_name(config: TrainConfig) -> str:

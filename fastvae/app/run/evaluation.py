@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastvae import VAE
+from fastvae._files import write_json
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.gap import Gap, measure_gap
 from fastvae.app.run.measuring import VALIDATION_BATCH, batches, measure, with_fixed_prior
@@ -18,6 +21,8 @@ from fastvae.app.run.trained import TrainedRun
 from fastvae.contracts import encode
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
+BATCH = 50  # images whose log-likelihood is measured at once
+KEEP_EVERY = 60  # seconds between two writes of what an evaluation has done
 BOUND_SAMPLES = 10  # of z for each image: the sampling noise of the bound is then small beside its spread over images
 
 
@@ -52,18 +57,15 @@ def evaluate(
         run: the run.
         plan: what to measure on, and how closely.
         on_images: told how many images have been done, after each batch of them.
+
+    An evaluation that was stopped goes on where it was: the run's folder keeps what was done.
     """
     started = time.perf_counter()
     x = plan.images(run.dataset).to(run.device)
     y = run.y(plan.whole_set(run.dataset))
     y = None if y is None else y[: len(x)]
+    log_likelihood = _log_likelihood(run, plan, x, y, on_images)
     reseed(run.config.seed, Stream.EVALUATE)
-    vae = with_fixed_prior(run.vae)
-    parts = []
-    for batch, of_batch in batches(x, y, 50):
-        parts.append(vae.log_likelihood(batch, num_samples=plan.samples, y=of_batch))
-        on_images(sum(map(len, parts)))
-    log_likelihood = torch.cat(parts).double()
     several = len(x) > 1
     measures = measure(run.vae, x, num_samples=BOUND_SAMPLES, y=y)
     means = posterior_means(run.vae, x, y)
@@ -81,6 +83,45 @@ def evaluate(
         gap=measure_gap(run),
         seconds=time.perf_counter() - started,
     )
+
+
+def _log_likelihood(
+    run: TrainedRun, plan: EvaluationPlan, x: Tensor, y: Tensor | None, on_images: Callable[[int], None]
+) -> Tensor:
+    """log p(x), or log p(x|y), of each image, float64 [N].
+
+    It takes minutes or hours, so what is done is kept for a later call.
+    """
+    vae, unfinished = with_fixed_prior(run.vae), run.folder.unfinished_evaluation(plan.part(run.dataset))
+    identity = {
+        "best_epoch": run.checkpoint["best_epoch"],
+        "best_bound": run.checkpoint["best_bound"],
+        "samples": plan.samples,
+        "images": len(x),
+    }
+    done = _read_unfinished(unfinished, identity)
+    on_images(len(done))
+    kept = time.monotonic()
+    for start in range(len(done), len(x), BATCH):
+        reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
+        some = slice(start, start + BATCH)
+        done += vae.log_likelihood(x[some], plan.samples, y=None if y is None else y[some]).tolist()
+        on_images(len(done))
+        if time.monotonic() - kept > KEEP_EVERY:
+            write_json(unfinished, {**identity, "log_likelihood": done})
+            kept = time.monotonic()
+    unfinished.unlink(missing_ok=True)
+    return torch.tensor(done, dtype=torch.float64)
+
+
+def _read_unfinished(path: Path, identity: dict[str, float]) -> list[float]:
+    """The log-likelihoods of the first images that an earlier evaluation of this identity kept."""
+    try:
+        content = json.loads(path.read_bytes())
+        done = content.pop("log_likelihood")
+        return [float(value) for value in done] if content == identity else []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []  # there is none, or it is damaged
 
 
 @torch.no_grad()

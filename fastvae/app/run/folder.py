@@ -36,6 +36,15 @@ class RunFolder:
         """What evaluation gave, as JSON: of all test images, or of that `part` of the data."""
         return self.path / (f"evaluation-{part}.json" if part else "evaluation.json")
 
+    def unfinished_evaluation(self, part: str = "") -> Path:
+        """What an evaluation that is under way has done, as JSON."""
+        return self.path / (f"evaluation-{part}-unfinished.json" if part else "evaluation-unfinished.json")
+
+    @property
+    def reproduction(self) -> Path:
+        """The record of a protocol's run, as JSON, beside the published figures."""
+        return self.path / "reproduction.json"
+
     def picture(self, name: str) -> Path:
         """The PNG of one of PICTURES, or of GAP."""
         return self.path / f"{name}.png"
@@ -61,7 +70,8 @@ class RunFolder:
 
     def of_the_model(self) -> list[Path]:
         """The files that are there and tell of the checkpoint's model: outdated once it is trained further."""
-        return [*(path for path in (self.results,) if path.exists()), *self.evaluations(), *self.pictures()]
+        records = [path for path in (self.results, self.reproduction) if path.exists()]
+        return [*records, *self.evaluations(), *self.pictures()]
 
     def files(self) -> list[Path]:
         """The files of a run that are there."""

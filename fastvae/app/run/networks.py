@@ -86,6 +86,7 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
         prior = ExemplarPrior(
             encoder,
             dataset.train.x,
+            shared_variance=config.shared_variance,
             subset=config.subset,
             chunk_size=config.chunk_size or EXEMPLAR_CHUNK,
             refresh=config.refresh,
@@ -155,8 +156,12 @@ def _labels_and_weights(config: TrainConfig, dataset: Dataset) -> tuple[Tensor |
 
 
 def _pseudo_inputs(config: TrainConfig, dataset: Dataset, labels: Tensor | None) -> Tensor:
-    """[K, pixels] in [0, 1]: training images at random, each of its component's label, or noise around their mean."""
+    """[K, pixels] in [0, 1]: training images at random, each of its component's label, noise around their mean, or all
+    nearly the same.
+    """
     images, count = dataset.train.x, config.components
+    if config.pseudo_init == "flat":  # as the code of Tomczak and Welling (2018) starts on MNIST
+        return (0.05 + 0.01 * torch.randn(count, dataset.num_pixels)).clamp(0, 1)
     if config.pseudo_init == "noise":
         return (images.mean(0) + 0.1 * torch.randn(count, dataset.num_pixels)).clamp(0, 1)
     if count > len(images):

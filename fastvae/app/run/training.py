@@ -31,6 +31,7 @@ from fastvae.app.run.config import TrainConfig
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.measuring import Meter, Total
 from fastvae.app.run.networks import build
+from fastvae.app.run.optimizer import NormalizedAdam
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import versions, with_fingerprint
 from fastvae.app.user_errors import RunError
@@ -89,7 +90,8 @@ def train(
         folder.refuse_run()
     config = with_fingerprint(config, dataset)
     vae = build(config, dataset).to(device)
-    optimizer = Adam(vae.parameters(), lr=config.learning_rate, fused=True, capturable=device.startswith("cuda"))
+    kind = NormalizedAdam if config.normalize_gradients else Adam
+    optimizer = kind(vae.parameters(), lr=config.learning_rate, fused=True, capturable=device.startswith("cuda"))
     state = _first(vae, optimizer)
     if resume and folder.holds_run():
         state = read_checkpoint(folder, device)

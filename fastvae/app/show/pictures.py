@@ -168,6 +168,6 @@ def _latent_space(run: TrainedRun) -> Figure:
     axes = figure.subplots()
     draw_latent_space(axes, run)
     z = latents_with_prior(run.config)
-    of_z2 = "" if z == "z" else f" of {z},"
-    axes.set_title(_title(run, f"posterior means{of_z2} of the test images"), fontsize=12)
+    what = "posterior means of the test images" + ("" if z == "z" else f", {z}")
+    axes.set_title(_title(run, what), fontsize=12)
     return figure

@@ -15,6 +15,8 @@ from fastvae.app.run.comparison import Row, mean_and_spread
 if TYPE_CHECKING:
     from fastvae.app.run.evaluation import Evaluation
     from fastvae.app.run.gap import Gap
+    from fastvae.app.run.protocol import Protocol
+    from fastvae.app.run.reproduction import Reproduction
 
 
 def images_in_words(count: int, split: str) -> str:
@@ -54,6 +56,36 @@ def gap_table(gap: Gap, z: str = "z") -> Table:
     for name, measured in rows.items():
         table.add_row(name, f"{measured['value']:.3f} +- {measured['standard_error']:.3f}")
     table.add_row("sum of the dimensions' KL", f"{sum(one['value'] for one in each):.3f}")
+    return table
+
+
+def protocols_table(protocols: Sequence[Protocol]) -> Table:
+    """What can be reproduced, with the first published figure of each."""
+    table = Table(title="What `fastvae reproduce NAME` trains and measures", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it is")
+    table.add_column("published, nats", justify="right")
+    for protocol in protocols:
+        figure = f"{protocol.published[0].log_likelihood:.2f}" if protocol.published else "-"
+        table.add_row(protocol.name, protocol.title, figure)
+    return table
+
+
+def reproduction_table(reproduction: Reproduction) -> Table:
+    """A run's test log-likelihood beside the published ones."""
+    found = reproduction.evaluation["log_likelihood"]
+    error = reproduction.evaluation["standard_error"]
+    state = f"{reproduction.epochs} epochs, the best of them {reproduction.best_epoch}"
+    if not reproduction.finished:
+        state += "; training was not finished"
+    table = Table(title=reproduction.protocol["title"], box=SIMPLE_HEAD, pad_edge=False, caption=state)
+    table.add_column("test log-likelihood, nats per image")
+    table.add_column("", justify="right")
+    table.add_column("this run is better by", justify="right")
+    table.add_row(f"this run, seed {reproduction.seed}", f"{found:.2f} +- {error:.2f}", "")
+    for figure in reproduction.protocol["published"]:
+        value = figure["log_likelihood"]
+        table.add_row(figure["source"], f"{value:.2f}", f"{found - value:+.2f}")
     return table
 
 

@@ -1,0 +1,1 @@
+"""Published figures, a file each; see fastvae.app.run.protocol."""
