@@ -1,6 +1,6 @@
 """Fused kernels for the latent side of a variational autoencoder, as autograd functions and as VampPrior layers."""
 
-from fastvae import bounds, reference
+from fastvae import bounds, distributions, reference
 from fastvae._version import __version__ as __version__
 from fastvae.backends import info, use_backend
 from fastvae.functional import (
@@ -39,6 +39,7 @@ __all__ = [
     "TrainingStep",
     "VampPrior",
     "bounds",
+    "distributions",
     "gaussian_kl",
     "gaussian_rsample",
     "grouped_mixture_log_prob",

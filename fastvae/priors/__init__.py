@@ -1,6 +1,7 @@
 """Priors p(z): standard normal, mixtures of parameters, of an encoder's posteriors, of a data set's."""
 
-from fastvae.priors.aggregated import AggregatedPosterior, Estimate
+from fastvae.estimate import Estimate
+from fastvae.priors.aggregated import AggregatedPosterior
 from fastvae.priors.base import Density, Prior, StandardNormalPrior
 from fastvae.priors.encoded import VampPrior
 from fastvae.priors.exemplar import ExemplarPrior

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import repeat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastvae import functional as F
 from fastvae.contracts import encode, evaluate, require_shape, require_tensor
+from fastvae.estimate import Estimate
 from fastvae.priors.base import Prior
 from fastvae.priors.mixture import Mixture, expanded_logvar
 
@@ -18,13 +19,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastvae.backends import BackendOptions
-
-
-class Estimate(NamedTuple):
-    """A mean over draws, and its standard error; nats."""
-
-    value: Tensor
-    standard_error: Tensor
 
 
 class AggregatedPosterior(Mixture):

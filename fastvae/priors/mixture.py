@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fastvae import _checks
 from fastvae import functional as F
 from fastvae.contracts import is_readable, require_shape, require_tensor
+from fastvae.distributions import MixtureOfDiagNormals
+from fastvae.distributions.draws import draw_components
 from fastvae.grouped import grouped_mixture_log_prob
 from fastvae.priors.base import Density, Prior
 from fastvae.priors.weights import log_weights_within, weight_logits
@@ -152,7 +154,7 @@ class Mixture(Prior):
         log_weights = self.component_log_weights()
         if y is None:
             self._require_one_mixture(log_weights)
-            index = _draw_components(log_weights, n)
+            index = draw_components(log_weights, n)
         else:
             self._require_labels(y, log_weights)
             index = self._draw_given(require_shape("y", y, (n,)), log_weights)
@@ -168,8 +170,18 @@ class Mixture(Prior):
             else:
                 of_label = log_weights.masked_fill(self.component_labels() != label, -math.inf)
             rows = y == label
-            index[rows] = _draw_components(of_label, int(rows.count_nonzero()))
+            index[rows] = draw_components(of_label, int(rows.count_nonzero()))
         return index
+
+    def distribution(self) -> MixtureOfDiagNormals:
+        """p(z) as a :class:`torch.distributions.Distribution`, of the components as they are now.
+
+        Its gradients reach the prior's parameters.  It holds the components of one call of `components()`: a step of
+        training takes a new one.
+        """
+        mu, logvar, log_weights = self.components()
+        self._require_one_mixture(log_weights)
+        return MixtureOfDiagNormals(mu, torch.exp(0.5 * logvar), log_weights, **self.backend_options)
 
     @torch.no_grad()
     def snapshot(self) -> Prior:
@@ -260,22 +272,3 @@ def expanded_logvar(mu: Tensor, logvar: Tensor | None, rows: str = "K") -> Tenso
         )
     logvar = mu.new_zeros(()) if logvar is None else require_tensor("logvar", logvar).to(mu)
     return _checks.components(mu, logvar, None, mu.dtype)[1].expand(mu.shape)
-
-
-def _draw_components(log_weights: Tensor, n: int) -> Tensor:
-    """n indices, int64 [n], each k with probability w_k / sum w; log_weights [K].
-
-    By the inverse of the distribution function, in float64: torch.multinomial takes 2^24 weights and no more.
-    """
-    device = log_weights.device
-    if device.type == "mps":
-        log_weights = log_weights.cpu()  # where there is float64
-    log_weights = log_weights.double()
-    cumulative = torch.exp(log_weights - log_weights.max()).cumsum(0)
-    total = cumulative[-1]
-    if is_readable(total) and not 0 < float(total) < math.inf:
-        raise ValueError("the mixture's log weights must hold no NaN, and one at least above -inf, to draw from it")
-    u = total * torch.rand(n, dtype=torch.float64, device=log_weights.device)
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # a product may be rounded up to the total
-    # right: the first k with u < cumulative_k, which is never one of weight 0
-    return torch.searchsorted(cumulative, u, right=True).to(device)

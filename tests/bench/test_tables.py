@@ -66,6 +66,8 @@ def root(tmp_path: Path) -> Path:
     scored = {"cells": 20_000, "groups": 100, "latent": 30, "threads": 2, "largest_difference": 2e-5}
     times = {"loop_seconds": 90.0, "call_seconds": 0.3, "loop_cpu_seconds": 160.0, "call_cpu_seconds": 0.5}
     (results / "groups.json").write_text(json.dumps(scored | times))
+    sampled = {"K": 1000, "samples": 6, "pyro_seconds": 6.0, "seconds": 0.03}
+    (results / "mixture-samples.json").write_text(json.dumps({"latent": 10, "rows": [sampled]}))
     _on_a_gpu(results / "gpu-h200")
     for name in TABLES:
         (tmp_path / "docs" / f"{name}.md").write_text(PAGE.format(name=name))

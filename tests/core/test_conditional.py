@@ -146,6 +146,7 @@ def test_prior_given_labels(name: str) -> None:
             torch.testing.assert_close(g, w)
     torch.testing.assert_close(prior.snapshot().density(y=y)(z), want.detach(), check_dtype=True)
     if name != "weights":  # without y all components count
+        torch.testing.assert_close(prior.distribution().log_prob(z), prior.log_prob(z))
         whole = reference.mixture_log_prob(z, *prior.components())
         torch.testing.assert_close(prior.log_prob(z), whole)
         assert prior.sample(4).shape == (4, 3)
@@ -328,6 +329,8 @@ class _Nothing(list):  # type: ignore[type-arg]
         (lambda vae, x, y: ExemplarPrior(nn.Identity(), x).density(y=y), ValueError, "is not conditional"),
         (lambda vae, x, y: MixturePrior(x, probs=torch.ones(2, 4)).log_prob(x), ValueError, "depend on y: give y"),
         (lambda vae, x, y: MixturePrior(x, probs=torch.ones(2, 4)).sample(3), ValueError, "depend on y: give y"),
+        (lambda vae, x, y: MixturePrior(x, probs=torch.ones(2, 4)).distribution(), ValueError, "depend on y"),
+        (lambda vae, x, y: MixturePrior(x, probs=torch.ones(2, 4)).marginal_log_prob(x), ValueError, "depend on y"),
         (lambda vae, x, y: MixturePrior(x, probs=torch.ones(2, 4), labels=y), ValueError, "labels and probs"),
         (lambda vae, x, y: MixturePrior(x, probs=torch.zeros(2, 4)), ValueError, "probs must be finite"),
         (lambda vae, x, y: MixturePrior(x, labels=y[:3]), ValueError, r"labels must be \[4\], a label for each"),

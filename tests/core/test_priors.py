@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastvae
 from fastvae import VAE, ExemplarPrior, Mixture, MixturePrior, StandardNormalPrior, VampPrior, log_weights_of
-from fastvae.priors.mixture import _draw_components
+from fastvae.distributions.draws import draw_components
 
 
 def mixture_prior(K: int = 4, D: int = 2) -> MixturePrior:
@@ -128,7 +128,7 @@ def test_more_components_than_multinomial_takes() -> None:
 def test_draws_are_fine_enough_for_many_components() -> None:
     """Equal weights: 24 bits of a float32 would reach every second one of 2^25 components alone, or fewer."""
     K = 2**25
-    drawn = _draw_components(torch.zeros(1).expand(K), 4000)
+    drawn = draw_components(torch.zeros(1).expand(K), 4000)
     assert int(drawn.min()) >= 0 and int(drawn.max()) < K
     assert abs(int((drawn % 2).sum()) - 2000) < 5 * math.sqrt(1000)
     assert abs(float(drawn.double().mean()) / K - 0.5) < 5 / math.sqrt(12 * 4000)
@@ -137,17 +137,17 @@ def test_draws_are_fine_enough_for_many_components() -> None:
 @pytest.mark.parametrize("bad", [[-math.inf, -math.inf], [0.0, math.nan], [0.0, math.inf]])
 def test_weights_that_cannot_be_drawn_from(bad: list[float]) -> None:
     with pytest.raises(ValueError, match="log weights must hold no NaN"):
-        _draw_components(torch.tensor(bad), 3)
+        draw_components(torch.tensor(bad), 3)
 
 
 def test_no_component_of_weight_zero_is_drawn() -> None:
     """Neither the first nor the last, where a uniform number of exactly 0, or one rounded up to the total, falls."""
     log_weights = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
-    assert set(_draw_components(log_weights, 1000).tolist()) == {1, 3}
+    assert set(draw_components(log_weights, 1000).tolist()) == {1, 3}
     for extreme in (0.0, 1 - 2.0**-53, 1.0):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda n, u=extreme, **_: torch.full((n,), u, dtype=torch.float64))
-            assert set(_draw_components(log_weights, 4).tolist()) <= {1, 3}
+            assert set(draw_components(log_weights, 4).tolist()) <= {1, 3}
 
 
 def test_sampling_nothing() -> None:

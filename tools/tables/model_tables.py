@@ -114,6 +114,21 @@ def groups(results: Results) -> str:
     return formatting.markdown(headings, rows)
 
 
+@table("mixture-samples", "mixture-samples.json")
+def mixture_samples(results: Results) -> str:
+    """Samples of a mixture with their gradients, beside Pyro's."""
+    found = results.read("mixture-samples.json")
+    rows = [
+        [
+            f"K = {row['K']:,}, D = {found['latent']}",
+            str(row["samples"]),
+            formatting.ratio(row["pyro_seconds"] / row["seconds"]),
+        ]
+        for row in found["rows"]
+    ]
+    return formatting.markdown(["", "samples", "faster than Pyro's"], rows)
+
+
 @table("bounds-estimators", "bounds-estimators.json")
 def bounds_estimators(results: Results) -> str:
     """The variance and the bias of the encoder's gradient."""
