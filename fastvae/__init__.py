@@ -1,8 +1,9 @@
 """Fused kernels for the latent side of a variational autoencoder, as autograd functions and as VampPrior layers."""
 
-from fastvae import bounds, distributions, reference
+from fastvae import annealing, bounds, distributions, hmc, reference
 from fastvae._version import __version__ as __version__
 from fastvae.backends import info, use_backend
+from fastvae.decomposition import decompose_kl, total_correlation
 from fastvae.functional import (
     gaussian_kl,
     gaussian_rsample,
@@ -13,6 +14,7 @@ from fastvae.functional import (
 from fastvae.grouped import grouped_mixture_log_prob
 from fastvae.hierarchical import HierarchicalVAE
 from fastvae.likelihoods import Likelihood
+from fastvae.marginals import mixture_marginal_log_prob
 from fastvae.priors import (
     AggregatedPosterior,
     ExemplarPrior,
@@ -38,16 +40,21 @@ __all__ = [
     "StandardNormalPrior",
     "TrainingStep",
     "VampPrior",
+    "annealing",
     "bounds",
+    "decompose_kl",
     "distributions",
     "gaussian_kl",
     "gaussian_rsample",
     "grouped_mixture_log_prob",
+    "hmc",
     "info",
     "log_weights_of",
     "mixture_kl",
     "mixture_log_prob",
     "mixture_log_prob_and_score",
+    "mixture_marginal_log_prob",
     "reference",
+    "total_correlation",
     "use_backend",
 ]

@@ -213,6 +213,61 @@ def groups(
         yield (mu[k], own_logvar, None if log_weights is None else log_weights[k]) if stop > start else None
 
 
+class MarginalMixtureLogProb(torch.autograd.Function):
+    """log p(z_d) [D, M] of each dimension by itself: D mixtures of K one-dimensional components.
+
+    z [D, M, 1], mu [D, K, 1], logvar [D, K, 1] or shared [D, 1, 1].  One call of the operator for each dimension, on
+    a slice.  No exponents are kept: those of D small problems together would not be small.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_weights: Tensor | None,
+        exclude: Tensor | None,
+        dense: bool,
+        backend: str,
+    ) -> Tensor:
+        need_z, *need_parameters = ctx.needs_input_grad[:4]
+        operators, score = BACKENDS[backend].operators, None
+        log_prob = z.new_empty(z.shape[:2])
+        with_score = need_z and not dense and (BACKENDS[backend].score_in_forward or not any(need_parameters))
+        if with_score:
+            score = torch.empty_like(z)
+        for d, components in enumerate(zip(z, mu, logvar, strict=True)):
+            mixture = *components, log_weights, exclude
+            if score is None:
+                log_prob[d] = operators.mixture_log_prob(*mixture)
+            else:
+                log_prob[d], score[d] = operators.mixture_log_prob_and_score(*mixture)
+        ctx.save_for_backward(log_prob, score, z, mu, logvar, log_weights, exclude)
+        ctx.dense, ctx.backend = dense, backend
+        return log_prob
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        log_prob, score, z, mu, logvar, log_weights, exclude = ctx.saved_tensors
+        need = list(ctx.needs_input_grad[:4])
+        grads = [torch.zeros_like(t) if n else None for t, n in zip((z, mu, logvar, log_weights), need, strict=True)]
+        if score is not None:
+            grads[0], need[0] = grad[..., None] * score, False
+        if any(need):
+            backward = BACKENDS[ctx.backend].operators.mixture_log_prob_backward
+            for d, g in enumerate(grad.contiguous()):
+                mixture = z[d], mu[d], logvar[d], log_weights, exclude
+                parts = backward(g, log_prob[d], *mixture, ctx.dense, *need)
+                for total, part, needed in zip(grads[:3], parts, need, strict=False):
+                    if total is not None and needed:
+                        total[d] = part
+                if grads[3] is not None:
+                    grads[3] += parts[3]  # the dimensions share the weights
+        return (*grads, None, None, None)
+
+
 class LabelledMixtureLogProb(torch.autograd.Function):
     """(log p(z | label) [M], score [M, D], or nothing where it is not asked for); see `labelled_operators`."""
 

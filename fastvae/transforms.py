@@ -2,7 +2,7 @@
 
 torch.func wants Functions whose forward knows no ctx.  They take ten times as long to call as those of `autograd.py`,
 so they stand apart from these and are called within a transform alone.  Each is the operators and nothing else: no
-exponents are kept, and `mixture_kl` and the groups are made of the others.
+exponents are kept, and `mixture_kl`, the groups and the marginals are made of the others.
 """
 
 from __future__ import annotations
@@ -198,11 +198,17 @@ def _grouped_mixture_log_prob(z, mu, logvar, log_weights, starts: tuple[int, ...
     return torch.stack(rows)
 
 
+def _marginal_mixture_log_prob(z, mu, logvar, log_weights, exclude, dense: bool, backend: str) -> Tensor:
+    dimensions = zip(z, mu, logvar, strict=True)
+    return torch.stack([MixtureLogProb.apply(*part, log_weights, exclude, dense, backend) for part in dimensions])
+
+
 _UNDER_TRANSFORMS: dict[type[torch.autograd.Function], Callable[..., Any]] = {
     autograd.MixtureLogProb: MixtureLogProb.apply,
     autograd.MixtureLogProbAndScore: MixtureLogProbAndScore.apply,
     autograd.GroupedMixtureLogProb: _grouped_mixture_log_prob,
     autograd.LabelledMixtureLogProb: LabelledMixtureLogProb.apply,
+    autograd.MarginalMixtureLogProb: _marginal_mixture_log_prob,
     autograd.GaussianRsample: _gaussian_rsample,
     autograd.MixtureKL: _mixture_kl,
     autograd.GaussianKL: GaussianKL.apply,

@@ -252,6 +252,7 @@ class VAE(nn.Module):
 
         Returns:
             [B], nats: log 1/S sum_s p(x | z_s) p(z_s) / q(z_s | x), a lower bound in expectation that tightens with S.
+            Where q(z | x) is far from p(z | x) it is much too low; see :func:`fastvae.annealing.log_likelihood`.
 
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
@@ -332,7 +333,7 @@ class VAE(nn.Module):
             raise ValueError(f"the prior's sample({n}) must be [{n}, D], not {list(z.shape)}")
         return z
 
-    def _posterior(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _posterior(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu [B, D], logvar [B, D]) of x [B, *x_shape] and y."""
         _check_encoder(self.prior, self.encoder)
         self._check_y(y, x.shape[:1], "x")

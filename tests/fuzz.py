@@ -273,6 +273,24 @@ def grouped_mixture_log_prob(rng: random.Random, impl: str, largest: int) -> str
     return None
 
 
+def mixture_marginal_log_prob(rng: random.Random, impl: str, largest: int) -> str | None:
+    """Each dimension's column is a mixture of that dimension alone."""
+    case, _ = _case(rng, largest // 4)
+    got = fastvae.mixture_marginal_log_prob(
+        case.z, case.mu, case.logvar, case.log_weights, exclude=case.exclude, impl=impl
+    )
+    logvar = case.logvar.expand(case.mu.shape)
+    D = case.mu.shape[1]
+    for d in rng.sample(range(D), min(D, 3)):
+        part = Case(case.z[..., d, None], case.mu[:, d, None], logvar[:, d, None], case.log_weights, case.grad)
+        part = replace(part, exclude=case.exclude)
+        want, allowed = allowance(part)
+        ratio = worst(Result(got[..., d], *want[1:]), want, allowed)["log_prob"]
+        if not ratio <= 1:
+            return f"dimension {d}: error / allowed {ratio}"
+    return None
+
+
 def vmapped(rng: random.Random, impl: str, largest: int) -> str | None:
     """vmap over z's batch is the loop."""
     case, _ = _case(rng, largest // 4)
@@ -293,6 +311,7 @@ OPERATIONS: tuple[Callable[[random.Random, str, int], str | None], ...] = (
     gaussian_rsample,
     mixture_kl,
     grouped_mixture_log_prob,
+    mixture_marginal_log_prob,
     vmapped,
 )
 

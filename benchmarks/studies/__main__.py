@@ -1,4 +1,4 @@
-"""Run a study and record what it finds: python -m fastvae.benchmarks.studies estimators|refresh|memory [--out DIR]"""
+"""Run a study and record what it finds: python -m fastvae.benchmarks.studies NAME [--out DIR]"""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from pathlib import Path
 import torch
 
 from ..record import versions, write_record
-from . import encoding_memory, estimators, exemplar_refresh
+from . import annealing, encoding_memory, estimators, exemplar_refresh, total_correlation
 
-STUDIES = {"estimators": estimators.study, "refresh": exemplar_refresh.study, "memory": encoding_memory.study}
+STUDIES = {
+    "annealing": annealing.study,
+    "estimators": estimators.study,
+    "memory": encoding_memory.study,
+    "refresh": exemplar_refresh.study,
+    "total-correlation": total_correlation.study,
+}
 
 
 def main(arguments: list[str]) -> None:

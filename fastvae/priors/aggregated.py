@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from fastvae import _checks
 from fastvae import functional as F
-from fastvae.contracts import encode, evaluate, require_shape, require_tensor
+from fastvae.contracts import encode, evaluate, is_readable, require_shape, require_tensor
 from fastvae.estimate import Estimate
 from fastvae.priors.base import Prior
 from fastvae.priors.mixture import Mixture, expanded_logvar
@@ -78,6 +80,48 @@ class AggregatedPosterior(Mixture):
 
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.mu, self.logvar, self.component_log_weights()
+
+    @torch.no_grad()
+    def update(self, index: Tensor, mu: Tensor, logvar: Tensor) -> None:
+        """Put the posteriors of these points in place of those that were kept for them.
+
+        So q(z) follows an encoder in training at the price of its batches: each point's posterior is as old as the
+        last batch that held the point.
+
+        Args:
+            index: int64 [B], which of the N points they are.
+            mu, logvar: [B, D] and broadcastable to it.
+
+        Raises:
+            TypeError, ValueError: index is not int64 [B] in 0 ... N - 1, or mu and logvar are not [B, D].
+        """
+        N, D = self.mu.shape
+        if require_tensor("index", index).dtype != torch.int64 or index.ndim != 1:
+            raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
+        if index.numel() and index.device.type == "cpu" and is_readable(index):
+            low, high = (int(v) for v in index.aminmax())
+            if low < 0 or high >= N:
+                raise ValueError(f"index must be in 0 ... {N - 1} for N = {N}, it spans {low} ... {high}")
+        require_shape(f"mu for index {list(index.shape)}", mu, (len(index), D))
+        mu, logvar = _checks.gaussian(mu, require_tensor("logvar", logvar), mu.dtype)
+        # not in place: a graph may hold the tensors, and so may the caller who gave them
+        self.mu = self.mu.index_copy(0, index, mu.to(self.mu))
+        self.logvar = self.logvar.index_copy(0, index, logvar.to(self.logvar))
+
+    def marginal(self, dimensions: int | Sequence[int]) -> AggregatedPosterior:
+        """q of these dimensions alone, a mixture of the same N points: `marginal(3)`, `marginal([0, 3])`."""
+        D = self.mu.shape[1]
+        chosen = list(dimensions) if isinstance(dimensions, Sequence) else [dimensions]
+        if not chosen or not all(isinstance(d, int) and -D <= d < D for d in chosen):
+            raise ValueError(f"dimensions must be one or more of 0 ... {D - 1}, not {dimensions!r}")
+        return AggregatedPosterior(self.mu[:, chosen], self.logvar[:, chosen], **self.backend_options)
+
+    @torch.no_grad()
+    def sample_marginals(self, n: int) -> Tensor:
+        """n draws of prod_d q(z_d), [n, D]: as :meth:`sample`, but with a point n of its own for each dimension."""
+        index = torch.randint(len(self.mu), (n, self.mu.shape[1]), device=self.mu.device)
+        mu, logvar = self.mu.gather(0, index), self.logvar.gather(0, index)
+        return F.gaussian_rsample(mu, logvar, impl=self.backend_options["impl"])[0]
 
     def mutual_information(self, num_samples: int = 10_000) -> Estimate:
         """I(n; z) = E[log q(z | x_n) - log q(z)]: how much z tells of which point it came from; at most log N."""

@@ -14,6 +14,7 @@ from fastvae.contracts import is_readable, require_shape, require_tensor
 from fastvae.distributions import MixtureOfDiagNormals
 from fastvae.distributions.draws import draw_components
 from fastvae.grouped import grouped_mixture_log_prob
+from fastvae.marginals import mixture_marginal_log_prob
 from fastvae.priors.base import Density, Prior
 from fastvae.priors.weights import log_weights_within, weight_logits
 
@@ -123,14 +124,7 @@ class Mixture(Prior):
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         mu, logvar, log_weights = self.components()
         self._require_one_mixture(log_weights)
-        if z.ndim == 0 or z.shape[-1] != mu.shape[1]:
-            raise ValueError(f"z must be [..., {mu.shape[1]}] to match mu {list(mu.shape)}, not {list(z.shape)}")
-        logvar = logvar.expand(mu.shape)
-        each = [
-            F.mixture_log_prob(z[..., d, None], mu[:, d, None], logvar[:, d, None], log_weights, **self.backend_options)
-            for d in range(z.shape[-1])
-        ]
-        return torch.stack(each, -1)
+        return mixture_marginal_log_prob(z, mu, logvar, log_weights, **self.backend_options)
 
     def kl(
         self,

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvae.benchmarks.studies import digits, encoding_memory, estimators, exemplar_refresh
+from fastvae.benchmarks.studies import (
+    annealing,
+    digits,
+    encoding_memory,
+    estimators,
+    exemplar_refresh,
+    total_correlation,
+)
 from fastvae.benchmarks.studies.__main__ import main
 
 pytest.importorskip("sklearn")
@@ -21,6 +28,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimators, "DRAWS", 3)
     monkeypatch.setattr(exemplar_refresh, "SAMPLES", 2)
     monkeypatch.setattr(encoding_memory, "SIZES", (20,))
+    for name, value in {"IMAGES": 2, "SAMPLES": 20, "CHAINS": 3, "TEMPERATURES": 4, "LEAPFROG_STEPS": 1}.items():
+        monkeypatch.setattr(annealing, name, value)
+    monkeypatch.setattr(total_correlation, "POINTS", 2000)
 
 
 def test_the_split_is_the_recorded_one() -> None:
@@ -32,7 +42,10 @@ def test_the_split_is_the_recorded_one() -> None:
     assert torch.equal(data.validation, data.validation.round())
 
 
-@pytest.mark.parametrize(("study", "rows"), [("estimators", 6), ("refresh", 6), ("memory", 2)])
+ROWS = {"estimators": 6, "refresh": 6, "memory": 2, "annealing": 3, "total-correlation": 3}
+
+
+@pytest.mark.parametrize(("study", "rows"), ROWS.items())
 def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> None:
     main([study, "--out", str(tmp_path / "new")])
     found = json.loads((tmp_path / "new" / f"bounds-{study}.json").read_text())
@@ -43,5 +56,9 @@ def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> Non
         if study == "refresh":
             # of validation images, which are encoded too, none is counted
             assert row["log_likelihood"] < 0 and (row["way"] == "all") == (row["encoded_in_a_step"] == 1200)
+        if study == "annealing":
+            assert row["importance"] < 0 and row["posterior"] < 0 and row["prior"] < 0 and row["prior_error"] > 0
+        if study == "total-correlation":
+            assert row["known"] - 0.1 < row["whole"] < row["batch"] < row["weighted"] and row["cost"] > 0
         if study == "memory":
             assert row["peak_bytes"] > 50_000_000

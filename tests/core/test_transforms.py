@@ -44,6 +44,10 @@ def grouped(z: Tensor, mu: Tensor, impl: str) -> Tensor:
     return fastvae.grouped_mixture_log_prob(z, mu, 0.1 * mu, groups, impl=impl)[..., 2]
 
 
+def marginal(z: Tensor, mu: Tensor, impl: str) -> Tensor:
+    return fastvae.mixture_marginal_log_prob(z, mu, 0.1 * mu, impl=impl)[..., 1]
+
+
 def sample(z: Tensor, mu: Tensor, impl: str) -> Tensor:
     x, log_q = fastvae.gaussian_rsample(z, 0.1 * z + mu.mean(0), 2, impl=impl)
     return x.sum(-1) + log_q
@@ -54,7 +58,7 @@ def sampled_kl(z: Tensor, mu: Tensor, impl: str) -> Tensor:
     return x.sum(-1) + kl
 
 
-DENSITIES: list[Operation] = [log_prob, shared, excluding, score, closed_form, grouped]
+DENSITIES: list[Operation] = [log_prob, shared, excluding, score, closed_form, grouped, marginal]
 SAMPLERS: list[Operation] = [sample, sampled_kl]
 
 

@@ -18,6 +18,15 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         fastvae.mixture_log_prob_and_score,
         {"z": Z, "mu": MU, "logvar": LOGVAR, "log_weights": WEIGHTS},
     ),
+    "mixture_marginal_log_prob": (
+        fastvae.mixture_marginal_log_prob,
+        {"z": Z, "mu": MU, "logvar": LOGVAR, "log_weights": WEIGHTS},
+    ),
+    "total_correlation": (fastvae.total_correlation, {"z": Z, "mu": MU, "logvar": LOGVAR, "log_weights": WEIGHTS}),
+    "decompose_kl": (
+        fastvae.decompose_kl,
+        {"z": Z, "log_q": Z[:, 0], "mu": MU, "logvar": LOGVAR, "log_weights": WEIGHTS},
+    ),
     "gaussian_rsample": (fastvae.gaussian_rsample, {"mu": Z, "logvar": Z}),
     "gaussian_kl": (fastvae.gaussian_kl, {"mu": Z, "logvar": Z}),
     "mixture_kl": (

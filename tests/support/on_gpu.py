@@ -25,6 +25,7 @@ FUNCTIONS = (
     "mixture_kl",
     "mixture_log_prob",
     "mixture_log_prob_and_score",
+    "mixture_marginal_log_prob",
 )
 
 

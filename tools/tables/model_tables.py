@@ -167,3 +167,37 @@ def bounds_memory(results: Results) -> str:
         for row in results.read("bounds-memory.json")["rows"]
     ]
     return formatting.markdown(["K", "encoded", "peak of the process"], rows, left=2)
+
+
+@table("bounds-total-correlation", "bounds-total-correlation.json")
+def bounds_total_correlation(results: Results) -> str:
+    """Total correlation where it is known, over the whole data set and by minibatches."""
+    rows = [
+        [
+            str(row["D"]),
+            f"{row['known']:.2f}",
+            f"{row['whole']:.2f} +- {row['standard_error']:.2f}",
+            *(f"{row[name]:.2f}" for name in ("batch", "weighted", "stratified")),
+            f"{row['cost']:.1f} x",
+        ]
+        for row in results.read("bounds-total-correlation.json")["rows"]
+    ]
+    headings = ["D", "known", "over all N", "the batch alone", "weighted", "stratified", "marginals / joint, time"]
+    return formatting.markdown(headings, rows)
+
+
+@table("bounds-annealing", "bounds-annealing.json")
+def bounds_annealing(results: Results) -> str:
+    """Log-likelihood by importance sampling and by annealing, with encoders of three kinds."""
+    rows = [
+        [
+            row["encoder"],
+            f"{row['importance']:.2f}",
+            *(f"{row[start]:.2f} +- {row[start + '_error']:.2f}" for start in ("posterior", "prior")),
+            f"{row['gap']:.2f}",
+        ]
+        for row in results.read("bounds-annealing.json")["rows"]
+    ]
+    starts = ["annealing from q", "annealing from p(z)"]
+    headings = ["encoder", "importance sampling", *starts, "upper - lower bound"]
+    return formatting.markdown(headings, rows)
