@@ -4,6 +4,7 @@ from fastvae import annealing, bounds, distributions, hmc, reference
 from fastvae._version import __version__ as __version__
 from fastvae.backends import info, use_backend
 from fastvae.decomposition import decompose_kl, total_correlation
+from fastvae.em import MixtureFit, fit_mixture, mixture_responsibilities
 from fastvae.functional import (
     gaussian_kl,
     gaussian_rsample,
@@ -35,6 +36,7 @@ __all__ = [
     "HierarchicalVAE",
     "Likelihood",
     "Mixture",
+    "MixtureFit",
     "MixturePrior",
     "Prior",
     "StandardNormalPrior",
@@ -44,6 +46,7 @@ __all__ = [
     "bounds",
     "decompose_kl",
     "distributions",
+    "fit_mixture",
     "gaussian_kl",
     "gaussian_rsample",
     "grouped_mixture_log_prob",
@@ -54,6 +57,7 @@ __all__ = [
     "mixture_log_prob",
     "mixture_log_prob_and_score",
     "mixture_marginal_log_prob",
+    "mixture_responsibilities",
     "reference",
     "total_correlation",
     "use_backend",

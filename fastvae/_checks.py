@@ -7,6 +7,8 @@ An error names the argument, what it was and what it should have been.
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,6 +185,15 @@ def count(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an integer or None, not {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def positive(name: str, value: Any) -> int:
+    """value as an int, also of NumPy's integers; TypeError for what is no integer, ValueError for one below 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if (number := operator.index(value)) < 1:
+        raise ValueError(f"{name} must be at least 1, not {number}")
+    return number
 
 
 def shape_of(value: Tensor) -> list[int]:

@@ -9,26 +9,29 @@ from pathlib import Path
 import torch
 
 from ..record import versions, write_record
-from . import annealing, encoding_memory, estimators, exemplar_refresh, total_correlation
+from . import annealing, em, encoding_memory, estimators, exemplar_refresh, total_correlation
 
+# Each with the record that it writes.
 STUDIES = {
-    "annealing": annealing.study,
-    "estimators": estimators.study,
-    "memory": encoding_memory.study,
-    "refresh": exemplar_refresh.study,
-    "total-correlation": total_correlation.study,
+    "annealing": ("bounds-annealing.json", annealing.study),
+    "em": ("em.json", em.study),
+    "estimators": ("bounds-estimators.json", estimators.study),
+    "memory": ("bounds-memory.json", encoding_memory.study),
+    "refresh": ("bounds-refresh.json", exemplar_refresh.study),
+    "total-correlation": ("bounds-total-correlation.json", total_correlation.study),
 }
 
 
 def main(arguments: list[str]) -> None:
-    """Write bounds-NAME.json."""
+    """Write the record of a study."""
     parser = argparse.ArgumentParser(prog="python -m fastvae.benchmarks.studies", description=__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="the folder for the record")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"bounds-{options.study}.json"
-    write_record(path, STUDIES[options.study]() | {"threads": torch.get_num_threads(), "versions": versions()})
+    name, study = STUDIES[options.study]
+    path = options.out / name
+    write_record(path, study() | {"threads": torch.get_num_threads(), "versions": versions()})
     print(f"wrote {path}")
 
 

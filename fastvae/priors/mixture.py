@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from fastvae import functional as F
 from fastvae.contracts import is_readable, require_shape, require_tensor
 from fastvae.distributions import MixtureOfDiagNormals
 from fastvae.distributions.draws import draw_components
+from fastvae.em import MixtureFit, fit_mixture
 from fastvae.grouped import grouped_mixture_log_prob
 from fastvae.marginals import mixture_marginal_log_prob
 from fastvae.priors.base import Density, Prior
@@ -230,6 +231,39 @@ class MixturePrior(Mixture):
 
     def component_labels(self) -> Tensor | None:
         return self.labels
+
+    def fit(self, z: Any, **options: Any) -> MixtureFit:
+        """Fit the parameters to rows z by EM, starting from what they are.
+
+        They are changed in place, so that an optimiser keeps its hold of them.
+        Weights that are fixed stay.  For a new prior from data alone, `fit = fastvae.fit_mixture(z, K)` and then
+        `MixturePrior(fit.mu, fit.logvar, probs=fit.weights)`.
+
+        Args:
+            z: the rows: a tensor or array [N, D], or batches, see :func:`fastvae.fit_mixture`.
+            options: sample_weight, batch_size, max_iter, tol, reg_covar, generator, callback, as of
+                :func:`fastvae.fit_mixture`.
+
+        Returns:
+            What was found; the prior has it.
+
+        Raises:
+            TypeError, ValueError: as :func:`fastvae.fit_mixture`, or the prior is conditional; it stays as it was.
+        """
+        if self.conditional:
+            raise ValueError("a conditional MixturePrior cannot be fitted: EM knows no labels of the rows")
+        mu, logvar, log_weights = self.components()
+        fixed: dict[str, Any] = {
+            "learn_weights": isinstance(self.logits, nn.Parameter),
+            "device": mu.device,
+            **self.backend_options,
+        }
+        found = fit_mixture(z, len(mu), mu=mu, logvar=logvar, log_weights=log_weights, **fixed, **options)
+        with torch.no_grad():
+            self.mu.copy_(found.mu)
+            self.logvar.copy_(found.logvar)
+            self.logits.copy_(found.log_weights)
+        return found
 
 
 def checked_labels(labels: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from fastvae.benchmarks.studies import (
     annealing,
     digits,
+    em,
     encoding_memory,
     estimators,
     exemplar_refresh,
@@ -31,6 +32,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"IMAGES": 2, "SAMPLES": 20, "CHAINS": 3, "TEMPERATURES": 4, "LEAPFROG_STEPS": 1}.items():
         monkeypatch.setattr(annealing, name, value)
     monkeypatch.setattr(total_correlation, "POINTS", 2000)
+    monkeypatch.setattr(em, "SPEED", (300, 5, 4))
+    monkeypatch.setattr(em, "MEMORY", (500, 6, 3))
 
 
 def test_the_split_is_the_recorded_one() -> None:
@@ -62,3 +65,16 @@ def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> Non
             assert row["known"] - 0.1 < row["whole"] < row["batch"] < row["weighted"] and row["cost"] > 0
         if study == "memory":
             assert row["peak_bytes"] > 50_000_000
+
+
+def test_em_writes_its_record(tmp_path: Path) -> None:
+    main(["em", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "em.json").read_text())
+    for row, dtype, error in zip(found["speed"], ("float32", "float64"), (1e-3, 1e-9), strict=True):
+        assert (
+            row["dtype"] == dtype
+            and row["faster"] > 0 < row["faster_by_cpu_time"]
+            and row["iterations"] == em.ITERATIONS
+        )
+        assert 0 < row["largest_error_of_means"]["fastvae"] < error
+    assert found["memory"]["N"] == 500 and found["memory"]["seconds_per_iteration"] > 0

@@ -20,6 +20,28 @@ from .conftest import TINY
 from .test_record import mixture
 
 ROOT = Path(__file__).parents[2]
+EM = {
+    "threads": 2,
+    "speed": [
+        {
+            **{
+                "N": 100_000,
+                "K": 256,
+                "D": 32,
+                "dtype": "float32",
+                "iterations": 5,
+                "faster": 6.1,
+                "faster_by_cpu_time": 8.0,
+            },
+            "seconds": {"fastvae": {"median": 1.0}, "scikit-learn": {"median": 6.0}},
+            "largest_error_of_means": {"fastvae": 1e-5, "scikit-learn": 1e-3},
+        }
+    ],
+    "memory": {
+        **{"N": 1_000_000, "K": 1000, "D": 16},
+        **{"rows_bytes": 64_000_000, "peak_beyond_rows_bytes": 210_000_000, "responsibilities_bytes": 4_000_000_000},
+    },
+}
 PAGE = "# Page\n\n<!-- table: {name} -->\n<!-- /table -->\n\nand more\n"
 
 
@@ -68,6 +90,7 @@ def root(tmp_path: Path) -> Path:
     (results / "groups.json").write_text(json.dumps(scored | times))
     sampled = {"K": 1000, "samples": 6, "pyro_seconds": 6.0, "seconds": 0.03}
     (results / "mixture-samples.json").write_text(json.dumps({"latent": 10, "rows": [sampled]}))
+    (results / "em.json").write_text(json.dumps(EM))
     _on_a_gpu(results / "gpu-h200")
     for name in TABLES:
         (tmp_path / "docs" / f"{name}.md").write_text(PAGE.format(name=name))
@@ -126,6 +149,8 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
     assert line(root, "bounds-estimators", "dreg")[1:] == ["5", "0.012", "0.25 (0.20)"]
     assert line(root, "bounds-refresh", "subset=60")[1:] == ["60", "-23.46"]
     assert line(root, "bounds-memory", "50,000")[1:] == ["at once", "1.56 GB"]
+    assert line(root, "em-speed", "100,000")[1:] == ["2", "1.20 s", "0.20 s", "6.1 x", "8.0 x", "1e-03", "1e-05"]
+    assert line(root, "em-memory", "1,000,000")[1:] == ["0.06 GB", "0.21 GB", "4.00 GB"]
     assert line(root, "groups", "20,000 cells")[1:] == ["2", "90 s", "0.30 s", "300 x", "320 x", "2e-05"]
     text = (root / "docs" / "cpu-targets.md").read_text()
     assert "| 6.0 x, - | not measured | 3.0 x, - |" in text

@@ -322,6 +322,7 @@ class _Nothing(list):  # type: ignore[type-arg]
         (lambda vae, x, y: vae.prior.log_prob(x[:, :3], y.float()), ValueError, r"y must be int64 \[B\].*float32"),
         (lambda vae, x, y: vae.prior.log_prob(x[:3, :3], y), ValueError, r"y must be \[B\] to match z.*not \[4\]"),
         (lambda vae, x, y: vae.prior.sample(2, y), ValueError, r"y must be \[2\], not \[4\]"),
+        (lambda vae, x, y: MixturePrior(x, labels=y).fit(x), ValueError, "a conditional MixturePrior cannot be fitted"),
         (lambda vae, x, y: MixturePrior(x).log_prob(x, y), ValueError, "this MixturePrior is not conditional"),
         (lambda vae, x, y: MixturePrior(x).kl(x, x, y=y), ValueError, "this MixturePrior is not conditional"),
         (lambda vae, x, y: StandardNormalPrior(6).kl(x, x, y=y), ValueError, "StandardNormalPrior is not conditional"),

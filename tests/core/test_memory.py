@@ -148,3 +148,28 @@ def test_samples_of_a_mixture_with_gradients(
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**22))
     peaks = [int(run(SAMPLES, str(M), str(K), str(D), str(by_rows))) for M in (few, many)]
     assert peaks[1] - peaks[0] < share * 4 * (many - few) * K * (D if by_rows else 1)
+
+
+EM = """
+    import torch, fastvae
+
+    def peak():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+    fastvae.fit_mixture(torch.randn(99, 8), 2, max_iter=1)  # threads and libraries are there before the count begins
+    z = torch.randn(300_000, 8)
+    before = peak()
+    fit = fastvae.fit_mixture(z, 400, mu=z[:400], logvar=torch.zeros(()), log_weights=torch.zeros(400), max_iter=2)
+    values, _ = fastvae.mixture_responsibilities(z, fit.mu, fit.logvar, fit.log_weights, top_k=2)
+    assert fit.n_iter == 2 and len(values) == len(z)
+    print(peak() - before)
+"""
+
+
+@pytest.mark.usefixtures("compiled")
+def test_em_and_responsibilities() -> None:
+    """A table of rows and components would be 480 MB."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak from /proc")
+    assert int(run(EM)) < 150e6

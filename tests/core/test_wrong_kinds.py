@@ -27,6 +27,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         fastvae.decompose_kl,
         {"z": Z, "log_q": Z[:, 0], "mu": MU, "logvar": LOGVAR, "log_weights": WEIGHTS},
     ),
+    "mixture_responsibilities": (
+        fastvae.mixture_responsibilities,
+        {"z": Z, "mu": MU, "logvar": LOGVAR, "log_weights": WEIGHTS},
+    ),
     "gaussian_rsample": (fastvae.gaussian_rsample, {"mu": Z, "logvar": Z}),
     "gaussian_kl": (fastvae.gaussian_kl, {"mu": Z, "logvar": Z}),
     "mixture_kl": (

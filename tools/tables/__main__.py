@@ -10,6 +10,7 @@ from fastvae.benchmarks.errors import BenchmarkError
 from . import (  # noqa: F401  register tables
     choice_table,
     cpu_tables,
+    em_tables,
     gpu_tables,
     machine_code_tables,
     model_tables,
