@@ -2,6 +2,7 @@
 
 from fastvae import annealing, bounds, distributions, hmc, reference
 from fastvae._version import __version__ as __version__
+from fastvae.auditing import audit
 from fastvae.backends import info, use_backend
 from fastvae.decomposition import decompose_kl, total_correlation
 from fastvae.em import MixtureFit, fit_mixture, mixture_responsibilities
@@ -43,6 +44,7 @@ __all__ = [
     "TrainingStep",
     "VampPrior",
     "annealing",
+    "audit",
     "bounds",
     "decompose_kl",
     "distributions",

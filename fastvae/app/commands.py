@@ -75,6 +75,7 @@ def train_command(
     seed: options.Seed = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
+    tensorboard: options.Tensorboard = False,
     impl: options.Impl = None,
     precision: options.Precision = None,
     dense_backward: options.DenseBackward = False,
@@ -102,10 +103,15 @@ def train_command(
         raise ConfigError("--resume and --overwrite contradict each other; say one of them.")
     options.check_device(device)
     options.check_backend(impl, precision)
+    if tensorboard:
+        options.check_installed("--tensorboard", "tensorboard")
     settings()
     if not (resume or overwrite):
         folder.refuse_run()
-    with interruptible(console, lambda: _how_to_resume(folder, impl, precision, dense_backward)), locked(out):
+    with (
+        interruptible(console, lambda: _how_to_resume(folder, impl, precision, dense_backward, tensorboard)),
+        locked(out),
+    ):
         import_library()
         from fastvae.app.data.named_sets import load
         from fastvae.app.run.device import pick_device, use_kernels, use_threads
@@ -115,7 +121,16 @@ def train_command(
         dataset = load(config.data, config.data_dir, binarize=config.binarize, download=download)
         use_threads(threads, config, dataset)
         with use_kernels(device, impl, precision, dense_backward):
-            run = train_run(console, config, dataset, out, resume=resume, overwrite=overwrite, device=device)
+            run = train_run(
+                console,
+                config,
+                dataset,
+                out,
+                resume=resume,
+                overwrite=overwrite,
+                device=device,
+                tensorboard=tensorboard,
+            )
     best = run.checkpoint["best_epoch"]
     line = run.checkpoint["history"][best - 1]["validation"]
     _say(
@@ -199,6 +214,31 @@ def sample_command(
         run = load_run(run_dir, data_dir, data=data, device=pick_device(device))
         with use_kernels(run.device, impl, precision):
             draw_samples(run, path, count, drawn=draw, seed=seed, label=label)
+    _name_files([path])
+
+
+@app.command("export", cls=Command)
+def export_command(
+    run_dir: options.RunDir,
+    out: options.OutWeights = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+) -> None:
+    """Write the weights of a run's best model as a safetensors file, with the settings in its metadata."""
+    folder = RunFolder(run_dir)
+    read_config(folder.config)
+    path = out or folder.path / "model.safetensors"
+    if path.suffix.lower() != ".safetensors" or path.is_dir():
+        raise ConfigError(f"--out {path}: should be the name of a file, such as model.safetensors.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out {path}: the folder {path.parent.absolute()} does not exist.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--out {path}: is there already; say --overwrite to replace it.")
+    options.check_installed("fastvae export", "safetensors")
+    with interruptible(console, lambda: "Nothing was written."), locked(run_dir):
+        import_library()
+        from fastvae.app.run.weights import export_weights
+
+        export_weights(folder, path)
     _name_files([path])
 
 
@@ -362,11 +402,14 @@ def _check_run(run_dir: Path, data: str | None, data_dir: Path | None, device: s
     check_name(moved_data(config, data, data_dir), data_dir or config.data_dir, binarize=config.binarize)
 
 
-def _how_to_resume(folder: RunFolder, impl: str | None, precision: str | None, dense_backward: bool) -> str:
+def _how_to_resume(
+    folder: RunFolder, impl: str | None, precision: str | None, dense_backward: bool, tensorboard: bool
+) -> str:
     command = f"fastvae train --out {shlex.quote(str(folder.path))} --resume"
     command += f" --impl {impl}" if impl else ""
     command += f" --precision {precision}" if precision else ""
     command += " --dense-backward" if dense_backward else ""
+    command += " --tensorboard" if tensorboard else ""
     if not folder.holds_run():
         return "No epoch was finished, and nothing was written."
     return f"{folder.checkpoint} keeps what was trained; go on with: {command}"

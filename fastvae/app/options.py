@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,12 @@ OutOfAll = Annotated[
 OutPicture = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="The PNG to write. (default DIR/samples.png)", parser=path, metavar="FILE"),
+]
+OutWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="The file to write. (default DIR/model.safetensors)", parser=path, metavar="FILE"
+    ),
 ]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many samples.")]
 Label = Annotated[
@@ -253,6 +260,14 @@ Threads = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+Tensorboard = Annotated[
+    bool,
+    typer.Option(
+        "--tensorboard",
+        help="Write every epoch's measures for TensorBoard too, into the folder tensorboard in --out.",
+        rich_help_panel=TRAINING,
+    ),
+]
 Impl = Annotated[
     str | None,
     typer.Option(
@@ -300,6 +315,12 @@ def check_backend(impl: str | None, precision: str | None) -> None:
     for name, value, words in (("--impl", impl, IMPLS), ("--precision", precision, PRECISIONS)):
         if value is not None and value not in words:
             raise ConfigError(f"{name} is {value!r}; it can be {', '.join(words)}.")
+
+
+def check_installed(option: str, package: str) -> None:
+    """Raise ConfigError if the package that an option or a command needs is not there."""
+    if find_spec(package) is None:
+        raise ConfigError(f'{option} needs {package}, which is not installed; pip install "fastvae-kernels[{package}]"')
 
 
 def given(context: typer.Context) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ from fastvae.app.run.trained import TrainedRun, load_run, versions, with_fingerp
 from fastvae.app.run.training import train
 from fastvae.app.show.pictures import draw_comparison, draw_gap, draw_run
 from fastvae.app.show.progress import counting_progress, training_progress
+from fastvae.app.show.tensorboard import tensorboard_events
 from fastvae.app.user_errors import ConfigError
 
 
@@ -40,11 +42,15 @@ def train_run(
     overwrite: bool = False,
     device: str,
     label: str = "",
+    tensorboard: bool = False,
 ) -> TrainedRun:
     """Train, or go on training, with a progress bar; then draw the run's pictures."""
     folder = RunFolder(out)
     done = read_checkpoint(folder)["epoch"] if resume and folder.holds_run() else 0
-    with training_progress(console, config, dataset, done + 1, label) as watchers:
+    with ExitStack() as stack:
+        watchers = stack.enter_context(training_progress(console, config, dataset, done + 1, label))
+        if tensorboard:
+            watchers = stack.enter_context(tensorboard_events(folder.events, watchers, done + 1))
         train(config, dataset, out, resume=resume, overwrite=overwrite, device=device, watchers=watchers)
     run = load_run(out, dataset=dataset, device=device)
     draw_run(run)

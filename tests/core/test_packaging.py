@@ -57,9 +57,9 @@ def install(source: Path, folder: Path, **variables: str) -> tuple[str, set[str]
     call("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "site", wheel, folder=folder)
     (installed,) = distributions(name="fastvae-kernels", path=[str(folder / "site")])
     assert installed.version == fastvae.__version__
-    assert {"app", "bench", "dev", "docs", "sklearn", "triton"} == set(
-        installed.metadata.get_all("Provides-Extra") or ()
-    )
+    integrations = {"pyro", "pythae", "safetensors", "scvi", "sklearn", "tensorboard"}
+    extras = {"app", "bench", "dev", "docs", "triton"} | integrations
+    assert extras == set(installed.metadata.get_all("Provides-Extra") or ())
     return wheel.stem.split("-", 2)[2], {name for name in names if ".dist-info/" not in name}
 
 

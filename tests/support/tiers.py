@@ -13,7 +13,8 @@ MARKS = {
     "triton": "runs Triton's interpreter, where there is no GPU",
     "emulated": "runs kernels for another machine on this one",
     "machine_code": "compiles GPU kernels and looks at their machine code",
-    "slow": "builds wheels, trains models, runs notebooks, whole benchmarks or several processes, or measures memory",
+    "slow": "builds wheels, trains models, runs notebooks, whole benchmarks, many cases or several processes, or measures "
+    "memory",
 }
 
 # A parameter names the backend, or one of these fixtures.
@@ -25,7 +26,7 @@ _MARK_OF_FOLDER = {"machine_code": "machine_code"}
 _MARK_OF_FILE = {
     "test_static_report": "machine_code",
     **dict.fromkeys(("test_ddp", "test_memory", "test_notebooks", "test_packaging"), "slow"),
-    "test_conditional_digits": "slow",
+    **dict.fromkeys(("test_audit_pairs", "test_conditional_digits"), "slow"),
     **dict.fromkeys(("test_gpu_dry_run", "test_studies", "test_whole_runs"), "slow"),
 }
 

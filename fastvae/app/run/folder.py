@@ -32,6 +32,11 @@ class RunFolder:
         """What training gave, as JSON; there once training is finished."""
         return self.path / "results.json"
 
+    @property
+    def events(self) -> Path:
+        """The folder with what TensorBoard shows, where it was asked for."""
+        return self.path / "tensorboard"
+
     def evaluation(self, part: str = "") -> Path:
         """What evaluation gave, as JSON: of all test images, or of that `part` of the data."""
         return self.path / (f"evaluation-{part}.json" if part else "evaluation.json")
