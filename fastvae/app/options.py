@@ -46,9 +46,7 @@ OutPicture = Annotated[
 ]
 OutWeights = Annotated[
     Path | None,
-    typer.Option(
-        "--out", "-o", help="The file to write. (default DIR/model.safetensors)", parser=path, metavar="FILE"
-    ),
+    typer.Option("--out", "-o", help="The file to write. (default DIR/model.safetensors)", parser=path, metavar="FILE"),
 ]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many samples.")]
 Label = Annotated[

@@ -13,7 +13,7 @@ MARKS = {
     "triton": "runs Triton's interpreter, where there is no GPU",
     "emulated": "runs kernels for another machine on this one",
     "machine_code": "compiles GPU kernels and looks at their machine code",
-    "slow": "builds wheels, trains models, runs notebooks, whole benchmarks, many cases or processes; memory",
+    "slow": "builds wheels, trains, runs notebooks, whole benchmarks, many cases or processes, or measures memory",
 }
 
 # A parameter names the backend, or one of these fixtures.
