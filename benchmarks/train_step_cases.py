@@ -42,12 +42,18 @@ MNIST = Sizes()
 class EagerVampPrior(fastvae.VampPrior):
     """The VampPrior as it is usually written: `torch.randn`, and an array of M x K x D."""
 
-    def log_prob(self, z: Tensor) -> Tensor:
+    def log_prob(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """[..., D] -> [...]."""
         return eager.log_prob(z.flatten(0, -2), *self.components()).reshape(z.shape[:-1])
 
     def kl(
-        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None = None,
+        *,
+        index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(z, log q(z | x) - log p(z))."""
         if num_samples is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae.backends import choice
+from fastvae.priors import Mixture
 from fastvae.priors.encoded import EncodedMixture
 
 Input = Tensor | float | None
@@ -86,6 +87,8 @@ def why_not(module: nn.Module) -> str | None:
     for prior in module.modules():
         if isinstance(prior, EncodedMixture) and prior.chunk_size is not None:
             return "the prior's chunk_size recomputes activations with random numbers that it sets back"
+        if isinstance(prior, Mixture) and prior.conditional:
+            return "the prior sorts the rows by their labels, and waits for the device to learn how many each has"
     if {parameter.device.type for parameter in module.parameters()} != {"cuda"}:
         return "the model is not on a CUDA device"
     return None

@@ -82,6 +82,45 @@ def mixture(
     return cast(z, dtype), mu, logvar, log_weights, exclude
 
 
+def labelled(
+    z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None, exclude: Tensor | None, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """As `mixture`, for log_weights [L, K], of which each row's label chooses one [K].
+
+    The labels' values are not looked at: the operators do so, where they have to wait for the device anyway.
+    """
+    dtype = compute_dtype(result_dtype(z=z, mu=mu, logvar=logvar, log_weights=log_weights))
+    z, mu, logvar, _, exclude = mixture(cast(z, dtype), mu, logvar, None, exclude)
+    labels_of("z", z, labels)
+    K = mu.shape[0]
+    if log_weights is None or log_weights.ndim != 2 or log_weights.shape[1] != K or log_weights.shape[0] == 0:
+        given = None if log_weights is None else shape_of(log_weights)
+        raise ValueError(f"with labels, log_weights must be [L, {K}] to match mu {shape_of(mu)}, L >= 1, not {given}")
+    return z, mu, logvar, cast(log_weights, dtype), exclude
+
+
+def labels_of(name: str, rows: Tensor, labels: Tensor) -> None:
+    """labels is int64 [...] for rows [..., D]."""
+    tensor("labels", labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor, not {labels.dtype}")
+    if not same_shape(labels, rows.shape[:-1]):
+        raise ValueError(
+            f"labels must be {list(rows.shape[:-1])} to match {name} {shape_of(rows)}, not {shape_of(labels)}"
+        )
+    if labels.device != rows.device:
+        raise ValueError(f"labels is on {labels.device}, but {name} is on {rows.device}")
+
+
+def label_range(labels: Tensor, count: int) -> None:
+    """labels are in 0 ... count - 1; not looked at while they are traced or transformed."""
+    if torch.compiler.is_compiling() or _torch_compat.in_functorch_transform() or not labels.numel():
+        return
+    low, high = (int(v) for v in labels.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"labels must be in 0 ... {count - 1}, they span {low} ... {high}")
+
+
 def components(
     mu: Tensor, logvar: Tensor, log_weights: Tensor | None, dtype: torch.dtype, prefix: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -95,8 +134,9 @@ def components(
     K, D = mu.shape
     if log_weights is not None:
         if log_weights.shape != (K,):
+            by_label = "; weights by label are for mixture_log_prob with labels" if log_weights.ndim == 2 else ""
             raise ValueError(
-                f"log_weights must be [{K}] to match {prefix}mu {shape_of(mu)}, not {shape_of(log_weights)}"
+                f"log_weights must be [{K}] to match {prefix}mu {shape_of(mu)}, not {shape_of(log_weights)}{by_label}"
             )
         log_weights = cast(log_weights, dtype)
     logvar = cast(logvar, dtype)

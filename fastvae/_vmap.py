@@ -17,10 +17,15 @@ _ROWS: dict[str, tuple[int, ...]] = {
     "mixture_log_prob": (0, 4),
     "mixture_log_prob_and_score": (0, 4),
     "mixture_log_prob_backward": (0, 1, 2, 6),
+    "labelled_mixture_log_prob": (0, 4, 5),
+    "labelled_mixture_log_prob_backward": (0, 1, 2, 6, 7),
     "gaussian_kl": (0, 1),
     "gaussian_kl_backward": (0, 1, 2),
 }
-_SUMS: dict[str, tuple[int, ...]] = {"mixture_log_prob_backward": (9, 10, 11)}
+_SUMS: dict[str, tuple[int, ...]] = {
+    "mixture_log_prob_backward": (9, 10, 11),
+    "labelled_mixture_log_prob_backward": (12, 13, 14),
+}
 
 
 def rule(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:

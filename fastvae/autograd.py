@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae import labelled_operators
 from fastvae.backends import BACKENDS
 from fastvae.operators import ExponentOperators, exponents_per_row
 
@@ -265,6 +266,51 @@ class MarginalMixtureLogProb(torch.autograd.Function):
                 if grads[3] is not None:
                     grads[3] += parts[3]  # the dimensions share the weights
         return (*grads, None, None, None)
+
+
+class LabelledMixtureLogProb(torch.autograd.Function):
+    """(log p(z | label) [M], score [M, D], or nothing where it is not asked for); see `labelled_operators`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_weights: Tensor | None,
+        exclude: Tensor | None,
+        labels: Tensor,
+        groups: Tensor | None,
+        num_labels: int,
+        with_score: bool,
+        dense: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        need_z, *need_parameters = ctx.needs_input_grad[:4]
+        at_once = need_z and not dense and (BACKENDS[backend].score_in_forward or not any(need_parameters))
+        mixture = z, mu, logvar, log_weights, exclude, labels, groups, num_labels
+        log_prob, score = labelled_operators.mixture_log_prob(*mixture, with_score or at_once, backend)
+        ctx.save_for_backward(log_prob, score, z, mu, logvar, log_weights, exclude, labels, groups)
+        ctx.mark_non_differentiable(score)
+        ctx.num_labels, ctx.dense, ctx.backend = num_labels, dense, backend
+        return log_prob, score
+
+    @staticmethod
+    @_differentiable_once
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Gradients:
+        log_prob, score, *mixture = ctx.saved_tensors
+        need = list(ctx.needs_input_grad[:4])
+        from_score = need[0] and score.numel() > 0 and not ctx.dense
+        need[0] = need[0] and not from_score
+        grads: list[Tensor | None] = [None] * 4
+        if any(need):
+            computed = labelled_operators.mixture_log_prob_backward(
+                grad.contiguous(), log_prob, *mixture, ctx.num_labels, ctx.dense, *need, ctx.backend
+            )
+            grads = [new if needed else None for new, needed in zip(computed, need, strict=True)]
+        if from_score:
+            grads[0] = grad[:, None] * score
+        return (*grads, *[None] * 7)
 
 
 def _without_samples(result: Tensor) -> Tensor:

@@ -48,13 +48,14 @@ def describe(value: object) -> str:
     return f"{value!r}" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def encode(encoder: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mu [B, D], logvar [B, D]) of x [B, *x_shape].
+def encode(encoder: nn.Module, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(mu [B, D], logvar [B, D]) of x [B, *x_shape], and of y [B, ...] where it is given.
 
     Raises:
         TypeError, ValueError: as :func:`gaussian_from`.
     """
-    return gaussian_from("the encoder", encoder(x), f"an input {list(x.shape)}", "B, D", x.shape[:1])
+    output = encoder(x) if y is None else encoder(x, y)
+    return gaussian_from("the encoder", output, f"an input {list(x.shape)}", "B, D", x.shape[:1])
 
 
 def gaussian_from(

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from fastvae import _checks, reference
 from fastvae._noise import draw_seed
-from fastvae.autograd import GaussianKL, GaussianRsample, MixtureKL, MixtureLogProb, MixtureLogProbAndScore
+from fastvae.autograd import (
+    GaussianKL,
+    GaussianRsample,
+    LabelledMixtureLogProb,
+    MixtureKL,
+    MixtureLogProb,
+    MixtureLogProbAndScore,
+)
 from fastvae.backends.choice import choose, dense
 from fastvae.backends.registry import PRECISIONS, check_name
 from fastvae.dispatch import call
@@ -24,6 +31,7 @@ def mixture_log_prob(
     log_weights: Tensor | None = None,
     *,
     exclude: Tensor | None = None,
+    labels: Tensor | None = None,
     dense_backward: bool | None = None,
     precision: str | None = None,
     impl: str | None = None,
@@ -39,8 +47,11 @@ def mixture_log_prob(
         logvar: broadcastable to [K, D], the log variances; [D], [1, D] or [] is one variance for all components,
             [K, 1] an isotropic one for each.  A single dimension means [D], also where K = D.
         log_weights: [K], used as given and never renormalised; a log weight of -inf removes the component.  None means
-            -log K each.  :func:`fastvae.log_weights_of` makes them of weights that may be 0.
+            -log K each.  With labels, [L, K].  :func:`fastvae.log_weights_of` makes them of weights that may be 0.
         exclude: int64 [...], for each row the index of a component to leave out, or -1 for none.
+        labels: int64 [...], for each row the label, 0 ... L - 1, that chooses its weights: log_weights must then be
+            [L, K], and row m's are `log_weights[labels[m]]`.  Rows of one label meet the components in one call of the
+            kernel, so that the cost is that of a call without labels and a small part for each label that occurs.
         dense_backward: True computes every term of the gradients.  By default, pairs of a row and a component whose
             responsibility is below 2^-24 / K (2^-53 / K in float64) may be left out; where z needs a gradient, only if
             the pair's share of that gradient is below such a fraction of what the widest component alone could give.
@@ -57,7 +68,7 @@ def mixture_log_prob(
 
     Raises:
         TypeError: an argument is not a floating tensor (`exclude`: not int64).
-        ValueError: K = 0, shapes that do not fit, mixed devices, `exclude` out of range, an unknown name.
+        ValueError: K = 0, shapes that do not fit, mixed devices, `exclude` or `labels` out of range, an unknown name.
         RuntimeError: the named backend is not built.
 
     Equals, holding [M, K, D] numbers::
@@ -67,6 +78,9 @@ def mixture_log_prob(
     Source: the prior of Tomczak and Welling, VAE with a VampPrior (AISTATS 2018), eq. 8 and 9.
     """
     check_name("precision", precision, PRECISIONS)
+    if labels is not None:
+        mixture = z, mu, logvar, log_weights, exclude, labels
+        return _by_label(*mixture, False, dense_backward, precision, impl)[0]
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
     backend = choose(impl, z.device, z.dtype, precision)
     if backend == "reference":
@@ -82,6 +96,7 @@ def mixture_log_prob_and_score(
     log_weights: Tensor | None = None,
     *,
     exclude: Tensor | None = None,
+    labels: Tensor | None = None,
     dense_backward: bool | None = None,
     precision: str | None = None,
     impl: str | None = None,
@@ -99,6 +114,9 @@ def mixture_log_prob_and_score(
         log_prob = mixture_log_prob(z, ...);  score, = torch.autograd.grad(log_prob.sum(), z)
     """
     check_name("precision", precision, PRECISIONS)
+    if labels is not None:
+        mixture = z, mu, logvar, log_weights, exclude, labels
+        return _by_label(*mixture, True, dense_backward, precision, impl)
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
     backend = choose(impl, z.device, z.dtype, precision)
     if backend == "reference":
@@ -106,6 +124,33 @@ def mixture_log_prob_and_score(
     rows = _checks.flat(z, mu, logvar, log_weights, exclude)
     log_prob, score = call(MixtureLogProbAndScore, *rows, dense(dense_backward), backend)
     return _checks.shaped(log_prob, z.shape[:-1]), _checks.shaped(score, z.shape)
+
+
+def _by_label(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    labels: Tensor,
+    with_score: bool,
+    dense_backward: bool | None,
+    precision: str | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(log p(z | label) [...], its score [..., D]; without elements where it is not asked for)."""
+    z, mu, logvar, log_weights, exclude = _checks.labelled(z, mu, logvar, log_weights, exclude, labels)
+    backend = choose(impl, z.device, z.dtype, precision)
+    if backend == "reference":
+        _checks.label_range(labels, len(log_weights))
+        mixture = z, mu, logvar, log_weights
+        if with_score:
+            return reference.mixture_log_prob_and_score(*mixture, exclude=exclude, labels=labels)
+        return reference.mixture_log_prob(*mixture, exclude=exclude, labels=labels), z.new_empty(0)
+    rows = *_checks.flat(z, mu, logvar, log_weights, exclude), labels.reshape(-1).contiguous()
+    options = None, len(log_weights), with_score, dense(dense_backward), backend
+    log_prob, score = call(LabelledMixtureLogProb, *rows, *options)
+    return _checks.shaped(log_prob, z.shape[:-1]), _checks.shaped(score, z.shape) if with_score else score
 
 
 def gaussian_rsample(

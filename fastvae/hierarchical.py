@@ -71,6 +71,7 @@ class HierarchicalVAE(VAE):
       where the prior has one.  `kl="sample"` has both sampled.
     - `gradient="stl"` and "dreg" run the lower encoder twice.  It should have no random numbers of its own in it, as
       dropout has, or the gradient in its parameters is that of another draw of them.
+    - It is not conditional: y is refused.
     - `reconstruct` decodes the mean of q(z2 | x), and the mean of q(z1 | x, z2) at it.
 
     Raises:
@@ -101,10 +102,15 @@ class HierarchicalVAE(VAE):
     def _has_closed_form_kl(self) -> bool:
         return True  # that of z1
 
+    def _check_y(self, y: Tensor | None, rows: tuple[int, ...], of_each: str) -> None:
+        if y is not None:
+            raise ValueError("a HierarchicalVAE is not conditional, and takes no y")
+        super()._check_y(y, rows, of_each)
+
     def _drawn_with_kl(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None
+        self, x: Tensor, y: Tensor | None, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z2, kl = self._kl(mu, logvar, num_samples, index)
+        z2, kl = self._kl(mu, logvar, num_samples, index, y)
         q_mu, q_logvar = self._lower_posterior(x, z2)
         z1, _ = F.gaussian_rsample(q_mu, q_logvar)
         kl = kl + _gaussian_kl(q_mu, q_logvar, *self._lower_prior_of(z2, q_mu.shape[-1]))
@@ -132,7 +138,7 @@ class HierarchicalVAE(VAE):
         log_q = _gaussian_log_prob(z1.detach(), mu, logvar)
         return log_q - log_q.detach()
 
-    def _densities(self, x: Tensor, mu: Tensor, log_prior: Density) -> tuple[Density, Density]:
+    def _densities(self, x: Tensor, y: Tensor | None, mu: Tensor, log_prior: Density) -> tuple[Density, Density]:
         def log_likelihood(z: Tensor) -> Tensor:
             return self._log_likelihood_of(x, *_levels(z, mu))
 
@@ -143,13 +149,13 @@ class HierarchicalVAE(VAE):
 
         return log_likelihood, log_p
 
-    def _generate(self, n: int) -> Any:
-        z2 = self._prior_sample(n)
+    def _generate(self, n: int, y: Tensor | None) -> Any:
+        z2 = self._prior_sample(n, y)
         z1, _ = F.gaussian_rsample(*self._lower_prior_of(z2))
         return self.decoder(z1, z2)
 
-    def _decode_means(self, x: Tensor) -> Any:
-        z2, _ = self._posterior(x)
+    def _decode_means(self, x: Tensor, y: Tensor | None) -> Any:
+        z2, _ = self._posterior(x, y)
         z1, _ = self._lower_posterior(x, z2[None])
         return self.decoder(z1[0], z2)
 

@@ -40,11 +40,16 @@ def mixture_log_prob(
     log_weights: Tensor | None = None,
     *,
     exclude: Tensor | None = None,
+    labels: Tensor | None = None,
     dense_backward: bool = False,
     precision: str | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """log p(z) = logsumexp_k a_mk, [...]; see :func:`fastvae.mixture_log_prob`."""
+    if labels is not None:
+        assert log_weights is not None  # [L, K]
+        each = [mixture_log_prob(z, mu, logvar, weights, exclude=exclude) for weights in log_weights]
+        return torch.stack(each, -1).gather(-1, labels[..., None]).squeeze(-1)
     a = component_log_prob(z, mu, logvar, log_weights)  # [..., K]
     if exclude is not None:
         a = a.masked_fill(exclude[..., None] == torch.arange(mu.shape[0], device=a.device), -math.inf)
@@ -60,6 +65,7 @@ def mixture_log_prob_and_score(
     log_weights: Tensor | None = None,
     *,
     exclude: Tensor | None = None,
+    labels: Tensor | None = None,
     dense_backward: bool = False,
     precision: str | None = None,
     impl: str | None = None,
@@ -68,9 +74,9 @@ def mixture_log_prob_and_score(
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         weights = None if log_weights is None else log_weights.detach()
-        log_prob = mixture_log_prob(leaf, mu.detach(), logvar.detach(), weights, exclude=exclude)
+        log_prob = mixture_log_prob(leaf, mu.detach(), logvar.detach(), weights, exclude=exclude, labels=labels)
         (score,) = torch.autograd.grad(log_prob.sum(), leaf)
-    return mixture_log_prob(z, mu, logvar, log_weights, exclude=exclude), score
+    return mixture_log_prob(z, mu, logvar, log_weights, exclude=exclude, labels=labels), score
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

@@ -84,11 +84,14 @@ class TrainingStep:
         # What is loaded are other tensors than those that a graph writes.
         optimizer.register_load_state_dict_post_hook(lambda _: self._replays.forget())
 
-    def __call__(self, x: Tensor, *, beta: float = 1.0, index: Tensor | None = None) -> VAEOutput:
+    def __call__(
+        self, x: Tensor, y: Tensor | None = None, *, beta: float = 1.0, index: Tensor | None = None
+    ) -> VAEOutput:
         """Train on a batch.
 
         Args:
             x: what :meth:`fastvae.VAE.forward` takes, or `prepare`; to be captured, on the model's device.
+            y: [B, ...], as in :meth:`fastvae.VAE.forward`.
             beta: weight of the KL in the loss.
             index: int64 [B], as in :meth:`fastvae.VAE.forward`.
 
@@ -98,17 +101,18 @@ class TrainingStep:
         """
         if x.device == self._replays.device:
             self._keep_learning_rates(x.device)
-        return self._replays(x, beta, index)
+        return self._replays(x, y, beta, index)
 
-    def _run(self, x: Tensor, beta: float | Tensor, index: Tensor | None) -> VAEOutput:
-        output = self._gradients(x, beta, index)
+    def _run(self, x: Tensor, y: Tensor | None, beta: float | Tensor, index: Tensor | None) -> VAEOutput:
+        output = self._gradients(x, y, beta, index)
         self.optimizer.step()
         return output
 
-    def _gradients(self, x: Tensor, beta: float | Tensor, index: Tensor | None) -> VAEOutput:
+    def _gradients(self, x: Tensor, y: Tensor | None, beta: float | Tensor, index: Tensor | None) -> VAEOutput:
         """Forward and backward."""
         self.optimizer.zero_grad()
-        output = self.vae(x if self.prepare is None else self.prepare(x), beta=beta, index=index, **self.options)
+        x = x if self.prepare is None else self.prepare(x)
+        output = self.vae(x, y, beta=beta, index=index, **self.options)
         output.loss.backward()
         values = {field.name: getattr(output, field.name) for field in fields(output)}
         return replace(output, **{name: None if value is None else value.detach() for name, value in values.items()})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvae import autograd
+from fastvae import autograd, labelled_operators
 from fastvae.autograd import NO_SECOND_DERIVATIVE
 from fastvae.backends import BACKENDS
 
@@ -97,6 +97,43 @@ def _mixture_gradients(ctx: Any, grad: Tensor) -> Results:
     return (*_once(gradients, need, grad, *mixture), None, None, None)
 
 
+class LabelledMixtureLogProb(_ReverseMode):
+    """(log p(z | label) [M], score [M, D], or nothing); the score is never differentiable."""
+
+    @staticmethod
+    def forward(
+        z,
+        mu,
+        logvar,
+        log_weights,
+        exclude,
+        labels,
+        groups,
+        num_labels: int,
+        with_score: bool,
+        dense: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        mixture = z, mu, logvar, log_weights, exclude, labels, groups, num_labels
+        return labelled_operators.mixture_log_prob(*mixture, with_score, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *mixture, ctx.num_labels, _, ctx.dense, ctx.backend = inputs
+        log_prob, score = output
+        ctx.mark_non_differentiable(score)
+        ctx.save_for_backward(log_prob, *mixture)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Results:
+        log_prob, *mixture = ctx.saved_tensors
+        need = ctx.needs_input_grad[:4]
+        gradients = labelled_operators.mixture_log_prob_backward(
+            grad.contiguous(), log_prob, *mixture, ctx.num_labels, ctx.dense, *need, ctx.backend
+        )
+        return (*_once(gradients, need, grad, *mixture), *[None] * 7)
+
+
 class GaussianRsample(_ReverseMode):
     """(z [S, M, D], log q [S, M])."""
 
@@ -170,6 +207,7 @@ _UNDER_TRANSFORMS: dict[type[torch.autograd.Function], Callable[..., Any]] = {
     autograd.MixtureLogProb: MixtureLogProb.apply,
     autograd.MixtureLogProbAndScore: MixtureLogProbAndScore.apply,
     autograd.GroupedMixtureLogProb: _grouped_mixture_log_prob,
+    autograd.LabelledMixtureLogProb: LabelledMixtureLogProb.apply,
     autograd.MarginalMixtureLogProb: _marginal_mixture_log_prob,
     autograd.GaussianRsample: _gaussian_rsample,
     autograd.MixtureKL: _mixture_kl,

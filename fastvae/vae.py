@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastvae import _checks, bounds
 from fastvae.backends import BackendOptions, choice
-from fastvae.contracts import encode, evaluate, require_methods, require_shape
+from fastvae.contracts import encode, evaluate, require_methods, require_shape, require_tensor
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
 from fastvae.priors import Density, Prior
 
@@ -87,14 +88,19 @@ class VAE(nn.Module):
     """A variational autoencoder made of the modules you give it.
 
     Args:
-        encoder: x [B, *x_shape] -> (mu [B, D], logvar [B, D]).
-        decoder: z [N, D] -> the likelihood's parameters: a tensor [N, *x_shape], or a pair of them.
+        encoder: x [B, *x_shape] -> (mu [B, D], logvar [B, D]); of a conditional VAE (x, y [B, ...]).
+        decoder: z [N, D] -> the likelihood's parameters: a tensor [N, *x_shape], or a pair of them; of a conditional
+            VAE (z, y [N, ...]).
         prior: a :class:`fastvae.Prior`.  A VampPrior or ExemplarPrior must have been given this same encoder; it
             follows when `vae.encoder` is assigned.
         likelihood: "bernoulli" (x in [0, 1]; the decoder returns logits), "gaussian" ((mean, logvar), or a mean),
             "discretized_logistic" ((mean, logscale); x on 256 levels in [0, 1]), or a :class:`fastvae.Likelihood`.
         backend: impl, precision, dense_backward, as of :func:`fastvae.use_backend`, for all operations inside; a
             prior's own choice goes before them.
+
+    A VAE is conditional, of p(x | y), where its methods are given y, labels or covariates.  Encoder and decoder are
+    then called with y as their second argument, whether they use it or not.  A prior that is `conditional` is asked for
+    p(z | y); any other prior means that z is independent of y.
 
     Raises:
         TypeError: prior or likelihood lacks a method; in use: the encoder does not return (mu, logvar), the decoder
@@ -139,6 +145,7 @@ class VAE(nn.Module):
     def forward(
         self,
         x: Tensor,
+        y: Tensor | None = None,
         *,
         beta: float = 1.0,
         num_samples: int = 1,
@@ -152,6 +159,8 @@ class VAE(nn.Module):
 
         Args:
             x: [B, *x_shape].
+            y: [B, ...], what each x is conditioned on: labels, int64 [B], or covariates [B, C].  None for a VAE that is
+                not conditional.
             beta: weight of the KL in the loss, for warm-up; the bound does not depend on it.
             num_samples: S draws of z for each x.
             kl: "analytic", E[log p(x|z)] - KL(q || p) in closed form; "sample", E[log p(x|z) + log p(z) - log q(z|x)];
@@ -178,13 +187,13 @@ class VAE(nn.Module):
         gradient = bounds.gradient_for(bound, gradient)
         if kl == "analytic" and (bound, gradient, chunk_size) != ("elbo", "plain", None):
             raise ValueError("kl='analytic' is for bound='elbo' with gradient='plain' and no chunk_size")
-        mu, logvar = self._posterior(x)
+        mu, logvar = self._posterior(x, y)
         if bound == "elbo" and gradient == "plain" and chunk_size is None and kl != "sample":
-            z, log_likelihood, divergence = self._drawn_with_kl(x, mu, logvar, num_samples, index)
+            z, log_likelihood, divergence = self._drawn_with_kl(x, y, mu, logvar, num_samples, index)
             drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
             in_closed_form = self._has_closed_form_kl()
         else:
-            drawn = self._drawn(bound, x, mu, logvar, num_samples, gradient, beta, chunk_size, index)
+            drawn = self._drawn(bound, x, y, mu, logvar, num_samples, gradient, beta, chunk_size, index)
             in_closed_form = False
         log_weights = (drawn.log_likelihood - drawn.kl).detach()  # of drawn; torch 2.10 traces no property
         reconstruction, divergence = drawn.log_likelihood.mean(0), drawn.kl.mean(0)  # [B]
@@ -202,10 +211,11 @@ class VAE(nn.Module):
         gradient: str | None = None,
         chunk_size: int | None = None,
         index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
         """The evidence lower bound of each x, [B], nats; arguments as in :meth:`forward`."""
         output: VAEOutput = self(
-            x, num_samples=num_samples, kl=kl, gradient=gradient, chunk_size=chunk_size, index=index
+            x, y, num_samples=num_samples, kl=kl, gradient=gradient, chunk_size=chunk_size, index=index
         )
         return output.elbo
 
@@ -218,6 +228,7 @@ class VAE(nn.Module):
         gradient: str | None = None,
         chunk_size: int | None = None,
         index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
         """The importance weighted bound of each x, [B], nats; arguments as in :meth:`forward`.
 
@@ -226,17 +237,18 @@ class VAE(nn.Module):
 
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
-        mu, logvar = self._posterior(x)
-        return self._drawn("iwae", x, mu, logvar, num_samples, gradient, 1.0, chunk_size, index).objective
+        mu, logvar = self._posterior(x, y)
+        return self._drawn("iwae", x, y, mu, logvar, num_samples, gradient, 1.0, chunk_size, index).objective
 
     @torch.no_grad()
     @_with_own_backend
-    def log_likelihood(self, x: Tensor, num_samples: int = 5000) -> Tensor:
-        """log p(x) by importance sampling from q(z | x), in memory bounded whatever B and S are.
+    def log_likelihood(self, x: Tensor, num_samples: int = 5000, *, y: Tensor | None = None) -> Tensor:
+        """log p(x), or log p(x | y), by importance sampling from q(z | x), in memory bounded whatever B and S are.
 
         Args:
             x: [B, *x_shape].
             num_samples: S.
+            y: as in :meth:`forward`.
 
         Returns:
             [B], nats: log 1/S sum_s p(x | z_s) p(z_s) / q(z_s | x), a lower bound in expectation that tightens with S.
@@ -245,12 +257,15 @@ class VAE(nn.Module):
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
         _checks.count("num_samples", num_samples)
-        prior = self.prior.snapshot()
-        return torch.cat([self._importance(part, num_samples, prior) for part in x.split(_rows_on(x.device) // 10)])
+        self._check_y(y, x.shape[:1], "x")
+        prior, rows = self.prior.snapshot(), _rows_on(x.device) // 10
+        parts = zip(x.split(rows), repeat(None) if y is None else y.split(rows), strict=False)
+        return torch.cat([self._importance(*part, num_samples, prior) for part in parts])
 
-    def _importance(self, x: Tensor, num_samples: int, prior: Prior) -> Tensor:
-        mu, logvar = self._posterior(x)
-        log_likelihood, log_prior = self._densities(x, mu, prior.log_prob)
+    def _importance(self, x: Tensor, y: Tensor | None, num_samples: int, prior: Prior) -> Tensor:
+        mu, logvar = self._posterior(x, y)
+        of_prior = prior.density(y=y) if y is not None and _is_conditional(prior) else prior.log_prob
+        log_likelihood, log_prior = self._densities(x, y, mu, of_prior)
         draw = self._sampler(x)
         step = max(1, _rows_on(x.device) // max(1, len(x)))
         parts = []
@@ -263,15 +278,19 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     @_with_own_backend
-    def sample(self, n: int, *, mean: bool = False) -> Tensor:
-        """n draws of x ~ p(x | z), z ~ p(z), or with mean=True of E[x | z]: [n, *x_shape]."""
-        output = self._generate(n)
+    def sample(self, n: int, *, mean: bool = False, y: Tensor | None = None) -> Tensor:
+        """n draws of x ~ p(x | z), z ~ p(z), or with mean=True of E[x | z]: [n, *x_shape].
+
+        With y, [n, ...], draw m is of p(x | z, y[m]), z ~ p(z | y[m]).
+        """
+        self._check_y(y, (n,), "draw")
+        output = self._generate(n, y)
         return self.likelihood.mean(output) if mean else self.likelihood.sample(output)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[x | z] at the posterior's mean: [B, *x_shape]."""
-        mean = self.likelihood.mean(self._decode_means(x))
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """E[x | z] at the posterior's mean: [B, *x_shape]; y as in :meth:`forward`."""
+        mean = self.likelihood.mean(self._decode_means(x, y))
         return require_shape(f"the likelihood's mean for x {list(x.shape)}", mean, x.shape)
 
     # A model whose latents are more than z ~ N(mu, exp(logvar)) overrides these.
@@ -283,46 +302,64 @@ class VAE(nn.Module):
         return self.prior.has_closed_form_kl
 
     def _drawn_with_kl(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None
+        self, x: Tensor, y: Tensor | None, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(z [S, B, D], log p(x | z) [S, B], KL [S, B]), in closed form where there is one."""
-        z, divergence = self._kl(mu, logvar, num_samples, index)
-        return z, self._log_likelihood_of(x, z), divergence
+        z, divergence = self._kl(mu, logvar, num_samples, index, y)
+        return z, self._log_likelihood_of(x, z, y=y), divergence
 
     def _sampler(self, x: Tensor) -> bounds.Sampler:
         """How z is drawn."""
         return bounds.gaussian_sampler
 
-    def _densities(self, x: Tensor, mu: Tensor, log_prior: Density) -> tuple[Density, Density]:
+    def _densities(self, x: Tensor, y: Tensor | None, mu: Tensor, log_prior: Density) -> tuple[Density, Density]:
         """(log p(x | z), log p(z)) of what the sampler draws; log_prior is that of the prior."""
-        return lambda z: self._log_likelihood_of(x, z), log_prior
+        return lambda z: self._log_likelihood_of(x, z, y=y), log_prior
 
-    def _generate(self, n: int) -> Any:
+    def _generate(self, n: int, y: Tensor | None) -> Any:
         """The decoder's output for n draws of z ~ p(z)."""
-        return self.decoder(self._prior_sample(n))
+        return self._decode(self._prior_sample(n, y), y=y)
 
-    def _decode_means(self, x: Tensor) -> Any:
+    def _decode_means(self, x: Tensor, y: Tensor | None) -> Any:
         """The decoder's output at the posterior's mean."""
-        mu, _ = self._posterior(x)
-        return self.decoder(mu)
+        mu, _ = self._posterior(x, y)
+        return self._decode(mu, y=y)
 
     # These are for every model.
 
-    def _prior_sample(self, n: int) -> Tensor:
-        z = self.prior.sample(n)
+    def _prior_sample(self, n: int, y: Tensor | None) -> Tensor:
+        z = self.prior.sample(n, **self._for_prior(y))
         if z.ndim != 2 or z.shape[0] != n:
             raise ValueError(f"the prior's sample({n}) must be [{n}, D], not {list(z.shape)}")
         return z
 
-    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(mu [B, D], logvar [B, D]) of x [B, *x_shape]."""
+    def _posterior(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mu [B, D], logvar [B, D]) of x [B, *x_shape] and y."""
         _check_encoder(self.prior, self.encoder)
-        return encode(self.encoder, x)
+        self._check_y(y, x.shape[:1], "x")
+        return encode(self.encoder, x, y)
 
-    def _kl(self, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _decode(self, *z: Tensor, y: Tensor | None) -> Any:
+        return self.decoder(*z) if y is None else self.decoder(*z, y)
+
+    def _for_prior(self, y: Tensor | None) -> dict[str, Tensor]:
+        """The argument y for the prior, if it takes one."""
+        return {} if y is None or not _is_conditional(self.prior) else {"y": y}
+
+    def _check_y(self, y: Tensor | None, rows: tuple[int, ...], of_each: str) -> None:
+        """rows: (B,), which y must begin with; of_each: what there are so many of."""
+        if y is None:
+            if _is_conditional(self.prior):
+                raise ValueError(f"the {type(self.prior).__name__} is conditional: give y, a row for each {of_each}")
+        elif require_tensor("y", y).shape[:1] != rows:
+            raise ValueError(f"y must be [{rows[0]}, ...], a row for each {of_each}, not {list(y.shape)}")
+
+    def _kl(
+        self, mu: Tensor, logvar: Tensor, num_samples: int, index: Tensor | None, y: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(z [S, B, D], KL [S, B]), in closed form where the prior has it."""
         known = {} if index is None else {"index": index}  # a prior of one's own need not take it
-        z, divergence = self.prior.kl(mu, logvar, num_samples, **known)
+        z, divergence = self.prior.kl(mu, logvar, num_samples, **known, **self._for_prior(y))
         shape = (num_samples, *mu.shape)
         return require_shape("the prior's z", z, shape), require_shape("the prior's kl", divergence, shape[:-1])
 
@@ -330,6 +367,7 @@ class VAE(nn.Module):
         self,
         bound: str,
         x: Tensor,
+        y: Tensor | None,
         mu: Tensor,
         logvar: Tensor,
         num_samples: int,
@@ -339,14 +377,15 @@ class VAE(nn.Module):
         index: Tensor | None,
     ) -> bounds.Bound:
         """The bound with its KL sampled."""
-        densities = self._densities(x, mu, self.prior.density(index, mu))
+        densities = self._densities(x, y, mu, self.prior.density(index, mu, **self._for_prior(y)))
         sampler = self._sampler(x)
         return bounds.estimate(bound, *densities, mu, logvar, num_samples, gradient, beta, chunk_size, sampler)
 
-    def _log_likelihood_of(self, x: Tensor, *z: Tensor) -> Tensor:
-        """log p(x | z), [S, B], of x [B, *x_shape] under z [S, B, D]; the decoder is given all z there are."""
+    def _log_likelihood_of(self, x: Tensor, *z: Tensor, y: Tensor | None = None) -> Tensor:
+        """log p(x | z), [S, B], of x [B, *x_shape] and y under z [S, B, D]; the decoder is given all z there are."""
         S, B, _ = z[0].shape
         rows = [level.flatten(0, 1) for level in z]  # [N, D]
+        of_rows = None if y is None else y.expand(S, *y.shape).flatten(0, 1)  # [N, ...]
 
         def by_sample(part: Tensor) -> Tensor:
             """[N, ...] -> [S, B, ...], in float32 at least: a density is not to be computed in half precision."""
@@ -356,12 +395,16 @@ class VAE(nn.Module):
             part = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
             return part.unflatten(0, (S, B))
 
-        output = tree_map_only(Tensor, by_sample, self.decoder(*rows))
+        output = tree_map_only(Tensor, by_sample, self._decode(*rows, y=of_rows))
         log_prob = self.likelihood.log_prob(output, x)
         shape = (S, B, *x.shape[1:])
         log_prob = require_shape(f"the log_prob of {type(self.likelihood).__name__}", log_prob, shape)
         log_prob = log_prob if log_prob.dtype == torch.float64 else log_prob.float()
         return log_prob.reshape(S, B, math.prod(x.shape[1:])).sum(-1)
+
+
+def _is_conditional(prior: Prior) -> bool:
+    return getattr(prior, "conditional", False)  # a prior of one's own need not have it
 
 
 _PRIOR_METHODS = ("log_prob", "sample", "kl", "density", "snapshot", "has_closed_form_kl")

@@ -55,6 +55,7 @@ def train_command(
     components: options.Components = None,
     pseudo_init: options.PseudoInit = None,
     learn_weights: options.LearnWeights = None,
+    conditional: options.Conditional = None,
     chunk_size: options.ChunkSize = None,
     subset: options.Subset = None,
     refresh: options.Refresh = None,
@@ -187,6 +188,7 @@ def sample_command(
     out: options.OutPicture = None,
     draw: Annotated[bool, typer.Option("--draw", help="Draw pixels from p(x|z), instead of showing its mean.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, other samples.")] = 0,
+    label: options.Label = None,
     data: options.MovedData = None,
     data_dir: options.MovedDataDir = None,
     device: options.Device = "auto",
@@ -195,6 +197,8 @@ def sample_command(
 ) -> None:
     """Draw images from the best model of a run: z from the prior, then the decoder's image of it."""
     _check_run(run_dir, data, data_dir, device)
+    if label is not None and not read_config(RunFolder(run_dir).config).conditional:
+        raise ConfigError("--label is for a conditional model, one that was trained with --conditional.")
     options.check_backend(impl, precision)
     path = out or RunFolder(run_dir).picture("samples")
     if not path.parent.is_dir():
@@ -209,7 +213,7 @@ def sample_command(
 
         run = load_run(run_dir, data_dir, data=data, device=pick_device(device))
         with use_kernels(run.device, impl, precision):
-            draw_samples(run, path, count, drawn=draw, seed=seed)
+            draw_samples(run, path, count, drawn=draw, seed=seed, label=label)
     _name_files([path])
 
 
@@ -249,6 +253,7 @@ def compare_command(
     components: options.Components = None,
     pseudo_init: options.PseudoInit = None,
     learn_weights: options.LearnWeights = None,
+    conditional: options.Conditional = None,
     latent: options.Latent = None,
     hidden: options.Hidden = None,
     epochs: options.Epochs = None,

@@ -51,6 +51,10 @@ OutWeights = Annotated[
     typer.Option("--out", "-o", help="The file to write. (default DIR/model.safetensors)", parser=path, metavar="FILE"),
 ]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many samples.")]
+Label = Annotated[
+    int | None,
+    typer.Option(help="Of a conditional model: the label of all samples. (default: the labels in turn)"),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -116,6 +120,15 @@ PseudoInit = Annotated[
     typer.Option(
         help="Where pseudo-inputs start: data, training images at random; noise, around the mean image; or flat, all "
         "nearly the same and dark. (default data)",
+        rich_help_panel=MODEL,
+    ),
+]
+Conditional = Annotated[
+    bool | None,
+    typer.Option(
+        "--conditional",
+        help="Model p(x|y) of images with labels y, which encoder, decoder and prior are given. "
+        "With --prior standard, mixture or vamp; each label has its share of the components.",
         rich_help_panel=MODEL,
     ),
 ]

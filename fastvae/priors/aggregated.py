@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,10 +56,22 @@ class AggregatedPosterior(Mixture):
     @classmethod
     @torch.no_grad()
     def of(
-        cls, encoder: nn.Module, data: Tensor, *, chunk_size: int = 1000, **backend: Unpack[BackendOptions]
+        cls,
+        encoder: nn.Module,
+        data: Tensor,
+        y: Tensor | None = None,
+        *,
+        chunk_size: int = 1000,
+        **backend: Unpack[BackendOptions],
     ) -> AggregatedPosterior:
-        """That of data [N, *input_shape] under an encoder x -> (mu, logvar), encoded `chunk_size` points at a time."""
-        encoded = (encode(encoder, part) for part in data.split(chunk_size))
+        """That of data [N, *input_shape] under an encoder x -> (mu, logvar), encoded `chunk_size` points at a time.
+
+        y: [N, ...], what each point is conditioned on, for an encoder of (x, y).
+        """
+        if y is not None and (require_tensor("y", y).ndim == 0 or len(y) != len(data)):
+            raise ValueError(f"y must be [{len(data)}, ...], a row for each point in data, not {list(y.shape)}")
+        parts = zip(data.split(chunk_size), repeat(None) if y is None else y.split(chunk_size), strict=False)
+        encoded = (encode(encoder, *part) for part in parts)
         mu, logvar = (torch.cat(part) for part in zip(*encoded, strict=True))
         return cls(mu, logvar, **backend)
 

@@ -7,6 +7,7 @@ is a subclass of :class:`Prior`, or of :class:`fastvae.Mixture`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -30,6 +31,8 @@ class Prior(nn.Module):
     step of training can share work between evaluations or leave points out, `marginal_log_prob` for
     :meth:`fastvae.AggregatedPosterior.dimension_wise_kl`, and `snapshot` where `log_prob` is costly to prepare.
 
+    A conditional prior p(z | y) sets `conditional = True` and takes y in `log_prob(z, y)` and `sample(n, y)`.
+
     Args:
         impl, precision, dense_backward: as of :func:`fastvae.mixture_log_prob`, for all that the prior computes with
             fastvae's operations.  None leaves the choice to :func:`fastvae.use_backend`, and without it to the device.
@@ -37,6 +40,7 @@ class Prior(nn.Module):
     Attributes:
         backend_options: these three, to hand on as `**self.backend_options`.
         has_closed_form_kl: whether `kl` returns KL(q || p) itself, and not an estimate by the samples.
+        conditional: whether the prior is p(z | y).  A VAE hands its y [B, ...] to such priors alone.
 
     Example::
 
@@ -54,6 +58,7 @@ class Prior(nn.Module):
     """
 
     has_closed_form_kl: ClassVar[bool] = False
+    conditional: bool = False
     backend_options = choice.NO_OPTIONS  # of a subclass that calls nn.Module.__init__ alone
 
     def __init__(self, **backend: Unpack[BackendOptions]) -> None:
@@ -75,7 +80,7 @@ class Prior(nn.Module):
         """n independent draws, [n, D]; no gradient."""
         raise NotImplementedError(f"{type(self).__name__} must define sample(n)")
 
-    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+    def density(self, index: Tensor | None = None, near: Tensor | None = None, y: Tensor | None = None) -> Density:
         """A function z -> log p(z) for one step of training.
 
         What all its evaluations share is computed once, when the function is made.
@@ -85,32 +90,45 @@ class Prior(nn.Module):
                 (see :class:`fastvae.ExemplarPrior`); others have no use for it.
             near: [B, D], points close to the z that will be evaluated, such as the posteriors' means; a prior may use
                 them to choose which components to encode.
+            y: [B, ...], for a conditional prior: what each row of a batch is given.  Others refuse it.
 
         Returns:
             A function: z [..., B, D] -> [..., B], nats, differentiable in z and in the prior's parameters.
         """
-        return self.log_prob
+        self._check_given(y)
+        return self.log_prob if y is None else partial(self.log_prob, y=y)  # type: ignore[call-arg]  # which a conditional one takes
+
+    def _check_given(self, y: Tensor | None) -> None:
+        if y is not None and not self.conditional:
+            raise ValueError(f"this {type(self).__name__} is not conditional, and takes no y")
 
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         """log p(z_d) of each dimension by itself: [..., D] -> [..., D], nats."""
         raise NotImplementedError(f"{type(self).__name__} does not know the densities of single dimensions")
 
     def kl(
-        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None = None,
+        *,
+        index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples of q = N(mu, exp(logvar)) and KL(q || p).
 
         Args:
             mu, logvar: [..., D].
             num_samples: S samples a row, or None for one without a dimension for it.
-            index: as in :meth:`density`.
+            index, y: as in :meth:`density`.
 
         Returns:
             (z, kl): z [S, ..., D] or [..., D]; kl [S, ...] or [...], nats: in closed form where there is one (then
             the same for every sample), else log q(z | x) - log p(z) of each sample.
         """
         z, log_q = F.gaussian_rsample(mu, logvar, num_samples, impl=self.backend_options["impl"])
-        return z, log_q - evaluate(f"the density of {type(self).__name__}", self.density(index, mu), z)
+        given = {} if y is None else {"y": y}  # a prior of one's own need not take it
+        return z, log_q - evaluate(f"the density of {type(self).__name__}", self.density(index, mu, **given), z)
 
     def snapshot(self) -> Prior:
         """A copy of this prior that is cheap to evaluate many times; it has no gradients."""
@@ -146,8 +164,15 @@ class StandardNormalPrior(Prior):
         return torch.randn(n, len(self.origin), dtype=self.origin.dtype, device=self.origin.device)
 
     def kl(
-        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None = None,
+        *,
+        index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        self._check_given(y)
         self._check_dimensions("mu", mu)
         impl = self.backend_options["impl"]
         z, log_q = F.gaussian_rsample(mu, logvar, num_samples, impl=impl)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastvae.contracts import encode, is_readable, require_tensor
-from fastvae.priors.mixture import Mixture
+from fastvae.priors.mixture import Mixture, checked_labels
 from fastvae.priors.weights import weight_logits
 
 if TYPE_CHECKING:
@@ -75,16 +76,19 @@ class EncodedMixture(Mixture):
         """u [n, *input_shape] of these components, None for all."""
         raise NotImplementedError
 
-    def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(mu [n, D], logvar [n, D]) of inputs [n, *input_shape]."""
-        return encode(self.encoder, u)
+    def _encode(self, u: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(mu [n, D], logvar [n, D]) of inputs [n, *input_shape], and of their labels where they have any."""
+        return encode(self.encoder, u, y)
 
     def _encoded(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu [n, D], logvar [n, D]), in chunks whose activations are not kept but computed again in backward."""
-        u = self._inputs(index)
+        u, y = self._inputs(index), self.component_labels()
+        if y is not None and index is not None:
+            y = y[index]
         if self.chunk_size is None:
-            return self._encode(u)
-        encoded = [checkpoint(self._encode, part, use_reentrant=False) for part in u.split(self.chunk_size)]
+            return self._encode(u, y)
+        parts = zip(u.split(self.chunk_size), repeat(None) if y is None else y.split(self.chunk_size), strict=False)
+        encoded = [checkpoint(self._encode, *part, use_reentrant=False) for part in parts]
         mu, logvar = (torch.cat(part) for part in zip(*encoded, strict=True))
         return mu, logvar
 
@@ -147,7 +151,11 @@ class VampPrior(EncodedMixture):
         value_range: (low, high), what the pseudo-inputs are clamped to wherever they are used: the range of the data.
             What is clamped gets no gradient, so a warning says what share of `pseudo_inputs` starts outside.
         learn_weights: make the weights w_k parameters too.
-        probs: [K], the weights to start from, as of :class:`fastvae.MixturePrior`; None means 1 / K each.
+        probs: [K], the weights to start from, as of :class:`fastvae.MixturePrior`; None means 1 / K each.  [L, K] are
+            weights for each label, which makes the prior conditional.
+        labels: int64 [K], the label of each pseudo-input, for an encoder that takes (x, y): component k is then
+            q(z | u_k, labels[k]).  The prior is conditional: p(z | y) is the mixture of the components with the label
+            y, or, where `probs` is [L, K], that of all components with the label's weights.
         chunk_size: encode this many pseudo-inputs at a time and recompute their activations in backward, so that
             memory does not grow with K; None encodes all at once.
         refresh, neighbours: the share of the components that a step of training encodes anew, and how many of those
@@ -158,6 +166,7 @@ class VampPrior(EncodedMixture):
     """
 
     logits: Tensor
+    labels: Tensor | None
 
     def __init__(
         self,
@@ -167,6 +176,7 @@ class VampPrior(EncodedMixture):
         value_range: tuple[float, float] = (0.0, 1.0),
         learn_weights: bool = False,
         probs: Tensor | None = None,
+        labels: Tensor | None = None,
         chunk_size: int | None = None,
         refresh: float = 1.0,
         neighbours: int = 0,
@@ -184,6 +194,8 @@ class VampPrior(EncodedMixture):
         _warn_of_clamping(pseudo_inputs.detach(), value_range)
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.logits = weight_logits(pseudo_inputs, probs, learn_weights)
+        self.register_buffer("labels", checked_labels(labels, self.logits))
+        self.conditional = labels is not None or self.logits.ndim == 2
         self.value_range = value_range
 
     def inputs(self) -> Tensor:
@@ -191,13 +203,16 @@ class VampPrior(EncodedMixture):
         return self.pseudo_inputs.clamp(*self.value_range)
 
     def component_log_weights(self) -> Tensor:
-        return torch.log_softmax(self.logits, 0)
+        return torch.log_softmax(self.logits, -1)
+
+    def component_labels(self) -> Tensor | None:
+        return self.labels
 
     def _inputs(self, index: Tensor | None) -> Tensor:
         return self.pseudo_inputs if index is None else self.pseudo_inputs[index]
 
-    def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return super()._encode(u.clamp(*self.value_range))
+    def _encode(self, u: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super()._encode(u.clamp(*self.value_range), y)
 
 
 def _warn_of_clamping(pseudo_inputs: Tensor, value_range: tuple[float, float]) -> None:

@@ -74,7 +74,8 @@ class ExemplarPrior(EncodedMixture):
     def component_log_weights(self) -> Tensor:
         return self.data.new_full((len(self.data),), -math.log(len(self.data)))
 
-    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+    def density(self, index: Tensor | None = None, near: Tensor | None = None, y: Tensor | None = None) -> Density:
+        self._check_given(y)
         mu, logvar, own = self._step(index, near)
         if self.logvar is not None:
             logvar = self.logvar  # one for all, which the kernels need not read K times, and never an old one
@@ -93,9 +94,15 @@ class ExemplarPrior(EncodedMixture):
         return leave_one_out
 
     def kl(
-        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None = None,
+        *,
+        index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return Prior.kl(self, mu, logvar, num_samples, index=index)  # Mixture's does not know `index`
+        return Prior.kl(self, mu, logvar, num_samples, index=index, y=y)  # Mixture's does not know `index`
 
     def _step(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(mu [K, D], logvar, own int64 [B]): the components of a step, and which of them each row is, or -1."""
@@ -131,8 +138,8 @@ class ExemplarPrior(EncodedMixture):
     def _inputs(self, index: Tensor | None) -> Tensor:
         return self.data if index is None else self.data[index]
 
-    def _encode(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        mu, logvar = super()._encode(u)
+    def _encode(self, u: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        mu, logvar = super()._encode(u, y)
         return mu, logvar if self.logvar is None else self.logvar.expand(mu.shape)
 
 

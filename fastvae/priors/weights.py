@@ -43,15 +43,25 @@ def log_weights_of(probs: Tensor) -> Tensor:
 
 
 def weight_logits(like: Tensor, probs: Tensor | None, learn: bool) -> Tensor:
-    """[K] logits of these weights, or of equal ones: a parameter, or a buffer where the weights are fixed."""
+    """Logits of these weights, [K] or [L, K], or of K equal ones: a parameter, or a buffer where they are fixed."""
     K = like.shape[0]
     if probs is None:
         logits = like.new_full((K,), -math.log(K))
     else:
-        if require_tensor("probs", probs).shape != (K,):
-            raise ValueError(f"probs must be [{K}], a weight for each component, not {list(probs.shape)}")
-        total = probs.detach().sum(dtype=torch.float64)
-        if is_readable(probs) and not (bool((probs >= 0).all()) and 0 < float(total) < math.inf):
+        if require_tensor("probs", probs).shape[-1:] != (K,) or probs.ndim > 2 or 0 in probs.shape:
+            raise ValueError(
+                f"probs must be [{K}], a weight for each component, not {list(probs.shape)}; weights by label would be "
+                f"[L, {K}]"
+            )
+        total = probs.detach().sum(-1, keepdim=True, dtype=torch.float64)
+        if is_readable(probs) and not bool((probs >= 0).all() & (total > 0).all() & (total < math.inf).all()):
             raise ValueError("probs must be finite weights >= 0, and not all 0")
         logits = log_weights_of(probs.detach().double() / total).to(like)
     return nn.Parameter(logits) if learn else nn.Buffer(logits)
+
+
+def log_weights_within(labels: Tensor, log_weights: Tensor) -> Tensor:
+    """log w_k less the log of what all components with the label of k weigh together; both [K]."""
+    order = labels.argsort(stable=True)
+    parts = log_weights[order].split(labels.bincount().tolist())
+    return torch.cat([torch.log_softmax(part, 0) for part in parts])[order.argsort()]

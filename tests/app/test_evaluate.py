@@ -24,11 +24,11 @@ def test_evaluation_goes_on(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
 
     log_likelihood, calls = VAE.log_likelihood, []
 
-    def counted(self: VAE, x: Tensor, num_samples: int = 5000) -> Tensor:
+    def counted(self: VAE, x: Tensor, num_samples: int = 5000, *, y: Tensor | None = None) -> Tensor:
         calls.append(len(x))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return log_likelihood(self, x, num_samples)
+        return log_likelihood(self, x, num_samples, y=y)
 
     monkeypatch.setattr(VAE, "log_likelihood", counted)
     code, text, _ = cli(*command)

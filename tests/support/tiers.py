@@ -13,7 +13,7 @@ MARKS = {
     "triton": "runs Triton's interpreter, where there is no GPU",
     "emulated": "runs kernels for another machine on this one",
     "machine_code": "compiles GPU kernels and looks at their machine code",
-    "slow": "builds wheels, runs notebooks, whole benchmarks, many cases or several processes, or measures memory",
+    "slow": "builds wheels, trains, runs notebooks, whole benchmarks, many cases or processes, or measures memory",
 }
 
 # A parameter names the backend, or one of these fixtures.
@@ -25,8 +25,9 @@ _MARK_OF_FOLDER = {"machine_code": "machine_code"}
 _MARK_OF_FILE = {
     "test_static_report": "machine_code",
     **dict.fromkeys(("test_ddp", "test_memory", "test_notebooks", "test_packaging"), "slow"),
-    **dict.fromkeys(("test_audit_pairs", "test_distributed", "test_distributed_lightning"), "slow"),
-    **dict.fromkeys(("test_gpu_dry_run", "test_score_killed", "test_studies", "test_whole_runs"), "slow"),
+    **dict.fromkeys(("test_audit_pairs", "test_conditional_digits", "test_distributed"), "slow"),
+    **dict.fromkeys(("test_distributed_lightning", "test_gpu_dry_run", "test_score_killed"), "slow"),
+    **dict.fromkeys(("test_studies", "test_whole_runs"), "slow"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastvae.app.run.protocol import protocol_names, read_protocol
 from fastvae.benchmarks import formatting
 
+from ..experiments import labels
 from .registry import Results, table
 
 
@@ -21,6 +22,12 @@ def demo(results: Results) -> str:
     ]
     written = formatting.markdown(["prior", "test log-likelihood", "ELBO", "KL", "active units"], rows)
     return f"{written}\n\n{found['verdict']['sentence']}"
+
+
+@table("labels", "labels.json")
+def of_labels(results: Results) -> str:
+    """What a call with labels costs beside one without, on the CPU."""
+    return labels.markdown(results.read("labels.json"))
 
 
 def _mean(values: list[float], digits: int = 2) -> str:

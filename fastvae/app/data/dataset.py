@@ -12,6 +12,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastvae.app.user_errors import DataError
+
 SPLIT_SEED = 20180411  # cuts and binarises; fixed, so that runs of every seed share one test set
 
 Kind = Literal["binary", "gray"]
@@ -50,6 +52,25 @@ class Dataset:
     def num_pixels(self) -> int:
         """Pixels in an image: height times width."""
         return self.image_shape[0] * self.image_shape[1]
+
+    @cached_property
+    def classes(self) -> tuple[int, ...]:
+        """The different labels of the training images, in order; none where there are no labels."""
+        labels = self.train.labels
+        return () if labels is None else tuple(labels.unique().tolist())
+
+    def y(self, split: Split) -> Tensor:
+        """Which of the `classes` each image of a set is of, int64 [N].
+
+        Raises:
+            DataError: the set has no labels, or one that no training image has.
+        """
+        if split.labels is None or not self.classes:
+            raise DataError(f"{self.source}: a conditional model needs labels of all images, and some sets have none.")
+        others = sorted(set(split.labels.tolist()) - set(self.classes))
+        if others:
+            raise DataError(f"{self.source}: label {others[0]} occurs, but not among the training images.")
+        return torch.searchsorted(torch.tensor(self.classes), split.labels)
 
     @cached_property
     def fingerprint(self) -> str:

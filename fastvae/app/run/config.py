@@ -35,8 +35,8 @@ class TrainConfig:
     hierarchical one, whose two levels have `latent` dimensions each. `warmup` and `patience` are in epochs;
     `learning_rate` is Adam's, whose gradients are first divided by their norms where `normalize_gradients` says so.
     `chunk_size` to `shared_variance` are the prior's; `bound`, with `num_samples` draws and the estimator `gradient`,
-    is what training maximises. `data_sha256` is the fingerprint of the images, by which they are known again when their
-    file has moved.
+    is what training maximises. A `conditional` model is given the images' labels. `data_sha256` is the fingerprint of
+    the images, by which they are known again when their file has moved.
     """
 
     data: str = "digits"
@@ -48,6 +48,7 @@ class TrainConfig:
     components: AtLeastOne = 500
     pseudo_init: PseudoInit = "data"
     learn_weights: bool = False
+    conditional: bool = False
     chunk_size: AtLeastOne | None = None
     subset: AtLeastOne | None = None
     refresh: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -70,6 +71,8 @@ class TrainConfig:
     def _fit_together(self) -> TrainConfig:
         if self.subset is not None and self.refresh < 1:
             raise ConfigError("--subset and --refresh are two ways to save work in a step; say one of them.")
+        if self.conditional and self.model == "hvae":
+            raise ConfigError("--conditional is for --model vae; an hvae is not given labels.")
         if self.bound == "elbo" and self.gradient == "dreg":
             raise ConfigError("--gradient dreg is for --bound iwae; for the ELBO it would be --gradient stl.")
         if self.warmup >= self.epochs:
@@ -81,7 +84,7 @@ class TrainConfig:
 
 
 # What runs of earlier versions do not say: for them the default holds.
-ADDED_LATER = frozenset({"data_sha256", "model", "shared_variance", "normalize_gradients"})
+ADDED_LATER = frozenset({"data_sha256", "model", "shared_variance", "normalize_gradients", "conditional"})
 
 
 def bound_name(config: TrainConfig) -> str:
@@ -91,7 +94,8 @@ def bound_name(config: TrainConfig) -> str:
 
 def prior_name(config: TrainConfig) -> str:
     """The prior, and the model unless it is the usual one, in words."""
-    return f"{'hvae, ' if config.model == 'hvae' else ''}{config.prior} prior"
+    conditional = "conditional, " if config.conditional else ""
+    return f"{conditional}{'hvae, ' if config.model == 'hvae' else ''}{config.prior} prior"
 
 
 def latents_with_prior(config: TrainConfig) -> str:

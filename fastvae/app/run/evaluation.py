@@ -15,9 +15,10 @@ from fastvae import VAE
 from fastvae._files import write_json
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.gap import Gap, measure_gap
-from fastvae.app.run.measuring import VALIDATION_BATCH, measure, with_fixed_prior
+from fastvae.app.run.measuring import VALIDATION_BATCH, batches, measure, with_fixed_prior
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
+from fastvae.contracts import encode
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BATCH = 50  # images whose log-likelihood is measured at once
@@ -61,11 +62,13 @@ def evaluate(
     """
     started = time.perf_counter()
     x = plan.images(run.dataset).to(run.device)
-    log_likelihood = _log_likelihood(run, plan, x, on_images)
+    y = run.y(plan.whole_set(run.dataset))
+    y = None if y is None else y[: len(x)]
+    log_likelihood = _log_likelihood(run, plan, x, y, on_images)
     reseed(run.config.seed, Stream.EVALUATE)
     several = len(x) > 1
-    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES)
-    means = posterior_means(run.vae, x)
+    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES, y=y)
+    means = posterior_means(run.vae, x, y)
     return Evaluation(
         split=plan.split,
         images=len(x),
@@ -82,8 +85,13 @@ def evaluate(
     )
 
 
-def _log_likelihood(run: TrainedRun, plan: EvaluationPlan, x: Tensor, on_images: Callable[[int], None]) -> Tensor:
-    """log p(x) of each image, float64 [N].  It takes minutes or hours, so what is done is kept for a later call."""
+def _log_likelihood(
+    run: TrainedRun, plan: EvaluationPlan, x: Tensor, y: Tensor | None, on_images: Callable[[int], None]
+) -> Tensor:
+    """log p(x), or log p(x|y), of each image, float64 [N].
+
+    It takes minutes or hours, so what is done is kept for a later call.
+    """
     vae, unfinished = with_fixed_prior(run.vae), run.folder.unfinished_evaluation(plan.part(run.dataset))
     identity = {
         "best_epoch": run.checkpoint["best_epoch"],
@@ -96,7 +104,8 @@ def _log_likelihood(run: TrainedRun, plan: EvaluationPlan, x: Tensor, on_images:
     kept = time.monotonic()
     for start in range(len(done), len(x), BATCH):
         reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
-        done += vae.log_likelihood(x[start : start + BATCH], num_samples=plan.samples).tolist()
+        some = slice(start, start + BATCH)
+        done += vae.log_likelihood(x[some], plan.samples, y=None if y is None else y[some]).tolist()
         on_images(len(done))
         if time.monotonic() - kept > KEEP_EVERY:
             write_json(unfinished, {**identity, "log_likelihood": done})
@@ -116,6 +125,6 @@ def _read_unfinished(path: Path, identity: dict[str, float]) -> list[float]:
 
 
 @torch.no_grad()
-def posterior_means(vae: VAE, x: Tensor) -> Tensor:
-    """E[z|x] of images x [N, pixels]: [N, latent]."""
-    return torch.cat([vae.encoder(batch)[0] for batch in x.split(VALIDATION_BATCH)])
+def posterior_means(vae: VAE, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """E[z|x] of images x [N, pixels], or E[z|x,y]: [N, latent]."""
+    return torch.cat([encode(vae.encoder, *batch)[0] for batch in batches(x, y, VALIDATION_BATCH)])

@@ -10,7 +10,7 @@ from fastvae.app.user_errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastvae.app.data.dataset import Dataset
+    from fastvae.app.data.dataset import Dataset, Split
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,15 @@ class EvaluationPlan:
 
     def images(self, dataset: Dataset) -> Tensor:
         """The images to measure on, [N, pixels]."""
-        return self._all(dataset)[: self.limit]
+        return self.whole_set(dataset).x[: self.limit]
 
     def part(self, dataset: Dataset) -> str:
         """The part of the data that this is, as in a file's name; "" for all test images."""
-        partial = self.limit is not None and self.limit < len(self._all(dataset))
+        partial = self.limit is not None and self.limit < len(self.whole_set(dataset))
         if partial:
             return f"{self.split}-first-{self.limit}"
         return "" if self.split == "test" else self.split
 
-    def _all(self, dataset: Dataset) -> Tensor:
-        return (dataset.validation if self.split == "validation" else dataset.test).x
+    def whole_set(self, dataset: Dataset) -> Split:
+        """The set that the images are of."""
+        return dataset.validation if self.split == "validation" else dataset.test

@@ -37,7 +37,7 @@ def aggregated_posterior(run: TrainedRun) -> AggregatedPosterior:
     if run.dataset.dynamic:
         reseed(run.config.seed, Stream.EVALUATE, 1)
         x = torch.bernoulli(x)
-    return AggregatedPosterior.of(run.vae.encoder, x)
+    return AggregatedPosterior.of(run.vae.encoder, x, run.y(run.dataset.train))
 
 
 def measure_gap(run: TrainedRun) -> Gap:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -34,8 +36,8 @@ class Meter:
         self._fixed: VAE | None = None
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Measures:
-        """The bound, the ELBO and its two terms, each the mean over the images x [N, pixels]."""
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Measures:
+        """The bound, the ELBO and its two terms, each the mean over the images x [N, pixels], with y [N] if given."""
         was_training = self._vae.training
         self._vae.eval()
         if self._fixed is None:
@@ -46,15 +48,20 @@ class Meter:
         else:
             self._fixed.prior.load_state_dict(self._vae.prior.snapshot().state_dict())
         total = Total(x.device)
-        for batch in x.split(max(1, VALIDATION_BATCH // self._num_samples)):
-            total.add(self._replays(batch))
+        for batch in batches(x, y, max(1, VALIDATION_BATCH // self._num_samples)):
+            total.add(self._replays(*batch))
         self._vae.train(was_training)
         return total.mean()
 
 
-def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo") -> Measures:
+def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo", *, y: Tensor | None = None) -> Measures:
     """What a :class:`Meter` measures, once."""
-    return Meter(vae, num_samples, bound)(x)
+    return Meter(vae, num_samples, bound)(x, y)
+
+
+def batches(x: Tensor, y: Tensor | None, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """x [N, pixels] and y [N], or None, `size` images at a time."""
+    return zip(x.split(size), repeat(None) if y is None else y.split(size), strict=False)
 
 
 class Total:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,30 +35,49 @@ class GrayDecoder(nn.Module):
         return torch.sigmoid(self.mean(h)).clamp(1 / 512, 1 - 1 / 512), self.logscale(h)
 
 
+class GivenLabel(nn.Module):
+    """A network whose input, x or z, has the label y behind it: one of `classes` units is 1."""
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.network, self.classes = network, classes
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        """x [..., inputs - classes] and y int64 [...] -> what the network gives."""
+        return self.network(torch.cat([x, nn.functional.one_hot(y, self.classes).to(x)], -1))
+
+
 def build(config: TrainConfig, dataset: Dataset) -> VAE:
     """Make the model that a run starts from; the same config and data give the same weights.
 
     Raises:
         ConfigError: more pseudo-inputs are to start from training images, or more exemplars to be taken in a step,
-            than there are; or training takes more memory than there is.
+            than there are; or training takes more memory than there is; or labels and components do not go together.
+        DataError: the model is conditional and an image has no label.
     """
     _check_memory(config, dataset)
     reseed(config.seed, Stream.INITIALISE)
+    classes = len(dataset.classes) if config.conditional else 0
+    labels, probs = _labels_and_weights(config, dataset)
     sizes = (dataset.num_pixels, config.hidden, config.latent)
-    encoder, levels = Encoder(*sizes), 2 if config.model == "hvae" else 1
-    decoder = BinaryDecoder(*sizes, levels) if dataset.kind == "binary" else GrayDecoder(*sizes, levels)
+    levels = 2 if config.model == "hvae" else 1
+    encoder: nn.Module = Encoder(dataset.num_pixels + classes, config.hidden, config.latent)
+    of_decoder = (dataset.num_pixels, config.hidden, config.latent + classes, levels)
+    decoder: nn.Module = BinaryDecoder(*of_decoder) if dataset.kind == "binary" else GrayDecoder(*of_decoder)
     lower: list[nn.Module] = []  # q(z1 | x, z2) and p(z1 | z2)
     if levels == 2:
         lower = [Encoder(*sizes, given=True), Encoder(config.latent, config.hidden, config.latent)]
     for network in (encoder, decoder, *lower):
         network.apply(_he_normal)
+    if config.conditional:
+        encoder, decoder = GivenLabel(encoder, classes), GivenLabel(decoder, classes)
     # The prior comes last, so that no initialisation of weights can overwrite where it starts from.
     prior: Prior
     if config.prior == "standard":
         prior = StandardNormalPrior(config.latent)
     elif config.prior == "mixture":
         start = torch.randn(config.components, config.latent)
-        prior = MixturePrior(start, learn_weights=config.learn_weights)
+        prior = MixturePrior(start, learn_weights=config.learn_weights, probs=probs, labels=labels)
     elif config.prior == "exemplar":
         if config.subset is not None and not 2 <= config.subset <= len(dataset.train):
             raise ConfigError(
@@ -74,8 +95,10 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
     else:
         prior = VampPrior(
             encoder,
-            _pseudo_inputs(config, dataset),
+            _pseudo_inputs(config, dataset, labels),
             learn_weights=config.learn_weights,
+            probs=probs,
+            labels=labels,
             chunk_size=config.chunk_size,
             refresh=config.refresh,
             neighbours=config.neighbours,
@@ -110,8 +133,32 @@ def _he_normal(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _pseudo_inputs(config: TrainConfig, dataset: Dataset) -> Tensor:
-    """[K, pixels] in [0, 1]: training images at random, noise around their mean, or all nearly the same."""
+def _labels_and_weights(config: TrainConfig, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
+    """The label of each component, int64 [K], all as often as can be, and the weight of each, [K].
+
+    All components of a label weigh together what its share of the training images is.  (None, None) where components
+    have no labels.
+    """
+    if not config.conditional:
+        return None, None
+    if config.prior == "exemplar":
+        raise ConfigError("--conditional goes with --prior standard, mixture or vamp, not with exemplar.")
+    images_of, *_ = (dataset.y(split).bincount() for split in (dataset.train, dataset.validation, dataset.test))
+    if config.prior == "standard":
+        return None, None
+    if config.components < len(images_of):
+        raise ConfigError(
+            f"--components is {config.components}; a conditional model of {dataset.name} needs {len(images_of)} or "
+            "more, one for each label."
+        )
+    labels = torch.arange(config.components) % len(images_of)
+    return labels, (images_of / labels.bincount())[labels]
+
+
+def _pseudo_inputs(config: TrainConfig, dataset: Dataset, labels: Tensor | None) -> Tensor:
+    """[K, pixels] in [0, 1]: training images at random, each of its component's label, noise around their mean, or all
+    nearly the same.
+    """
     images, count = dataset.train.x, config.components
     if config.pseudo_init == "flat":  # as the code of Tomczak and Welling (2018) starts on MNIST
         return (0.05 + 0.01 * torch.randn(count, dataset.num_pixels)).clamp(0, 1)
@@ -122,4 +169,16 @@ def _pseudo_inputs(config: TrainConfig, dataset: Dataset) -> Tensor:
             f"--components is {count}, but {dataset.name} has only {len(images)} training images to start "
             "pseudo-inputs from; ask for fewer, or say --pseudo-init noise."
         )
-    return images[torch.randperm(len(images))[:count]]
+    order = torch.randperm(len(images))
+    if labels is None:
+        return images[order[:count]]
+    start, y = torch.empty(count, dataset.num_pixels), dataset.y(dataset.train)[order]
+    for label, wanted in enumerate(labels.bincount().tolist()):
+        chosen = order[y == label][:wanted]
+        if len(chosen) < wanted:
+            raise ConfigError(
+                f"--components is {count}, of which {wanted} have the label {dataset.classes[label]}, but only "
+                f"{len(chosen)} training images of {dataset.name} have it; ask for fewer, or say --pseudo-init noise."
+            )
+        start[labels == label] = images[chosen]
+    return start

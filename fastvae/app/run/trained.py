@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import fastvae
 from fastvae import VAE
-from fastvae.app.data.dataset import Dataset
+from fastvae.app.data.dataset import Dataset, Split
 from fastvae.app.data.named_sets import load
 from fastvae.app.run.checkpoint import Checkpoint, load_weights, read_checkpoint
 from fastvae.app.run.config import TrainConfig, moved_data, other_data, read_config
@@ -28,6 +29,10 @@ class TrainedRun:
     vae: VAE
     checkpoint: Checkpoint
     device: str
+
+    def y(self, split: Split) -> Tensor | None:
+        """The labels of a set of images, int64 [N], as a conditional model takes them; None for other models."""
+        return self.dataset.y(split).to(self.device) if self.config.conditional else None
 
 
 def load_run(

@@ -101,6 +101,9 @@ def train(
         write_json(folder.config, asdict(config))  # the data may have moved
     first = state["epoch"] + 1
     images, validation = dataset.train.x.to(device), dataset.validation.x.to(device)
+    labels, held_out = (
+        dataset.y(split).to(device) if config.conditional else None for split in (dataset.train, dataset.validation)
+    )
     step = TrainingStep(
         vae,
         optimizer,
@@ -116,11 +119,11 @@ def train(
         started = time.perf_counter()
         beta = min(1.0, epoch / config.warmup) if config.warmup else 1.0
         reseed(config.seed, Stream.TRAIN, epoch)
-        measured = _one_epoch(step, images, config.batch_size, beta, epoch, watchers.batch)
+        measured = _one_epoch(step, images, labels, config.batch_size, beta, epoch, watchers.batch)
         seconds = time.perf_counter() - started
         # The same noise for every epoch: the bounds of two epochs then differ by their models alone.
         reseed(config.seed, Stream.VALIDATE)
-        validated = meter(validation)
+        validated = meter(validation, held_out)
         line = Epoch(epoch=epoch, beta=beta, train=measured, validation=validated, seconds=seconds)
         state = _next(state, line, vae, optimizer)
         if epoch == first:
@@ -195,13 +198,19 @@ def _next(state: Checkpoint, line: Epoch, vae: VAE, optimizer: Adam) -> Checkpoi
 
 
 def _one_epoch(
-    step: TrainingStep, images: Tensor, batch_size: int, beta: float, epoch: int, on_batch: OnBatch
+    step: TrainingStep,
+    images: Tensor,
+    labels: Tensor | None,
+    batch_size: int,
+    beta: float,
+    epoch: int,
+    on_batch: OnBatch,
 ) -> Measures:
     step.vae.train()
     total = Total(images.device)
     order = torch.randperm(len(images), device=images.device)
     for number, rows in enumerate(order.split(batch_size)):
-        output = step(rows, beta=beta, index=rows)
+        output = step(rows, None if labels is None else labels[rows], beta=beta, index=rows)
         total.add(output)
         on_batch(epoch, number)
     if not math.isfinite(total.loss):

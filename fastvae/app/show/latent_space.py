@@ -45,7 +45,7 @@ def draw_latent_space(axes: Axes, run: TrainedRun) -> None:
     means of a mixture's components.
     """
     test = run.dataset.test
-    means = posterior_means(run.vae, test.x.to(run.device))
+    means = posterior_means(run.vae, test.x.to(run.device), run.y(test))
     plane = plane_of(run)
     points = plane.project(means)
     prior = run.vae.prior

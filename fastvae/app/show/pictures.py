@@ -18,6 +18,7 @@ from fastvae.app.show.curves import draw_curves
 from fastvae.app.show.figures import save_figure
 from fastvae.app.show.image_grid import columns_for, draw_images, draw_pairs, grid_size
 from fastvae.app.show.latent_space import draw_densities, draw_latent_space
+from fastvae.app.user_errors import ConfigError
 
 PRIOR_NAMES = {
     "standard": "standard normal prior",
@@ -50,9 +51,16 @@ def draw_run(run: TrainedRun) -> list[Path]:
     return written
 
 
-def draw_samples(run: TrainedRun, path: Path, count: int, *, drawn: bool = False, seed: int = 0) -> None:
-    """Write a picture of `count` samples: the mean image of each z, or with `drawn` its pixels drawn too."""
-    save_figure(_grid_figure(run, _sample(run, count, drawn, seed), f"{count} samples, {_shown(drawn)}"), path)
+def draw_samples(
+    run: TrainedRun, path: Path, count: int, *, drawn: bool = False, seed: int = 0, label: int | None = None
+) -> None:
+    """Write a picture of `count` samples: the mean image of each z, or with `drawn` its pixels drawn too.
+
+    Those of a conditional model are of one label, or of all labels in turn.
+    """
+    x = _sample(run, count, drawn, seed, label)
+    of_label = "" if label is None else f" of label {label}"
+    save_figure(_grid_figure(run, x, f"{count} samples{of_label}, {_shown(drawn)}"), path)
 
 
 def draw_gap(run: TrainedRun) -> None:
@@ -82,16 +90,27 @@ def _title(run: TrainedRun, what: str) -> str:
 
 
 def _model(run: TrainedRun) -> str:
-    return MODEL_NAMES[run.config.model] + PRIOR_NAMES[run.config.prior]
+    conditional = "conditional, " if run.config.conditional else ""
+    return conditional + MODEL_NAMES[run.config.model] + PRIOR_NAMES[run.config.prior]
 
 
 def _shown(drawn: bool) -> str:
     return "pixels drawn from p(x|z)" if drawn else "means of p(x|z)"
 
 
-def _sample(run: TrainedRun, count: int, drawn: bool, seed: int) -> torch.Tensor:
+def _sample(run: TrainedRun, count: int, drawn: bool, seed: int, label: int | None = None) -> torch.Tensor:
     reseed(seed, Stream.PICTURES)
-    return run.vae.sample(count, mean=not drawn)
+    if not run.config.conditional:
+        return run.vae.sample(count, mean=not drawn)
+    classes = run.dataset.classes
+    if label is not None and label not in classes:
+        raise ConfigError(f"--label is {label}; the labels of {run.dataset.name} are {_in_words(classes)}.")
+    y = torch.arange(count) % len(classes) if label is None else torch.full((count,), classes.index(label))
+    return run.vae.sample(count, mean=not drawn, y=y.to(run.device))
+
+
+def _in_words(classes: Sequence[int]) -> str:
+    return ", ".join(map(str, classes)) if len(classes) <= 20 else f"{classes[0]} ... {classes[-1]}"
 
 
 def _grid_figure(run: TrainedRun, x: torch.Tensor, what: str) -> Figure:
@@ -119,8 +138,8 @@ def _pseudo_inputs(run: TrainedRun) -> Figure:
 def _reconstructions(run: TrainedRun) -> Figure:
     height, width = run.dataset.image_shape
     blocks, columns = 4, columns_for(48, (2 * height, width), usual=12)
-    x = run.dataset.test.x[: blocks * columns].to(run.device)
-    reconstructed = run.vae.reconstruct(x)
+    x, y = run.dataset.test.x[: blocks * columns].to(run.device), run.y(run.dataset.test)
+    reconstructed = run.vae.reconstruct(x, None if y is None else y[: len(x)])
     blocks = ceil(len(x) / columns)
     pair = grid_size(2, (height, width), 1)[0] / grid_size(1, (height, width), columns)[1]
     inches = min(7 * pair, TALLEST / blocks)
