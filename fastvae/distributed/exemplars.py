@@ -90,7 +90,8 @@ class ShardedExemplarPrior(EncodedMixture):
         """There is no rank that has all components."""
         raise NotImplementedError("a ShardedExemplarPrior has no components() of its own: no rank holds all of them")
 
-    def density(self, index: Tensor | None = None, near: Tensor | None = None) -> Density:
+    def density(self, index: Tensor | None = None, near: Tensor | None = None, y: Tensor | None = None) -> Density:
+        self._check_given(y)
         mu, logvar = self._encoded()
         if self.logvar is not None:
             logvar = self.logvar
@@ -106,13 +107,19 @@ class ShardedExemplarPrior(EncodedMixture):
 
         return log_prob
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self.density()(z)
+    def log_prob(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.density(y=y)(z)
 
     def kl(
-        self, mu: Tensor, logvar: Tensor, num_samples: int | None = None, *, index: Tensor | None = None
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None = None,
+        *,
+        index: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return Prior.kl(self, mu, logvar, num_samples, index=index)
+        return Prior.kl(self, mu, logvar, num_samples, index=index, y=y)
 
     def marginal_log_prob(self, z: Tensor) -> Tensor:
         return Prior.marginal_log_prob(self, z)
@@ -121,8 +128,9 @@ class ShardedExemplarPrior(EncodedMixture):
         return self
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
+    def sample(self, n: int, y: Tensor | None = None) -> Tensor:
         """n draws, [n, D], of each rank its own; ranks may ask for different n."""
+        self._check_given(y)
         link = link_to("ShardedExemplarPrior.sample", self.group)
         ranks, _ = agree(link, lambda: ("sample", Told(failed=0, M=n), True))
         counts = [rank.M for rank in ranks]
