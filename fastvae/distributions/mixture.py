@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class MixtureOfDiagNormals(Distribution):
-    """Mixtures of K diagonal Gaussians in D dimensions, a :class:`torch.distributions.Distribution`.
+    """Mixtures of K diagonal Gaussians in D dimensions, a `torch.distributions.Distribution`.
 
     The arguments are those of Pyro's class of that name.  `log_prob` runs on the kernels of
     :func:`fastvae.mixture_log_prob`.  `rsample` has gradients in all three parameters, whatever K is: plain PyTorch in
@@ -45,7 +45,7 @@ class MixtureOfDiagNormals(Distribution):
         component_logits: [*batch_shape, K], the logarithms of the weights up to a constant: they are normalised.  A
             logit of -inf is a component that is not there, and its gradient is 0.
         validate_args: whether the values of the parameters and of what `log_prob` and `cdf` are given are checked; None
-            follows :meth:`torch.distributions.Distribution.set_default_validate_args`.  Shapes are always checked.
+            follows `torch.distributions.Distribution.set_default_validate_args`.  Shapes are always checked.
         backend: impl, precision, dense_backward, see :func:`fastvae.mixture_log_prob`.
 
     Raises:

@@ -169,7 +169,7 @@ class Mixture(Prior):
         return index
 
     def distribution(self) -> MixtureOfDiagNormals:
-        """p(z) as a :class:`torch.distributions.Distribution`, of the components as they are now.
+        """p(z) as a `torch.distributions.Distribution`, of the components as they are now.
 
         Its gradients reach the prior's parameters.  It holds the components of one call of `components()`: a step of
         training takes a new one.
