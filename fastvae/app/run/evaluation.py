@@ -21,7 +21,7 @@ from fastvae.app.run.trained import TrainedRun
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BATCH = 50  # images whose log-likelihood is measured at once
-KEEP_EVERY = 60  # seconds between two writes of what an evaluation has done
+KEEP_EVERY = 60  # seconds between two writes of what an evaluation has done, for a process that is killed
 BOUND_SAMPLES = 10  # of z for each image: the sampling noise of the bound is then small beside its spread over images
 
 
@@ -57,7 +57,8 @@ def evaluate(
         plan: what to measure on, and how closely.
         on_images: told how many images have been done, after each batch of them.
 
-    An evaluation that was stopped goes on where it was: the run's folder keeps what was done.
+    An evaluation that was stopped goes on where it was: the run's folder keeps what was done, until the caller has
+    written the result and deletes it.
     """
     started = time.perf_counter()
     x = plan.images(run.dataset).to(run.device)
@@ -84,7 +85,7 @@ def evaluate(
 
 def _log_likelihood(run: TrainedRun, plan: EvaluationPlan, x: Tensor, on_images: Callable[[int], None]) -> Tensor:
     """log p(x) of each image, float64 [N].  It takes minutes or hours, so what is done is kept for a later call."""
-    vae, unfinished = with_fixed_prior(run.vae), run.folder.unfinished_evaluation(plan.part(run.dataset))
+    vae, unfinished = with_fixed_prior(run.vae), unfinished_evaluation(run, plan)
     identity = {
         "best_epoch": run.checkpoint["best_epoch"],
         "best_bound": run.checkpoint["best_bound"],
@@ -94,15 +95,22 @@ def _log_likelihood(run: TrainedRun, plan: EvaluationPlan, x: Tensor, on_images:
     done = _read_unfinished(unfinished, identity)
     on_images(len(done))
     kept = time.monotonic()
-    for start in range(len(done), len(x), BATCH):
-        reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
-        done += vae.log_likelihood(x[start : start + BATCH], num_samples=plan.samples).tolist()
-        on_images(len(done))
-        if time.monotonic() - kept > KEEP_EVERY:
-            write_json(unfinished, {**identity, "log_likelihood": done})
-            kept = time.monotonic()
-    unfinished.unlink(missing_ok=True)
+    try:
+        for start in range(len(done), len(x), BATCH):
+            reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
+            done += vae.log_likelihood(x[start : start + BATCH], num_samples=plan.samples).tolist()
+            on_images(len(done))
+            if time.monotonic() - kept > KEEP_EVERY:
+                write_json(unfinished, {**identity, "log_likelihood": done})
+                kept = time.monotonic()
+    finally:  # at the end too: what follows may be stopped as well
+        write_json(unfinished, {**identity, "log_likelihood": done})
     return torch.tensor(done, dtype=torch.float64)
+
+
+def unfinished_evaluation(run: TrainedRun, plan: EvaluationPlan) -> Path:
+    """The file that keeps what an evaluation by this plan has done."""
+    return run.folder.unfinished_evaluation(plan.part(run.dataset), plan.samples)
 
 
 def _read_unfinished(path: Path, identity: dict[str, float]) -> list[float]:
