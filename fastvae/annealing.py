@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastvae import _checks, bounds
 from fastvae.backends import choice
-from fastvae.hmc import Point, Progress, Target, batches, check_chains, ticker, transition
+from fastvae.hmc import Point, Progress, Target, batches, check_chains, check_vae, ticker, transition
 from fastvae.vae import VAE
 
 _PILOT_CHAINS = 4
@@ -120,7 +120,7 @@ def log_likelihood(
 
     Raises:
         TypeError, ValueError: a count is not an integer of at least 1, temperatures are not as above, there is no such
-            start, acceptance is not in (0, 1), or log p(x | z) has no gradient in z.
+            start, acceptance is not in (0, 1), log p(x | z) has no gradient in z, or vae has two levels of latents.
 
     Sources: Neal (2001); Wu et al. (2017); see :mod:`fastvae.annealing`.
     """
@@ -164,6 +164,7 @@ def bidirectional_bounds(
 
     Source: Grosse, Ghahramani and Adams (2015), see :mod:`fastvae.annealing`.
     """
+    check_vae(vae)
     _checks.count("num_points", num_points)
     with torch.inference_mode(False), torch.no_grad(), choice.with_options(vae.backend_options):
         z = vae.prior.sample(num_points)
