@@ -11,7 +11,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from fastvae._files import as_json, whole_files, write_json
+from fastvae._files import write_json
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.run.checkpoint import read_checkpoint
 from fastvae.app.run.comparison import Row, Verdict, judge
@@ -55,10 +55,9 @@ def evaluate_run(console: Console, run: TrainedRun, plan: EvaluationPlan, label:
     """Evaluate with a progress bar; keep the result, and the picture of prior and posterior, in the run's folder."""
     with counting_progress(console, label, len(plan.images(run.dataset))) as on_images:
         evaluation = evaluate(run, plan, on_images)
-    written = run.folder.evaluation(plan.part(run.dataset))
-    with whole_files(written, outdated=[unfinished_evaluation(run, plan)]) as (file,):
-        file.write(as_json(asdict(evaluation)))
+    write_json(run.folder.evaluation(plan.part(run.dataset)), asdict(evaluation))
     draw_gap(run)
+    unfinished_evaluation(run, plan).unlink(missing_ok=True)  # last, so that nothing is done twice after a stop
     return evaluation
 
 

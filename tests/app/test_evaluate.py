@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from torch import Tensor
 
 from fastvae import VAE
+from fastvae.app import workflow
 from fastvae.app.run import evaluation
 
 from .conftest import Cli
@@ -47,16 +50,31 @@ def test_evaluation_goes_on(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
 
 
-def test_stopped_after_the_log_likelihood(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The long part is kept until the result is written."""
+@pytest.mark.parametrize(("module", "name"), [(evaluation, "measure_gap"), (workflow, "draw_gap")])
+def test_stopped_after_the_log_likelihood(
+    cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    """The long part is kept until all is done."""
+
+    def stop(run: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "measure_gap", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, name, stop)
         assert cli("evaluate", run, "--samples", 20)[0] == 130
-    assert not (run / "evaluation.json").exists()
     monkeypatch.setattr(VAE, "log_likelihood", lambda *_: pytest.fail("this was done before"))
     code, _, error = cli("evaluate", run, "--samples", 20)
     assert code == 0, error
-    assert (run / "evaluation.json").exists()
+    assert (run / "evaluation.json").exists() and not list(run.glob("*unfinished*"))
+
+
+def test_no_finite_log_likelihood(cli: Cli, run: Path) -> None:
+    state = torch.load(run / "checkpoint.pt")
+    state["best_model"]["decoder.logits.bias"][:] = 3e38
+    torch.save(state, run / "checkpoint.pt")
+    code, _, error = cli("evaluate", run, "--samples", 5)
+    assert code == 1 and "log-likelihood of test image 0 is -inf, no finite number" in error
+    assert not (run / "evaluation.json").exists()
 
 
 def test_killed(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

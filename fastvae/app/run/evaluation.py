@@ -18,6 +18,7 @@ from fastvae.app.run.gap import Gap, measure_gap
 from fastvae.app.run.measuring import VALIDATION_BATCH, measure, with_fixed_prior
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
+from fastvae.app.user_errors import RunError
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BATCH = 50  # images whose log-likelihood is measured at once
@@ -59,6 +60,9 @@ def evaluate(
 
     An evaluation that was stopped goes on where it was: the run's folder keeps what was done, until the caller has
     written the result and deletes it.
+
+    Raises:
+        RunError: an image's log-likelihood is no finite number.
     """
     started = time.perf_counter()
     x = plan.images(run.dataset).to(run.device)
@@ -98,7 +102,14 @@ def _log_likelihood(run: TrainedRun, plan: EvaluationPlan, x: Tensor, on_images:
     try:
         for start in range(len(done), len(x), BATCH):
             reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
-            done += vae.log_likelihood(x[start : start + BATCH], num_samples=plan.samples).tolist()
+            values = vae.log_likelihood(x[start : start + BATCH], num_samples=plan.samples)
+            if not bool(values.isfinite().all()):
+                number = int(values.isfinite().logical_not().nonzero()[0])
+                raise RunError(
+                    f"{run.folder.path}: the log-likelihood of {plan.split} image {start + number} is "
+                    f"{float(values[number])}, no finite number; the model has diverged or is damaged."
+                )
+            done += values.tolist()
             on_images(len(done))
             if time.monotonic() - kept > KEEP_EVERY:
                 write_json(unfinished, {**identity, "log_likelihood": done})
