@@ -76,7 +76,9 @@ class BidirectionalBounds(NamedTuple):
         x: [B, *x_shape], the simulated points.
         forward: the :class:`AnnealedEstimate` that `lower` comes from.
         backward: the one that `upper` comes from.  It estimates 1 / p(x): its log_likelihood is -upper, and its
-            log_weights are log 1 / w.
+            log_weights are log 1 / w.  All its chains begin at the one z that x was drawn from, so its standard_error
+            and effective_sample_size are those for this z, and too good for log p(x): the error of a mean bound is to
+            be taken over the points.
     """
 
     lower: Tensor
