@@ -182,7 +182,7 @@ def sampled_shape(num_samples: int | None, mu: Tensor) -> tuple[int, ...]:
 def count(name: str, value: object) -> None:
     """TypeError for what is no integer, ValueError for one below 1."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer or None, not {type(value).__name__}")
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastvae import _checks, bounds
 from fastvae.backends import choice
-from fastvae.hmc import Point, Progress, Target, batches, check_chains, ticker, transition
+from fastvae.hmc import Point, Progress, Target, batches, check_chains, check_vae, ticker, transition
 from fastvae.vae import VAE
 
 _PILOT_CHAINS = 4
@@ -76,7 +76,9 @@ class BidirectionalBounds(NamedTuple):
         x: [B, *x_shape], the simulated points.
         forward: the :class:`AnnealedEstimate` that `lower` comes from.
         backward: the one that `upper` comes from.  It estimates 1 / p(x): its log_likelihood is -upper, and its
-            log_weights are log 1 / w.
+            log_weights are log 1 / w.  All its chains begin at the one z that x was drawn from, so its standard_error
+            and effective_sample_size are those for this z, and too good for log p(x): the error of a mean bound is to
+            be taken over the points.
     """
 
     lower: Tensor
@@ -120,7 +122,7 @@ def log_likelihood(
 
     Raises:
         TypeError, ValueError: a count is not an integer of at least 1, temperatures are not as above, there is no such
-            start, acceptance is not in (0, 1), or log p(x | z) has no gradient in z.
+            start, acceptance is not in (0, 1), log p(x | z) has no gradient in z, or vae has two levels of latents.
 
     Sources: Neal (2001); Wu et al. (2017); see :mod:`fastvae.annealing`.
     """
@@ -164,6 +166,7 @@ def bidirectional_bounds(
 
     Source: Grosse, Ghahramani and Adams (2015), see :mod:`fastvae.annealing`.
     """
+    check_vae(vae)
     _checks.count("num_points", num_points)
     with torch.inference_mode(False), torch.no_grad(), choice.with_options(vae.backend_options):
         z = vae.prior.sample(num_points)

@@ -22,6 +22,7 @@ estimates of log q(z) and log q(z_d) know the posteriors of a minibatch alone, a
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -148,8 +149,8 @@ def _log_densities(
     N, D = mu.shape
     if N == 1:
         raise ValueError("exclude leaves nothing of a mixture of one component: mu must be [N, D] with N >= 2")
-    weights = mu.new_full((N,), 1 / N, dtype=joint.dtype) if log_weights is None else log_weights.to(joint.dtype).exp()
+    log_w = mu.new_full((N,), -math.log(N), dtype=joint.dtype) if log_weights is None else log_weights.to(joint.dtype)
     # the index of a row that leaves nothing out is -1, whose weight must not be looked up
-    left_out = torch.where(exclude >= 0, weights[exclude.clamp(min=0)], 0.0)
-    left = torch.log1p(-left_out)  # [...], log of the weight that is left
+    left_out = torch.where(exclude >= 0, log_w[exclude.clamp(min=0)], -math.inf)
+    left = torch.log(-torch.expm1(left_out))  # [...], log of the weight that is left, also of one close to 1
     return joint - left, marginals - D * left

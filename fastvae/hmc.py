@@ -30,6 +30,7 @@ from fastvae import functional as F
 from fastvae._noise import LOG_2PI
 from fastvae.backends import choice
 from fastvae.contracts import evaluate, require_methods
+from fastvae.hierarchical import HierarchicalVAE
 from fastvae.priors import Density
 from fastvae.vae import VAE, _rows_on
 
@@ -40,6 +41,7 @@ _PRIOR_DRAWS = 1000  # from which the prior's standard deviations are taken
 _ENOUGH_FOR_SCALE = 50  # draws, of all chains together
 _GAIN = 3.0  # of log step size per acceptance probability too many, in the first step of a warm-up
 _JITTER = 0.2
+_STARTS = 100  # draws, for a chain whose start has no density
 
 
 class PosteriorSamples(NamedTuple):
@@ -100,7 +102,8 @@ def sample_posterior(
 
     Raises:
         TypeError, ValueError: a count is not an integer of at least 1, there is no such start, acceptance is not in
-            (0, 1), or log p(x | z) has no gradient in z.
+            (0, 1), log p(x | z) has no gradient in z, no draw of the start has a density p(x, z), or vae has two levels
+            of latents.
     """
     _checks.count("num_samples", num_samples)
     _checks.count("warmup", warmup)
@@ -136,7 +139,7 @@ def effective_sample_size(z: Tensor) -> Tensor:
 
     S C / (1 + 2 sum_t rho_t), with the autocorrelations rho_t over all chains' halves, summed in pairs as long as the
     pairs are positive, and none larger than the one before.  Chains that disagree count for less; draws that alternate
-    count for more than one, up to a factor of log10(S C).
+    count for more than one, up to a factor of log10(S C).  NaN where the draws are, or where they are all the same.
 
     Raises:
         ValueError: S < 4.
@@ -153,7 +156,7 @@ def effective_sample_size(z: Tensor) -> Tensor:
     correlation = 1 - (within - covariance) / (covariance[0] + between)
     correlation[0] = 1
     pairs = correlation[: n // 2 * 2].unflatten(0, (-1, 2)).sum(1)
-    pairs = torch.where((pairs > 0).cumprod(0).bool(), pairs, 0.0).cummin(0).values
+    pairs = torch.where((~(pairs <= 0)).cumprod(0).bool(), pairs, 0.0).cummin(0).values  # NaN stays
     return n * m / (2 * pairs.sum(0) - 1).clamp(min=1 / math.log10(n * m))
 
 
@@ -266,10 +269,29 @@ def transition(
     gain = log_f - 0.5 * momentum.square().sum(-1) - before
     probability = torch.where(log_f.isfinite(), gain.clamp(max=0).exp().nan_to_num(0.0), 0.0)
     accepted = torch.rand_like(probability) < probability
-    parts = []
-    for new, old in zip(end, point, strict=True):
-        parts.append(torch.where(accepted if new.ndim == accepted.ndim else accepted[..., None], new, old))
-    return Point(*parts), probability
+    return _where(accepted, end, point), probability
+
+
+def _where(chosen: Tensor, new: Point, old: Point) -> Point:
+    """`new` for the chosen [C, B] of the chains, `old` for the others."""
+    return Point(
+        *(torch.where(chosen if a.ndim == 2 else chosen[..., None], a, b) for a, b in zip(new, old, strict=True))
+    )
+
+
+def _begin_inside(target: Target, num_chains: int) -> Point:
+    """Draws of the start where p(x, z) is above zero: from elsewhere no step size need ever bring a chain there."""
+    point = target.begin(num_chains)
+    for _ in range(_STARTS):
+        outside = ~point.log_joint.isfinite()
+        if not outside.any():
+            return point
+        point = _where(outside, target.begin(num_chains), point)
+    lost = int(outside.any(0).sum())
+    raise ValueError(
+        f"log p(x, z) is not finite at any of {_STARTS} draws of the start {target.start!r}, for {lost} of "
+        f"{outside.shape[1]} x decoded together: x or the model has NaN, or the prior has no density there"
+    )
 
 
 def _chains(
@@ -281,7 +303,7 @@ def _chains(
     acceptance: float,
     tick: Callable[[], None],
 ) -> PosteriorSamples:
-    point, scale = target.begin(num_chains), target.scale
+    point, scale = _begin_inside(target, num_chains), target.scale
     log_step = torch.zeros_like(point.log_joint)  # [C, B]
     half, seen, late = warmup // 2, [], []
     for i in range(warmup):
@@ -307,10 +329,22 @@ def _chains(
     return PosteriorSamples(torch.stack(drawn), total / num_samples, step_size)
 
 
+def check_vae(vae: VAE) -> None:
+    """TypeError for what is no VAE, or one of two levels."""
+    require_methods("vae", vae, ("encoder", "decoder", "prior", "likelihood"), "a fastvae.VAE")
+    if isinstance(vae, HierarchicalVAE):
+        raise TypeError(
+            f"vae must have one level of latents, not two as a {type(vae).__name__}; vae.log_likelihood(x) is its "
+            "log-likelihood by importance sampling"
+        )
+
+
 def check_chains(vae: VAE, x: Tensor, num_chains: int, leapfrog_steps: int, start: str, acceptance: float) -> None:
     """Errors for what all chains take."""
-    require_methods("vae", vae, ("encoder", "decoder", "prior", "likelihood"), "a fastvae.VAE")
+    check_vae(vae)
     _checks.tensor("x", x)
+    if x.ndim == 0:
+        raise ValueError("x must be [B, *x_shape], not []")
     _checks.count("num_chains", num_chains)
     _checks.count("leapfrog_steps", leapfrog_steps)
     if start not in STARTS:

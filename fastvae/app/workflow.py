@@ -16,8 +16,8 @@ from fastvae._files import write_json
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.run.checkpoint import read_checkpoint
 from fastvae.app.run.comparison import Row, Verdict, judge
-from fastvae.app.run.config import PriorName, TrainConfig, continued, read_config
-from fastvae.app.run.evaluation import Evaluation, evaluate
+from fastvae.app.run.config import PriorName, TrainConfig, continued, option, read_config
+from fastvae.app.run.evaluation import Evaluation, evaluate, unfinished_evaluation
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.lock import locked
@@ -63,6 +63,7 @@ def evaluate_run(console: Console, run: TrainedRun, plan: EvaluationPlan, label:
         evaluation = evaluate(run, plan, on_images)
     write_json(run.folder.evaluation(plan.part(run.dataset)), asdict(evaluation))
     draw_gap(run)
+    unfinished_evaluation(run, plan).unlink(missing_ok=True)  # last, so that nothing is done twice after a stop
     return evaluation
 
 
@@ -172,16 +173,29 @@ def reproduce_figure(
         RunError: `as_it_is`, to train no further, was said of a folder without a run.
         ConfigError: the run in `out` is not by this protocol.
     """
-    folder = RunFolder(out)
+    folder, config = RunFolder(out), replace(protocol.config, seed=seed)
+    if folder.holds_run():
+        _check_protocol(folder, config)
     if as_it_is:
         run = load_run(out, dataset=dataset, device=device)
-        continued(run.config, asdict(replace(protocol.config, seed=seed)))  # raises if it is not by this protocol
     else:
-        run = _trained(console, replace(protocol.config, seed=seed), dataset, folder, device, label="")
+        run = _trained(console, config, dataset, folder, device, label="")
     evaluation = earlier_evaluation(run, protocol.plan) or evaluate_run(console, run, protocol.plan)
     reproduction = reproduction_of(protocol, run, evaluation)
     write_reproduction(reproduction, folder.reproduction)
     return reproduction
+
+
+def _check_protocol(folder: RunFolder, config: TrainConfig) -> None:
+    """Raise ConfigError unless the run in the folder has a protocol's settings, or fewer epochs so far."""
+    saved, asked = asdict(read_config(folder.config)), asdict(config)
+    for name, value in asked.items():
+        same = saved[name] == value or (name == "epochs" and saved[name] < value)
+        if not same and name not in ("data_dir", "data_sha256"):
+            raise ConfigError(
+                f"{folder.path}: holds another run than this protocol's: {option(name)} is {saved[name]} there and "
+                f"should be {value}. Name another --out."
+            )
 
 
 def _folder(out: Path, prior: str, seed: int) -> RunFolder:

@@ -146,6 +146,7 @@ class AggregatedPosterior(Mixture):
 
     def _draw(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """(z [num_samples, D], log q(z | x_n) [num_samples]), n uniform."""
+        _checks.count("num_samples", num_samples)
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, for a standard error, not {num_samples}")
         n = torch.randint(len(self.mu), (num_samples,), device=self.mu.device)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from torch import Tensor
 
 from fastvae import VAE
+from fastvae.app import workflow
 from fastvae.app.run import evaluation
 
 from .conftest import Cli
@@ -17,10 +20,11 @@ from .conftest import Cli
 def test_evaluation_goes_on(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was done before a stop isn't done again, and the result is that of an evaluation that never stopped."""
     monkeypatch.setattr(evaluation, "BATCH", 3)
-    monkeypatch.setattr(evaluation, "KEEP_EVERY", -1.0)
     command = ["evaluate", run, "--samples", 20]
     assert cli(*command)[0] == 0
     whole = json.loads((run / "evaluation.json").read_text())
+    unfinished = run / "evaluation-unfinished-20.json"
+    assert not unfinished.exists()
 
     log_likelihood, calls = VAE.log_likelihood, []
 
@@ -33,23 +37,66 @@ def test_evaluation_goes_on(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(VAE, "log_likelihood", counted)
     code, text, _ = cli(*command)
     assert code == 130 and "goes on from here" in text
-    assert len(json.loads((run / "evaluation-unfinished.json").read_text())["log_likelihood"]) == 6
-    code, _, error = cli("evaluate", run, "--samples", 21, "--limit", 3)  # another measurement does not take it up
-    assert code == 0, error
-    assert (run / "evaluation-unfinished.json").exists()
+    assert len(json.loads(unfinished.read_text())["log_likelihood"]) == 6
+    for other in (["--samples", 21, "--limit", 3], ["--samples", 21]):  # these neither take it up nor replace it
+        code, _, error = cli("evaluate", run, *other)
+        assert code == 0, error
+        assert len(json.loads(unfinished.read_text())["log_likelihood"]) == 6
     calls[:] = [0, 0, 0]
     assert cli(*command)[0] == 0
     assert sum(calls) == whole["images"] - 6
-    assert not (run / "evaluation-unfinished.json").exists()
+    assert not unfinished.exists()
     again = json.loads((run / "evaluation.json").read_text())
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+
+
+@pytest.mark.parametrize(("module", "name"), [(evaluation, "measure_gap"), (workflow, "draw_gap")])
+def test_stopped_after_the_log_likelihood(
+    cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> None:
+    """The long part is kept until all is done."""
+
+    def stop(run: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, stop)
+        assert cli("evaluate", run, "--samples", 20)[0] == 130
+    monkeypatch.setattr(VAE, "log_likelihood", lambda *_: pytest.fail("this was done before"))
+    code, _, error = cli("evaluate", run, "--samples", 20)
+    assert code == 0, error
+    assert (run / "evaluation.json").exists() and not list(run.glob("*unfinished*"))
+
+
+def test_no_finite_log_likelihood(cli: Cli, run: Path) -> None:
+    state = torch.load(run / "checkpoint.pt")
+    state["best_model"]["decoder.logits.bias"][:] = 3e38
+    torch.save(state, run / "checkpoint.pt")
+    code, _, error = cli("evaluate", run, "--samples", 5)
+    assert code == 1 and "log-likelihood of test image 0 is -inf, no finite number" in error
+    assert not (run / "evaluation.json").exists()
+
+
+def test_killed(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done is written along the way too, for a process that cannot tidy up."""
+    monkeypatch.setattr(evaluation, "BATCH", 3)
+    monkeypatch.setattr(evaluation, "KEEP_EVERY", -1.0)
+    lengths = []
+    write = evaluation.write_json
+    monkeypatch.setattr(
+        evaluation,
+        "write_json",
+        lambda path, content: (lengths.append(len(content["log_likelihood"])), write(path, content)),
+    )
+    assert cli("evaluate", run, "--samples", 5, "--limit", 7)[0] == 0
+    assert lengths == [3, 6, 7, 7]
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"log_likelihood": 3}'])
 def test_damaged_unfinished_evaluation(cli: Cli, run: Path, damage: str) -> None:
     assert cli("evaluate", run, "--samples", 5)[0] == 0
     whole = json.loads((run / "evaluation.json").read_text())
-    (run / "evaluation-unfinished.json").write_text(damage)
+    (run / "evaluation-unfinished-5.json").write_text(damage)
     code, _, error = cli("evaluate", run, "--samples", 5)
     assert code == 0, error
     assert json.loads((run / "evaluation.json").read_text())["log_likelihood"] == whole["log_likelihood"]

@@ -100,10 +100,22 @@ def test_as_it_is(cli: Cli, tmp_path: Path, tiny_protocol: str) -> None:
     assert not record["finished"] and record["epochs"] == 3 and "not finished" in text
 
 
-def test_folder_of_another_run(cli: Cli, tmp_path: Path, run: Path, tiny_protocol: str) -> None:
-    code, _, error = cli("reproduce", tiny_protocol, "--out", run, "--seed", 1)
-    assert code == 1 and "begun with" in error
-    assert not (run / "reproduction.json").exists()
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [("seed", 1, "--seed is 1 there and should be 0"), ("chunk_size", 4, "--chunk-size is 4 there and should be None")],
+)
+@pytest.mark.parametrize("more", [[], ["--as-it-is"]])
+def test_folder_of_another_run(
+    cli: Cli, tmp_path: Path, tiny_protocol: str, setting: str, value: int, message: str, more: list[str]
+) -> None:
+    """Also one with a setting that the protocol leaves alone."""
+    out = tmp_path / "run"
+    assert cli("reproduce", tiny_protocol, "--out", out)[0] == 0
+    (out / "reproduction.json").unlink()
+    (out / "config.json").write_text(json.dumps({**json.loads((out / "config.json").read_text()), setting: value}))
+    code, _, error = cli("reproduce", tiny_protocol, "--out", out, *more)
+    assert code == 1 and message in error and "another --out" in error and "--overwrite" not in error
+    assert not (out / "reproduction.json").exists()
 
 
 @pytest.mark.parametrize("wrong", ["colour = 1", "[[published]]\nlog_likelihood = true\nsource = ''\nlooked_up = ''"])

@@ -133,6 +133,8 @@ def test_mistakes() -> None:
         AggregatedPosterior(torch.zeros(0, 2), torch.zeros(2))
     with pytest.raises(ValueError, match="num_samples must be at least 2"):
         AggregatedPosterior(torch.zeros(4, 2), torch.zeros(2)).mutual_information(1)
+    with pytest.raises(TypeError, match="num_samples must be an integer, not float"):
+        AggregatedPosterior(torch.zeros(4, 2), torch.zeros(2)).total_correlation(2.5)
     with pytest.raises(NotImplementedError, match="single dimensions"):
         from fastvae.priors import Prior
 

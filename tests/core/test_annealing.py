@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
-from fastvae import VAE, MixturePrior, StandardNormalPrior, annealing, hmc
+from fastvae import VAE, HierarchicalVAE, MixturePrior, StandardNormalPrior, annealing, hmc
 from fastvae.hmc import Target
 
 ZERO, ONE = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
@@ -231,12 +231,13 @@ def test_a_start_that_is_narrow_beyond_reason() -> None:
     assert float(((found.z.mean((0, 1)) - mu).abs() / (0.5 * logvar).exp()).max()) < 0.3
 
 
+class HalfNormal(StandardNormalPrior):
+    def log_prob(self, z: Tensor) -> Tensor:
+        return torch.where(z[..., 0] > 0, super().log_prob(z) + math.log(2), -math.inf)
+
+
 def test_where_the_density_is_zero() -> None:
     """A chain that proposes a z of no density stays; one that begins there has weight 0; NaN stays in its point."""
-
-    class HalfNormal(StandardNormalPrior):
-        def log_prob(self, z: Tensor) -> Tensor:
-            return torch.where(z[..., 0] > 0, super().log_prob(z) + math.log(2), -math.inf)
 
     x = torch.ones(2, 6)
     model = VAE(Encoder(), Decoder(), HalfNormal(3))
@@ -274,12 +275,32 @@ def test_where_the_density_is_zero() -> None:
         ({"start": "encoder"}, ValueError, "start must be one of 'posterior', 'prior', not 'encoder'"),
         ({"acceptance": 1.0}, ValueError, "acceptance must be between 0 and 1"),
         ({"x": [[0.0]]}, TypeError, "x must be a tensor"),
-        ({"vae": Decoder()}, TypeError, "vae must be a fastvae.VAE; a Decoder has no encoder"),
+        ({"num_chains": None}, TypeError, "num_chains must be an integer, not NoneType"),
+        ({"x": torch.tensor(0.5)}, ValueError, r"x must be \[B, \*x_shape\], not \[\]"),
     ],
 )
 def test_mistakes(more: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         annealing.log_likelihood(**({"vae": vae(), "x": torch.rand(2, 6)} | more))
+
+
+def two_levels() -> HierarchicalVAE:
+    return HierarchicalVAE(Encoder(), Encoder(9, 2), Encoder(3, 2), Decoder(5), StandardNormalPrior(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Decoder, "vae must be a fastvae.VAE; a Decoder has no encoder"),
+        (two_levels, "vae must have one level of latents, not two as a HierarchicalVAE; vae.log_likelihood"),
+    ],
+)
+def test_other_models(make: Any, message: str) -> None:
+    """Each function refuses them before it draws anything."""
+    x = torch.rand(2, 6)
+    for call in (annealing.log_likelihood, annealing.bidirectional_bounds, hmc.sample_posterior):
+        with pytest.raises(TypeError, match=message):
+            call(make(), 2 if call is annealing.bidirectional_bounds else x)
 
 
 def test_a_decoder_without_a_gradient() -> None:
@@ -303,6 +324,22 @@ class TestPosterior:
         assert bool(((found.z.mean((0, 1)) - mu).abs() < 5 * error).all())
         assert torch.allclose(found.z.flatten(0, 1).var(0).log(), logvar, atol=0.35)
         assert abs(float(found.acceptance.mean()) - 0.8) < 0.1 and found.step_size.shape == (4, 4)
+
+    def test_starts_outside_the_support(self) -> None:
+        """Chains begin again until they are inside, or they would stay where the density is zero for ever."""
+
+        model = VAE(Encoder(), Decoder(), HalfNormal(3))
+        found = hmc.sample_posterior(model, torch.rand(3, 6), 20, num_chains=16, warmup=30, leapfrog_steps=3)
+        assert bool((found.z[..., 0] > 0).all()) and bool((found.acceptance > 0).all())
+
+    def test_no_start_inside(self) -> None:
+        with pytest.raises(ValueError, match=r"not finite at any of 100 draws of the start 'posterior', for 1 of 2 x"):
+            hmc.sample_posterior(vae(), torch.stack((torch.rand(6), torch.full((6,), math.nan))), 5, warmup=5)
+
+    @pytest.mark.parametrize("value", [math.nan, 1.0])
+    def test_no_draws_to_speak_of(self, value: float) -> None:
+        z = torch.full((20, 4), value)
+        assert bool(hmc.effective_sample_size(z).isnan()) and bool(hmc.r_hat(z).isnan())
 
     def test_chains_that_disagree(self) -> None:
         z = torch.randn(500, 4, 2, dtype=torch.float64)

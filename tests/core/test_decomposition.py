@@ -149,6 +149,16 @@ def test_leaving_each_point_out(weighted: bool) -> None:
     assert torch.allclose(sum(terms), log_q - Normal(0.0, 1.0).log_prob(z).sum(-1))
 
 
+def test_leaving_out_almost_all_the_weight() -> None:
+    """1 - w is taken of log w, in which float32 knows a weight near 1 to every digit."""
+    log_weights = torch.tensor([-1e-9, math.log(1e-9)])
+    z, mu, own = torch.randn(4, 2), torch.randn(2, 2), torch.zeros(4, dtype=torch.int64)
+    terms = decompose_kl(z, torch.zeros(4), mu, torch.zeros(1), log_weights, exclude=own)
+    want = Normal(mu[1], 1.0).log_prob(z).sum(-1)  # all that is left
+    assert torch.allclose(-terms.mutual_information, want, atol=1e-5)
+    assert torch.allclose(terms.total_correlation, torch.zeros(4), atol=1e-5)
+
+
 def test_a_penalty_makes_the_dimensions_independent(compiled: None) -> None:
     """The recipe of the guide, with a memory of the posteriors: an encoder that mixes what it could keep apart."""
     N, B = 1000, 100

@@ -18,11 +18,12 @@ from fastvae.app.run.gap import Gap, measure_gap
 from fastvae.app.run.measuring import VALIDATION_BATCH, batches, measure, with_fixed_prior
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun
+from fastvae.app.user_errors import RunError
 from fastvae.contracts import encode
 
 ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var_x(E[z|x]) is above this
 BATCH = 50  # images whose log-likelihood is measured at once
-KEEP_EVERY = 60  # seconds between two writes of what an evaluation has done
+KEEP_EVERY = 60  # seconds between two writes of what an evaluation has done, for a process that is killed
 BOUND_SAMPLES = 10  # of z for each image: the sampling noise of the bound is then small beside its spread over images
 
 
@@ -58,7 +59,11 @@ def evaluate(
         plan: what to measure on, and how closely.
         on_images: told how many images have been done, after each batch of them.
 
-    An evaluation that was stopped goes on where it was: the run's folder keeps what was done.
+    An evaluation that was stopped goes on where it was: the run's folder keeps what was done, until the caller has
+    written the result and deletes it.
+
+    Raises:
+        RunError: an image's log-likelihood is no finite number.
     """
     started = time.perf_counter()
     x = plan.images(run.dataset).to(run.device)
@@ -92,7 +97,7 @@ def _log_likelihood(
 
     It takes minutes or hours, so what is done is kept for a later call.
     """
-    vae, unfinished = with_fixed_prior(run.vae), run.folder.unfinished_evaluation(plan.part(run.dataset))
+    vae, unfinished = with_fixed_prior(run.vae), unfinished_evaluation(run, plan)
     identity = {
         "best_epoch": run.checkpoint["best_epoch"],
         "best_bound": run.checkpoint["best_bound"],
@@ -102,16 +107,30 @@ def _log_likelihood(
     done = _read_unfinished(unfinished, identity)
     on_images(len(done))
     kept = time.monotonic()
-    for start in range(len(done), len(x), BATCH):
-        reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
-        some = slice(start, start + BATCH)
-        done += vae.log_likelihood(x[some], plan.samples, y=None if y is None else y[some]).tolist()
-        on_images(len(done))
-        if time.monotonic() - kept > KEEP_EVERY:
-            write_json(unfinished, {**identity, "log_likelihood": done})
-            kept = time.monotonic()
-    unfinished.unlink(missing_ok=True)
+    try:
+        for start in range(len(done), len(x), BATCH):
+            reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
+            some = slice(start, start + BATCH)
+            values = vae.log_likelihood(x[some], plan.samples, y=None if y is None else y[some])
+            if not bool(values.isfinite().all()):
+                number = int(values.isfinite().logical_not().nonzero()[0])
+                raise RunError(
+                    f"{run.folder.path}: the log-likelihood of {plan.split} image {start + number} is "
+                    f"{float(values[number])}, no finite number; the model has diverged or is damaged."
+                )
+            done += values.tolist()
+            on_images(len(done))
+            if time.monotonic() - kept > KEEP_EVERY:
+                write_json(unfinished, {**identity, "log_likelihood": done})
+                kept = time.monotonic()
+    finally:  # at the end too: what follows may be stopped as well
+        write_json(unfinished, {**identity, "log_likelihood": done})
     return torch.tensor(done, dtype=torch.float64)
+
+
+def unfinished_evaluation(run: TrainedRun, plan: EvaluationPlan) -> Path:
+    """The file that keeps what an evaluation by this plan has done."""
+    return run.folder.unfinished_evaluation(plan.part(run.dataset), plan.samples)
 
 
 def _read_unfinished(path: Path, identity: dict[str, float]) -> list[float]:

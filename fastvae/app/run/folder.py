@@ -41,9 +41,9 @@ class RunFolder:
         """What evaluation gave, as JSON: of all test images, or of that `part` of the data."""
         return self.path / (f"evaluation-{part}.json" if part else "evaluation.json")
 
-    def unfinished_evaluation(self, part: str = "") -> Path:
-        """What an evaluation that is under way has done, as JSON."""
-        return self.path / (f"evaluation-{part}-unfinished.json" if part else "evaluation-unfinished.json")
+    def unfinished_evaluation(self, part: str, samples: int) -> Path:
+        """What an evaluation with so many importance samples, that is under way or was stopped, has done, as JSON."""
+        return self.evaluation(f"{part}-unfinished-{samples}" if part else f"unfinished-{samples}")
 
     @property
     def reproduction(self) -> Path:
