@@ -170,7 +170,8 @@ def code(device: str) -> dict[str, Any]:
 def measured_files() -> list[Path]:
     """The library without its command line, the extension, and what measures them."""
     here, library = Path(__file__).resolve().parent, Path(fastvae.__file__).parent
-    files = [file for room in (".", "backends", "kernels", "priors") for file in (library / room).glob("*.py")]
+    rooms = [library, *(room for room in library.iterdir() if room.is_dir() and room.name not in ("app", "benchmarks"))]
+    files = [file for room in rooms for file in room.glob("*.py")]
     files += [*library.glob("_C*.so"), *here.glob("*.cpp"), *here.glob("peers/*.py"), *here.glob("*_cases.py")]
     files += [here / f"{name}.py" for name in _MEASURING]
     return sorted(files, key=lambda file: (file.parent.name, file.name))
