@@ -158,7 +158,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]  # sci
         exponents = Exponents(*(t.to(wide_dtype(z.device)) for t in self._mixture(z)))
         found = z.new_empty(len(z), len(self.means_))
         for m in row_slices(z, len(self.means_)):
-            found[m] = torch.softmax(exponents.by_product(z[m].to(exponents.c), slice(None)), 1).to(z)
+            found[m] = torch.softmax(exponents.of_all(z[m].to(exponents.c), slice(None)), 1).to(z)
         return found.cpu().numpy()
 
     def score_samples(self, X: Any) -> Any:
