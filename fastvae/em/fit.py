@@ -161,7 +161,7 @@ def fit_mixture(
     for n in range(n_init):
         if n:
             first = rows.sample(len(first.z), generator)
-        start = _start(first, K, given, learn_weights, init, reg_covar, generator, em.backend)
+        start = _start(first, K, given, learn_weights, init, reg_covar, generator)
         fit = em.run(start, generator, None if callback is None else functools.partial(callback, n))
         if best is None or fit.history[-1] > best.history[-1]:
             best = fit
@@ -206,14 +206,14 @@ def _start(
     init: str,
     reg_covar: float,
     generator: torch.Generator,
-    backend: str,
 ) -> Parameters:
     """What was given, and the rest from clusters of the first rows."""
     mu, logvar, log_weights = given
     if log_weights is None and not learn_weights:
         log_weights = first.z.new_full((K,), -math.log(K), dtype=wide_dtype(first.z.device))
     if mu is None or logvar is None or log_weights is None:
-        clusters = kmeans(*first, K, init, generator, backend)
+        with torch.autocast(first.z.device.type, enabled=False):  # which would round the products of k-means
+            clusters = kmeans(*first, K, init, generator)
         found = m_step(clusters, None, reg_covar, 0.0)
         mu = found.mu if mu is None else mu
         logvar = found.logvar if logvar is None else logvar

@@ -160,6 +160,29 @@ def test_the_start_finds_clusters_that_lie_apart() -> None:
     assert float(torch.cdist(centres[:3], fit.mu).min(1).values.max()) < 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("init", ["kmeans", "k-means++", "random_from_data"])
+def test_an_outlier_leaves_the_other_clusters_apart(init: str, dtype: torch.dtype) -> None:
+    """Clusters at distances of 1e-5 of the outlier's: components that start alike would stay alike."""
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]], dtype=dtype)
+    z = centres[torch.arange(1000) % 4] + torch.randn(1000, 2, dtype=dtype)
+    z = torch.cat([z, torch.full((1, 2), 1e6, dtype=dtype)])
+    fits = [fit_mixture(z, 5, init=init, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    best = max(fits, key=lambda fit: fit.history[-1])
+    if init != "random_from_data":  # whose seeds may leave out the outlier
+        assert float(torch.cdist(centres, best.mu).min(1).values.max()) < 0.5
+    for fit in fits:
+        assert float(torch.nn.functional.pdist(fit.mu).min()) > 1e-3
+
+
+def test_autocast_rounds_nothing() -> None:
+    z = 100 + clusters(300, 3, 2, torch.float32)
+    plain = fit_mixture(z, 5, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fit_mixture(z, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.mu, plain.mu) and found.history == plain.history
+
+
 def test_many_components_start_from_rows_at_random() -> None:
     z = torch.randn(4000, 2)
     fit = fit_mixture(z, 3000, init="random_from_data", max_iter=2)
