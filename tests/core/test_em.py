@@ -147,6 +147,19 @@ def test_weights_are_repetitions_and_0_is_absence() -> None:
     assert np.allclose(weighted.history, repeated.history, rtol=1e-12)
 
 
+@pytest.mark.parametrize("batches", [False, True])
+def test_a_row_of_weight_0_may_lie_anywhere(batches: bool) -> None:
+    """So far away that its log density is -inf in float32, where 0 times it would be NaN."""
+    z = clusters(200, 3, dtype=torch.float32)
+    given, g = start(z[1:], 3), torch.ones(200)
+    g[0] = 0
+    far = z.clone()
+    far[0] = 1e25
+    found = fit_mixture([(far, g)] if batches else far, 3, **given, sample_weight=None if batches else g, max_iter=3)
+    wanted = fit_mixture([z[1:]] if batches else z[1:], 3, **given, max_iter=3)
+    assert torch.allclose(found.mu, wanted.mu) and np.allclose(found.history, wanted.history)
+
+
 def test_the_start_finds_clusters_that_lie_apart() -> None:
     """k-means++ puts a seed into each of 30 clusters, from which rows drawn at random would leave out a third."""
     centres = 100.0 * torch.randn(30, 2)
@@ -354,6 +367,8 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]]:
         "NaN in an array": (ValueError, "2 of 20 rows", fit(broken.numpy(), 2, batch_size=5)),
         "integers": (TypeError, "z must be a floating tensor, not torch.int64", fit(z.long(), 2)),
         "integer array": (TypeError, "z must be a floating tensor, not torch.int64", fit(z.long().numpy(), 2)),
+        "objects": (TypeError, "z must be of a dtype that PyTorch has.* not object", fit(z.numpy().astype(object), 2)),
+        "byte order": (TypeError, "z must be .* this machine's byte order, not >f4", fit(z.numpy().astype(">f4"), 2)),
         "no rows": (ValueError, r"z must be \[N, D\] with N >= 1 and D >= 1, not \[0, 3\]", fit(z[:0], 2)),
         "one dimension": (ValueError, r"z must be \[N, D\]", fit(z[:, 0], 2)),
         "no batches": (ValueError, "z must give at least one batch", fit([], 2)),
