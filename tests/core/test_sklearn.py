@@ -122,6 +122,7 @@ def test_what_is_refused() -> None:
     for options, message in (
         ({"covariance_type": "full"}, "covariance_type must be 'diag', not 'full'"),
         ({"init_params": "random"}, "init_params must be one of"),
+        ({"n_components": 0}, "n_components must be at least 1, not 0"),
         ({"n_components": 21}, "X must have at least n_components = 21 rows"),
         ({"means_init": X[:3]}, r"means_init must be \[1, 3\], not \[3, 3\]"),
         ({"precisions_init": -X[:1]}, "precisions_init must be positive"),
@@ -132,6 +133,10 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GaussianMixture(**options).fit(X)
+    with pytest.raises(TypeError, match="n_components must be an integer, not str"):
+        GaussianMixture("2").fit(X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="n_samples must be an integer, not float"):
+        GaussianMixture().fit(X).sample(2.0)  # type: ignore[arg-type]
 
 
 def test_without_scikit_learn() -> None:
