@@ -38,6 +38,10 @@ class MixtureOfDiagNormals(Distribution):
     they are large, one after the other, and by plain PyTorch where they are small, together.  Mixtures may differ in
     their weights alone, such as `component_logits` [M, K] beside `locs` [K, D]: no [M, K, D] numbers are held.
 
+    The gradient of parameters that mixtures share by `expand` is the sum over these mixtures.  It arrives in the tensor
+    that was expanded; the expanded tensor itself has all of it at the first mixture.  For the gradient of each mixture
+    by itself, give a leaf, such as `locs.detach().expand(...).requires_grad_()`, or a `contiguous()` copy.
+
     Args:
         locs: [*batch_shape, K, D], the means.
         coord_scale: broadcastable to [*batch_shape, K, D], the standard deviations.  One dimension is [D], for all
@@ -104,6 +108,7 @@ class MixtureOfDiagNormals(Distribution):
                 f"the batch shapes of locs, coord_scale and component_logits must be broadcastable, not "
                 f"{list(batches[0])}, {list(batches[1])} and {list(batches[2])}"
             ) from None
+        locs, coord_scale, component_logits = (_own_gradients(p) for p in (locs, coord_scale, component_logits))
         scale = coord_scale.reshape((1,) * (2 - coord_scale.ndim) + coord_scale.shape)
         scale = scale.expand(*scale.shape[:-1], D)
         self._set_parameters((locs, scale, component_logits), batch_shape)
@@ -292,6 +297,15 @@ class MixtureOfDiagNormals(Distribution):
         """[B, 1, D] as [*batch_shape, D]."""
         everywhere = moment.expand(of.number, of.rows(()), -1)
         return of.unsorted(everywhere, ()).to(self._dtype)
+
+
+def _own_gradients(parameter: Tensor) -> Tensor:
+    """A copy of an expanded leaf, in which a gradient is asked for at each place; others as they are.
+
+    What is expanded counts as shared, and what is shared gets its whole gradient at the first of its places.
+    """
+    leaf = parameter.requires_grad and parameter.is_leaf
+    return parameter.contiguous() if leaf and 0 in parameter.stride() else parameter
 
 
 @torch.no_grad()
