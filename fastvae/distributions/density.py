@@ -54,9 +54,12 @@ def cdf(value: Tensor, of: Mixtures) -> Tensor:
 
 
 def _cdf(value: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
-    t = (value[:, :, None] - locs[:, None]) / scale[:, None]  # [B, R, K, D]
-    of_components = (0.5 * torch.erfc(t * -math.sqrt(0.5))).prod(-1)  # [B, R, K]
-    return (log_weights.exp()[:, None] * of_components).sum(-1)
+    infinite = value.isinf()  # a dimension that is not asked for; its t would make NaN gradients, infinity times 0
+    t = (value.masked_fill(infinite, 0.0)[:, :, None] - locs[:, None]) / scale[:, None]  # [B, R, K, D]
+    of_dimensions = torch.where(
+        infinite[:, :, None], (value > 0)[:, :, None].to(t), 0.5 * torch.erfc(t * -math.sqrt(0.5))
+    )
+    return (log_weights.exp()[:, None] * of_dimensions.prod(-1)).sum(-1)
 
 
 def mean(of: Mixtures) -> Tensor:

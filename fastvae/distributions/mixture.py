@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -217,9 +218,10 @@ class MixtureOfDiagNormals(Distribution):
             ValueError: there is no such dimension, or none is given.
         """
         D = self.event_shape[0]
-        dims = [dims] if isinstance(dims, int) else list(dims)
-        if not all(isinstance(d, int) for d in dims):
-            raise TypeError(f"dims must be an integer or integers, not {dims}")
+        try:
+            dims = [operator.index(d) for d in (dims if isinstance(dims, Iterable) else [dims])]
+        except TypeError:
+            raise TypeError(f"dims must be an integer or integers, not {dims!r}") from None
         if not dims or not all(-D <= d < D for d in dims):
             raise ValueError(f"dims must be of 0 ... {D - 1} for D = {D}, and one at least, not {dims}")
         locs, scale, logits = self._given
@@ -254,7 +256,7 @@ class MixtureOfDiagNormals(Distribution):
         Raises:
             TypeError, ValueError: num_samples is not an integer, or below 2.
         """
-        _checks.count("num_samples", num_samples)
+        num_samples = _checks.positive("num_samples", num_samples)
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, for a standard error, not {num_samples}")
         values = -self.log_prob(self.rsample((num_samples,))).double()

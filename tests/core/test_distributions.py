@@ -121,6 +121,15 @@ def test_a_distribution_function_counts_samples() -> None:
     assert bool(((below - wanted).abs() < 5 * (wanted * (1 - wanted) / 40_000).sqrt()).all())
 
 
+def test_a_distribution_function_at_infinity_is_that_of_the_other_dimensions() -> None:
+    given = parameters(((), (), ()), 5, 3)
+    q, at = MixtureOfDiagNormals(*given), torch.tensor([0.3, math.inf, -0.2], dtype=torch.float64)
+    found, wanted = q.cdf(at), q.marginal([0, 2]).cdf(at[[0, 2]])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, given), torch.autograd.grad(wanted, given))
+    assert float(q.cdf(-at).detach()) == 0
+
+
 def test_marginals() -> None:
     q = mixture().expand((2,))
     z = torch.randn(4, 2, 2, dtype=torch.float64)
@@ -131,7 +140,8 @@ def test_marginals() -> None:
     one, huge = q.marginal(-1), torch.full((3,), 1e3, dtype=torch.float64)
     huge[2] = 0.7
     torch.testing.assert_close(one.cdf(huge[2:]), q.cdf(huge))
-    for bad, error in ((3, ValueError), ([], ValueError), ("a", TypeError)):
+    torch.testing.assert_close(q.marginal(torch.tensor([2, 0])).log_prob(z), found.log_prob(z))
+    for bad, error in ((3, ValueError), ([], ValueError), ("a", TypeError), (1.5, TypeError)):
         with pytest.raises(error, match="dims must be"):
             q.marginal(bad)  # type: ignore[arg-type]
 
