@@ -317,6 +317,25 @@ def test_batches_come_near_to_all_rows(form: str, tmp_path: Path) -> None:
     assert log_likelihood(stepwise, z) > best - 0.05 * (best - first)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["a small last batch", "weights"])
+def test_batches_count_by_what_they_weigh(weighted: bool) -> None:
+    """A last batch of one row, and batches that count a thousand times less than others."""
+    z = clusters(2001, 5, 2)
+    batches = z.split(100)
+    given, g = start(z, 5), torch.ones(2001, dtype=F64)
+    if weighted:
+        g = torch.where(torch.arange(2001) % 200 < 100, 1.0, 1e-3).double()
+        z[g < 1] += 1.0
+    rows = list(zip(batches, g.split(100), strict=True))
+    stepwise = fit_mixture(rows, 5, **given, max_iter=60, tol=0)
+    exact = fit_mixture(z, 5, **given, sample_weight=g, max_iter=300, tol=1e-9)
+
+    def mean(fit: MixtureFit) -> float:
+        return float(fastvae.mixture_log_prob(z, *alone_of(fit)) @ g / g.sum())
+
+    assert mean(stepwise) > mean(exact) - 2e-3
+
+
 def test_rows_of_any_kind_give_the_same() -> None:
     """A view, an array, an array that may not be written to or runs backwards, and a half precision."""
     z = clusters(100, 3, dtype=torch.float32)
