@@ -77,7 +77,7 @@ def library() -> set[str]:
         ("benchmarks", "fastvae/benchmarks"),
     ):
         files |= {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).rglob("*.py")}
-    return files
+    return files | {str(path.relative_to(ROOT)) for path in (ROOT / "fastvae/app/protocols").glob("*.toml")}
 
 
 def test_the_archive_has_the_sources(source: Path) -> None:
