@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvae import _checks
 from fastvae import functional as F
 from fastvae.em import fit_mixture, mixture_responsibilities
 from fastvae.em.responsibilities import Exponents, row_slices
@@ -105,6 +106,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]  # sci
             )
         if self.init_params not in INITS:
             raise ValueError(f"init_params must be one of {', '.join(map(repr, INITS))}, not {self.init_params!r}")
+        _checks.positive("n_components", self.n_components)
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2)
         if len(X) < self.n_components:
             raise ValueError(f"X must have at least n_components = {self.n_components} rows, not n_samples = {len(X)}")
@@ -158,7 +160,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]  # sci
         exponents = Exponents(*(t.to(wide_dtype(z.device)) for t in self._mixture(z)))
         found = z.new_empty(len(z), len(self.means_))
         for m in row_slices(z, len(self.means_)):
-            found[m] = torch.softmax(exponents.by_product(z[m].to(exponents.c), slice(None)), 1).to(z)
+            found[m] = torch.softmax(exponents.of_all(z[m].to(exponents.c), slice(None)), 1).to(z)
         return found.cpu().numpy()
 
     def score_samples(self, X: Any) -> Any:
@@ -184,8 +186,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):  # type: ignore[misc]  # sci
     def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
         """(X [n_samples, D], their components int64 [n_samples]), in the order of the components."""
         check_is_fitted(self)
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, not {n_samples}")
+        n_samples = _checks.positive("n_samples", n_samples)
         rng = check_random_state(self.random_state)
         weights = self.weights_.astype(np.float64)
         labels = np.repeat(np.arange(len(weights)), rng.multinomial(n_samples, weights / weights.sum()))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastvae import _torch_compat
 from fastvae.backends.composite import chunk_on
 
 
@@ -137,10 +138,14 @@ def of_mixture(parameter: Tensor, b: slice) -> Tensor:
 
 
 def by_blocks(function: Callable[..., Tensor], value: Tensor, *parameters: Tensor) -> Tensor:
-    """function(value, locs, ...), [B, R, ...], in blocks; what a block holds is computed again in backward."""
+    """function(value, locs, ...), [B, R, ...], in blocks; what a block holds is computed again in backward.
+
+    Within torch.func's transforms, which know no checkpoints, all blocks are kept for backward.
+    """
     pieces = list(blocks(value, math.prod(parameters[0].shape[1:])))
     if len(pieces) < 2:
         return function(value, *parameters)
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    parts = [again(function, value[b, r], *(of_mixture(p, b) for p in parameters)) for b, r in pieces]
+    if not _torch_compat.in_functorch_transform():
+        function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    parts = [function(value[b, r], *(of_mixture(p, b) for p in parameters)) for b, r in pieces]
     return torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, value.shape[:2])

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvae import functional as F
 from fastvae._noise import LOG_2PI
 from fastvae.backends import BackendOptions
+from fastvae.backends.choice import choose
 from fastvae.distributions.batches import Mixtures, by_blocks, without_absent
 
 # A mixture by itself is a call of the operation, some 100 us forward and backward.  PyTorch takes that long for so many
@@ -22,6 +23,9 @@ def log_prob(value: Tensor, of: Mixtures, options: BackendOptions) -> Tensor:
     B, R, D = value.shape
     K = of.locs.shape[1]
     if B == 0 or (B > 1 and R * K * D < NUMBERS_FOR_A_CALL):
+        choose(
+            options["impl"], value.device, value.dtype, options["precision"]
+        )  # a backend that cannot run is an error
         return by_blocks(_log_prob, value, *without_absent(*of.parameters))
     # unbind, and not a slice for each mixture, whose gradients would each be as large as the whole
     points = value.unbind()
@@ -50,9 +54,12 @@ def cdf(value: Tensor, of: Mixtures) -> Tensor:
 
 
 def _cdf(value: Tensor, locs: Tensor, scale: Tensor, log_weights: Tensor) -> Tensor:
-    t = (value[:, :, None] - locs[:, None]) / scale[:, None]  # [B, R, K, D]
-    of_components = (0.5 * torch.erfc(t * -math.sqrt(0.5))).prod(-1)  # [B, R, K]
-    return (log_weights.exp()[:, None] * of_components).sum(-1)
+    infinite = value.isinf()  # a dimension that is not asked for; its t would make NaN gradients, infinity times 0
+    t = (value.masked_fill(infinite, 0.0)[:, :, None] - locs[:, None]) / scale[:, None]  # [B, R, K, D]
+    of_dimensions = torch.where(
+        infinite[:, :, None], (value > 0)[:, :, None].to(t), 0.5 * torch.erfc(t * -math.sqrt(0.5))
+    )
+    return (log_weights.exp()[:, None] * of_dimensions.prod(-1)).sum(-1)
 
 
 def mean(of: Mixtures) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,10 @@ class MixtureOfDiagNormals(Distribution):
     batch shape is missing or 1, are evaluated as one mixture.  Mixtures that differ are evaluated by the kernels where
     they are large, one after the other, and by plain PyTorch where they are small, together.  Mixtures may differ in
     their weights alone, such as `component_logits` [M, K] beside `locs` [K, D]: no [M, K, D] numbers are held.
+
+    The gradient of parameters that mixtures share by `expand` is the sum over these mixtures.  It arrives in the tensor
+    that was expanded; the expanded tensor itself has all of it at the first mixture.  For the gradient of each mixture
+    by itself, give a leaf, such as `locs.detach().expand(...).requires_grad_()`, or a `contiguous()` copy.
 
     Args:
         locs: [*batch_shape, K, D], the means.
@@ -104,6 +109,7 @@ class MixtureOfDiagNormals(Distribution):
                 f"the batch shapes of locs, coord_scale and component_logits must be broadcastable, not "
                 f"{list(batches[0])}, {list(batches[1])} and {list(batches[2])}"
             ) from None
+        locs, coord_scale, component_logits = (_own_gradients(p) for p in (locs, coord_scale, component_logits))
         scale = coord_scale.reshape((1,) * (2 - coord_scale.ndim) + coord_scale.shape)
         scale = scale.expand(*scale.shape[:-1], D)
         self._set_parameters((locs, scale, component_logits), batch_shape)
@@ -212,9 +218,10 @@ class MixtureOfDiagNormals(Distribution):
             ValueError: there is no such dimension, or none is given.
         """
         D = self.event_shape[0]
-        dims = [dims] if isinstance(dims, int) else list(dims)
-        if not all(isinstance(d, int) for d in dims):
-            raise TypeError(f"dims must be an integer or integers, not {dims}")
+        try:
+            dims = [operator.index(d) for d in (dims if isinstance(dims, Iterable) else [dims])]
+        except TypeError:
+            raise TypeError(f"dims must be an integer or integers, not {dims!r}") from None
         if not dims or not all(-D <= d < D for d in dims):
             raise ValueError(f"dims must be of 0 ... {D - 1} for D = {D}, and one at least, not {dims}")
         locs, scale, logits = self._given
@@ -249,7 +256,7 @@ class MixtureOfDiagNormals(Distribution):
         Raises:
             TypeError, ValueError: num_samples is not an integer, or below 2.
         """
-        _checks.count("num_samples", num_samples)
+        num_samples = _checks.positive("num_samples", num_samples)
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, for a standard error, not {num_samples}")
         values = -self.log_prob(self.rsample((num_samples,))).double()
@@ -292,6 +299,15 @@ class MixtureOfDiagNormals(Distribution):
         """[B, 1, D] as [*batch_shape, D]."""
         everywhere = moment.expand(of.number, of.rows(()), -1)
         return of.unsorted(everywhere, ()).to(self._dtype)
+
+
+def _own_gradients(parameter: Tensor) -> Tensor:
+    """A copy of an expanded leaf, in which a gradient is asked for at each place; others as they are.
+
+    What is expanded counts as shared, and what is shared gets its whole gradient at the first of its places.
+    """
+    leaf = parameter.requires_grad and parameter.is_leaf
+    return parameter.contiguous() if leaf and 0 in parameter.stride() else parameter
 
 
 @torch.no_grad()

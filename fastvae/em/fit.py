@@ -84,7 +84,8 @@ def fit_mixture(
 
     With `batch_size`, or batches for z, the mixture is updated after each batch instead (stepwise EM), and an iteration
     is a pass over all batches.  A component's share of a batch then moves it by a step that shrinks with the number of
-    batches seen, t: (t + t_0)^-0.6, where the start counts for t_0 batches, which is 64 K rows.
+    batches seen, t: (t + t_0)^-0.6, where the start counts for t_0 batches, which is 64 K rows.  The step of a batch is
+    in proportion to its weight, by its rows or by `sample_weight`, beside the mean weight of the batches so far.
 
     A component whose share of all rows is below a rounding, the dtype's epsilon / K, is dead: its weight becomes 0 and
     stays 0, its mean and variance stay as they were.  Without `reg_covar` an iteration over all rows never lowers the
@@ -161,7 +162,7 @@ def fit_mixture(
     for n in range(n_init):
         if n:
             first = rows.sample(len(first.z), generator)
-        start = _start(first, K, given, learn_weights, init, reg_covar, generator, em.backend)
+        start = _start(first, K, given, learn_weights, init, reg_covar, generator)
         fit = em.run(start, generator, None if callback is None else functools.partial(callback, n))
         if best is None or fit.history[-1] > best.history[-1]:
             best = fit
@@ -206,14 +207,14 @@ def _start(
     init: str,
     reg_covar: float,
     generator: torch.Generator,
-    backend: str,
 ) -> Parameters:
     """What was given, and the rest from clusters of the first rows."""
     mu, logvar, log_weights = given
     if log_weights is None and not learn_weights:
         log_weights = first.z.new_full((K,), -math.log(K), dtype=wide_dtype(first.z.device))
     if mu is None or logvar is None or log_weights is None:
-        clusters = kmeans(*first, K, init, generator, backend)
+        with torch.autocast(first.z.device.type, enabled=False):  # which would round the products of k-means
+            clusters = kmeans(*first, K, init, generator)
         found = m_step(clusters, None, reg_covar, 0.0)
         mu = found.mu if mu is None else mu
         logvar = found.logvar if logvar is None else logvar
@@ -283,7 +284,8 @@ class _EM:
     def _by_batches(self, parameters: Parameters, generator: torch.Generator) -> Iterator[tuple[Parameters, float]]:
         """The same after each pass over the batches; the likelihood of a batch is that before its update."""
         kept = Moments(parameters.log_weights.exp(), parameters.mu, parameters.logvar.exp())
-        seen = 0
+        seen = rows_seen = 0
+        weight_seen = 0.0
         while True:
             log_likelihood = weight = 0.0
             for batch in self._batches(generator):
@@ -295,9 +297,11 @@ class _EM:
                     continue
                 found = moments(statistics, about)
                 found = found._replace(weight=found.weight / batch_weight)
-                seen += 1
-                offset = ROWS_PER_COMPONENT * len(kept.weight) / len(batch.z)
-                kept = kept.towards(found, (seen + offset) ** -STEP_DECAY)
+                seen, rows_seen, weight_seen = seen + 1, rows_seen + len(batch.z), weight_seen + batch_weight
+                offset = ROWS_PER_COMPONENT * len(kept.weight) * seen / rows_seen
+                # in proportion to the batch's weight: a last batch of few rows must not count as much as the others
+                step = (seen + offset) ** -STEP_DECAY * batch_weight * seen / weight_seen
+                kept = kept.towards(found, min(step, 1.0))
                 parameters = self._m_step(kept, parameters)
             if weight == 0:
                 return  # an iterator, which has been read

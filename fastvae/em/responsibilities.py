@@ -15,6 +15,7 @@ from fastvae.backends.composite import chunk_on
 from fastvae.em.statistics import wide_dtype
 
 SPARE = 8  # candidates beyond top_k
+ROUNDING = 1e-8  # of an exponent, in nats: where a product's may be larger, the differences are taken
 
 
 class Responsibilities(NamedTuple):
@@ -39,8 +40,9 @@ def mixture_responsibilities(
 
     Of the [M, K] responsibilities of M rows only parts exist at a time, so that memory grows with M top_k + K.  Without
     gradients.  p(z) is that of :func:`mixture_log_prob`, in float64 (on MPS float32), and so are the exponents of the
-    components taken, from the differences z - mu.  They are chosen by a matrix product in float64, which can miss one
-    where rows lie more than some 10^7 of its standard deviations from the centre of the means.
+    components taken, from the differences z - mu.  They are chosen by a matrix product in float64, and by the
+    differences where the product's rounding could reach 1e-8 nats.  That takes some five times as long for components
+    whose standard deviation is below about 1e-4 of the distances between rows and means.
 
     Args:
         z, mu, logvar, log_weights, exclude, impl: as of :func:`mixture_log_prob`.
@@ -103,13 +105,24 @@ class Exponents:
         self.weights = torch.cat([-0.5 * precision, precision * u], 1)  # [K, 2 D]
         self.constant = self.c - 0.5 * (precision * u.square()).sum(1)  # [K]
 
-    def by_product(self, rows: Tensor, k: slice) -> Tensor:
-        """[m, k] of rows [m, D], as a matrix product of [u^2, u], with u the rows about the means' centre.
+    def of_all(self, rows: Tensor, k: slice) -> Tensor:
+        """[m, k] of rows [m, D]: a matrix product of [u^2, u], with u the rows about the means' centre.
 
-        It is fast, and in float64 exact enough to choose components by.
+        Its terms are as large as (|u| + |mu - centre|)^2 / (2 sigma^2).  Where a rounding of these is above ROUNDING,
+        which is so for narrow components, the differences take its place.
         """
         u = rows - self.centre
-        return torch.addmm(self.constant[k], torch.cat([u.square(), u], 1), self.weights[k].T)
+        a = torch.addmm(self.constant[k], torch.cat([u.square(), u], 1), self.weights[k].T)
+        reach = u.abs().nan_to_num(nan=0.0).amax(0) + (self.mu[k] - self.centre).abs()  # [k, D]
+        terms = 0.5 * (self.s[k] * reach).square().sum(1)
+        narrow = (terms * torch.finfo(a.dtype).eps > ROUNDING).nonzero()[:, 0]
+        if len(narrow):
+            mu, s, c = self.mu[k][narrow], self.s[k][narrow], self.c[k][narrow]
+            size = max(1, chunk_on(rows.device, 8) // (8 * mu.numel()))  # so few rows that a CPU's cache holds t
+            for part, into in zip(rows.split(size), a.split(size), strict=True):
+                t = (part[:, None] - mu).mul_(s)  # [size, narrow, D]
+                into[:, narrow] = c - 0.5 * t.square_().sum(2)
+        return a
 
     def of(self, rows: Tensor, components: Tensor) -> Tensor:
         """[m, n] of rows [m, D] and the components [m, n] of each, from the differences."""
@@ -128,7 +141,7 @@ def _candidates(rows: Tensor, exponents: Exponents, exclude: Tensor | None, coun
     K, size = len(exponents.c), max(count, chunk_on(rows.device, 8) // len(rows))
     best = index = None
     for start in range(0, K, size):
-        a = exponents.by_product(rows, slice(start, start + size))
+        a = exponents.of_all(rows, slice(start, start + size))
         if exclude is not None:
             own = torch.arange(start, start + a.shape[1], device=rows.device) == exclude[:, None]
             a = a.masked_fill(own, -math.inf)

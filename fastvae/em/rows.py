@@ -15,7 +15,7 @@ from fastvae.em.statistics import ROWS
 
 
 class Batch(NamedTuple):
-    """z [B, D], contiguous, float32 or float64, all finite; row_weights [B] in the same dtype, or None for 1 each."""
+    """z [B, D], contiguous, float32 or float64, all finite; row_weights [B], all > 0, in that dtype; None, 1 each."""
 
     z: Tensor
     row_weights: Tensor | None
@@ -89,10 +89,10 @@ class Stream:
         if self.once:
             self._read_ahead = taken
         z = torch.cat([b.z for b in taken])
-        if taken[0].row_weights is None:
+        if all(b.row_weights is None for b in taken):
             return Batch(z, None)
         weights = torch.cat([z.new_ones(len(b.z)) if b.row_weights is None else b.row_weights for b in taken])
-        return Batch(z[weights > 0], weights[weights > 0])
+        return Batch(z, weights)
 
     def in_order(self) -> Iterator[Batch]:
         """The batches of one pass that have rows."""
@@ -150,7 +150,13 @@ def _tensor(name: str, value: Any) -> Tensor:
     if hasattr(value, "__array__"):
         array = value.__array__()
         # PyTorch warns of an array that may not be written to, and takes none with negative strides
-        return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+        try:
+            return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{name} must be of a dtype that PyTorch has, in this machine's byte order, not {array.dtype}: "
+                f'{name}.astype("float64") converts it'
+            ) from None
     raise TypeError(f"{name} must be a tensor or an array, not {describe(value)}")
 
 
@@ -174,4 +180,9 @@ def _batch(z: Tensor, row_weights: Tensor | None, device: torch.device | str | N
                 f"z must be finite, but {int(bad.sum())} of {len(z)} rows hold NaN or infinity: leave them out, "
                 "z[torch.isfinite(z).all(1)]"
             )
-    return Batch(z, None if row_weights is None else row_weights.to(z))
+    if row_weights is None:
+        return Batch(z, None)
+    row_weights = row_weights.to(z)
+    # Rows of weight 0 are left out: 0 times the log density of one that lies too far away, -inf, would be NaN.
+    counted = row_weights > 0
+    return Batch(z, row_weights) if bool(counted.all()) else Batch(z[counted], row_weights[counted])

@@ -7,49 +7,54 @@ import math
 import torch
 from torch import Tensor
 
-from fastvae.em.statistics import Moments, Parameters, e_step, moments, wide_dtype
+from fastvae.em.responsibilities import row_slices
+from fastvae.em.statistics import Moments, Parameters, Statistics, moments, wide_dtype
 
 INITS = ("kmeans", "k-means++", "random_from_data")
 MAX_ITERATIONS, TOLERANCE = 30, 1e-4  # of k-means: the centres' movement, relative to the data's variance
-# The variance of the components that are clusters, relative to the data's: so small that a row belongs to one alone,
-# and so large that float32 rounds the exponents, of some 1e5, by far less than 1.
-HARD = 1e-4
 
 
-def kmeans(
-    z: Tensor, row_weights: Tensor | None, K: int, init: str, generator: torch.Generator, backend: str
-) -> Moments:
-    """The moments of K clusters of rows z [n, D], n >= K.
-
-    k-means is EM of equal components whose variance goes to 0, so that the kernels of EM do it.
+def kmeans(z: Tensor, row_weights: Tensor | None, K: int, init: str, generator: torch.Generator) -> Moments:
+    """The moments of K clusters of rows z [n, D], n >= K; an empty cluster has the variance of all rows.
 
     Args:
         row_weights: [n], >= 0; None, 1 each.
         init: one of INITS.  "kmeans" improves the seeds of "k-means++"; the others assign each row to the nearest seed.
         generator: of the CPU.
-        backend: a name in BACKENDS, or "reference".
 
     Source: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding (SODA 2007); as in scikit-learn, the
     best of several candidates becomes the next seed.
     """
     g = z.new_ones(len(z)) if row_weights is None else row_weights
-    centre = torch.lerp(*z.aminmax(dim=0), 0.5)  # distances are computed as products, which cancel less about 0
-    z = z - centre
-    variance = float(z.var(0, correction=0).mean()) or 1.0
+    # Distances are computed as products.  These cancel least about a point that most rows are near, outliers or not.
+    centre, scale = z.median(0).values, float(z.var(0, correction=0).mean().sqrt()) or 1.0
+    z = (z - centre) / scale
     if init == "random_from_data":
         centres = z[torch.randperm(len(z), generator=generator)[:K].to(z.device)]
     else:
         centres = _seeds(z, g, K, generator)
     iterations = MAX_ITERATIONS if init == "kmeans" else 0
-    logvar = torch.full_like(centres, math.log(HARD * variance))
     for i in range(iterations + 1):
-        about = Parameters(centres, logvar, z.new_zeros(K))
-        found = moments(e_step(z, about, g, backend, False)[1], about)
-        moved = float((found.mean - centres).square().sum())
-        if i == iterations or moved <= TOLERANCE * variance:
+        found = _clusters(z, g, centres)
+        if i == iterations or float((found.mean - centres).square().sum()) <= TOLERANCE:
             break
         centres = found.mean.to(z)
-    return found._replace(mean=found.mean + centre)
+    return Moments(found.weight, found.mean * scale + centre, found.variance * scale**2)
+
+
+def _clusters(z: Tensor, g: Tensor, centres: Tensor) -> Moments:
+    """The moments of the rows that are nearest to each centre; of none, the centre and a variance of 1."""
+    (K, D), wide = centres.shape, wide_dtype(z.device)
+    total = Statistics(*(z.new_zeros(shape, dtype=wide) for shape in ((K,), (K, D), (K, D))))
+    half_squares = 0.5 * centres.square().sum(1)
+    for m in row_slices(z, K):
+        nearest = torch.addmm(half_squares, z[m], centres.T, alpha=-1).argmin(1)
+        apart, own = (z[m] - centres[nearest]).to(wide), g[m].to(wide)
+        parts = own, own[:, None] * apart, own[:, None] * apart.square()
+        for summed, part in zip(total, parts, strict=True):
+            # index_put_ and not index_add_, which on a GPU adds in any order
+            summed.index_put_((nearest,), part, accumulate=True)
+    return moments(total, Parameters(centres, torch.zeros_like(centres), z.new_zeros(K)))
 
 
 def _seeds(z: Tensor, g: Tensor, K: int, generator: torch.Generator) -> Tensor:

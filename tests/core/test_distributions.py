@@ -121,6 +121,15 @@ def test_a_distribution_function_counts_samples() -> None:
     assert bool(((below - wanted).abs() < 5 * (wanted * (1 - wanted) / 40_000).sqrt()).all())
 
 
+def test_a_distribution_function_at_infinity_is_that_of_the_other_dimensions() -> None:
+    given = parameters(((), (), ()), 5, 3)
+    q, at = MixtureOfDiagNormals(*given), torch.tensor([0.3, math.inf, -0.2], dtype=torch.float64)
+    found, wanted = q.cdf(at), q.marginal([0, 2]).cdf(at[[0, 2]])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, given), torch.autograd.grad(wanted, given))
+    assert float(q.cdf(-at).detach()) == 0
+
+
 def test_marginals() -> None:
     q = mixture().expand((2,))
     z = torch.randn(4, 2, 2, dtype=torch.float64)
@@ -131,7 +140,8 @@ def test_marginals() -> None:
     one, huge = q.marginal(-1), torch.full((3,), 1e3, dtype=torch.float64)
     huge[2] = 0.7
     torch.testing.assert_close(one.cdf(huge[2:]), q.cdf(huge))
-    for bad, error in ((3, ValueError), ([], ValueError), ("a", TypeError)):
+    torch.testing.assert_close(q.marginal(torch.tensor([2, 0])).log_prob(z), found.log_prob(z))
+    for bad, error in ((3, ValueError), ([], ValueError), ("a", TypeError), (1.5, TypeError)):
         with pytest.raises(error, match="dims must be"):
             q.marginal(bad)  # type: ignore[arg-type]
 
@@ -219,6 +229,20 @@ def test_expanded_mixtures_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wide.log_prob(torch.zeros(3)).shape == (3, 4, 2)
     with pytest.raises(RuntimeError, match="expanded size"):
         MixtureOfDiagNormals(torch.zeros(2, 5, 3), torch.ones(()), torch.zeros(5)).expand((3,))
+
+
+def test_an_expanded_leaf_has_a_gradient_for_each_mixture() -> None:
+    """As PyTorch's mixtures have it: what `expand` shares is no longer shared once it is a leaf."""
+    shared = (p.detach() for p in parameters(((), (), ()), 5, 3))
+    given = [p.expand(4, *p.shape).requires_grad_() for p in shared]
+    z = torch.randn(3, 4, 3, dtype=torch.float64)
+    wanted = torch.autograd.grad(same_family(*given).log_prob(z).sum(), given)
+    found = torch.autograd.grad(MixtureOfDiagNormals(*given).log_prob(z).sum(), given)
+    torch.testing.assert_close(found, wanted)
+    by_func = torch.func.grad(lambda locs: MixtureOfDiagNormals(locs, *given[1:]).log_prob(z).sum())
+    torch.testing.assert_close(by_func(given[0].detach()), wanted[0])
+    (of_samples,) = torch.autograd.grad(MixtureOfDiagNormals(*given).rsample((3,)).sum(), given[0])
+    torch.testing.assert_close(of_samples.sum((1, 2)), torch.full((4,), 9.0, dtype=torch.float64))
 
 
 def test_a_batch_of_one_takes_points_of_any_batch() -> None:
@@ -349,6 +373,15 @@ def test_validation_follows_the_default_of_pytorch() -> None:
     finally:
         Distribution.set_default_validate_args(__debug__)
     assert mixture().expand((2,))._validate_args == mixture()._validate_args
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which CUDA cannot run")
+def test_a_backend_that_cannot_run_is_an_error_for_small_mixtures_too() -> None:
+    for shapes in (((), (), ()), ((2,), (2,), (2,))):
+        q = MixtureOfDiagNormals(*parameters(shapes, 5, 3), impl="cuda")
+        for work in (lambda q=q: q.log_prob(torch.zeros(3)), q.rsample):
+            with pytest.raises(RuntimeError, match="impl='cuda' cannot run"):
+                work()
 
 
 def test_options() -> None:
@@ -502,6 +535,22 @@ def test_compiled_whole(work: str) -> None:
         locs = q.locs.clone().requires_grad_()
         results.append(torch.autograd.grad(run(locs, z).sum(), locs)[0])
     torch.testing.assert_close(*results)
+
+
+def test_blocks_within_torch_func(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed in blocks has no checkpoints there, and the same gradients."""
+    monkeypatch.setattr("fastvae.distributions.batches.chunk_on", lambda *_: 40)
+    locs, scale, logits = (p.detach() for p in parameters(((3,), (3,), (3,)), 5, 2))
+    z = torch.randn(4, 3, 2, dtype=torch.float64)
+
+    def total(locs: Tensor) -> Tensor:
+        q = MixtureOfDiagNormals(locs, scale, logits, validate_args=False)
+        return q.cdf(z).sum() + q.log_prob(z).sum() + q.mean.sum() + q.variance.sum()
+
+    leaf = locs.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(total(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(total)(locs), wanted)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(total))(locs[None])[0], wanted)
 
 
 def test_transforms_of_torch_func() -> None:

@@ -147,6 +147,19 @@ def test_weights_are_repetitions_and_0_is_absence() -> None:
     assert np.allclose(weighted.history, repeated.history, rtol=1e-12)
 
 
+@pytest.mark.parametrize("batches", [False, True])
+def test_a_row_of_weight_0_may_lie_anywhere(batches: bool) -> None:
+    """So far away that its log density is -inf in float32, where 0 times it would be NaN."""
+    z = clusters(200, 3, dtype=torch.float32)
+    given, g = start(z[1:], 3), torch.ones(200)
+    g[0] = 0
+    far = z.clone()
+    far[0] = 1e25
+    found = fit_mixture([(far, g)] if batches else far, 3, **given, sample_weight=None if batches else g, max_iter=3)
+    wanted = fit_mixture([z[1:]] if batches else z[1:], 3, **given, max_iter=3)
+    assert torch.allclose(found.mu, wanted.mu) and np.allclose(found.history, wanted.history)
+
+
 def test_the_start_finds_clusters_that_lie_apart() -> None:
     """k-means++ puts a seed into each of 30 clusters, from which rows drawn at random would leave out a third."""
     centres = 100.0 * torch.randn(30, 2)
@@ -158,6 +171,29 @@ def test_the_start_finds_clusters_that_lie_apart() -> None:
     weights = (torch.arange(3000) % 30 < 3).float()  # rows of weight 0 attract no seed
     fit = fit_mixture(z, 3, sample_weight=weights, generator=torch.Generator().manual_seed(1))
     assert float(torch.cdist(centres[:3], fit.mu).min(1).values.max()) < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("init", ["kmeans", "k-means++", "random_from_data"])
+def test_an_outlier_leaves_the_other_clusters_apart(init: str, dtype: torch.dtype) -> None:
+    """Clusters at distances of 1e-5 of the outlier's: components that start alike would stay alike."""
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]], dtype=dtype)
+    z = centres[torch.arange(1000) % 4] + torch.randn(1000, 2, dtype=dtype)
+    z = torch.cat([z, torch.full((1, 2), 1e6, dtype=dtype)])
+    fits = [fit_mixture(z, 5, init=init, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    best = max(fits, key=lambda fit: fit.history[-1])
+    if init != "random_from_data":  # whose seeds may leave out the outlier
+        assert float(torch.cdist(centres, best.mu).min(1).values.max()) < 0.5
+    for fit in fits:
+        assert float(torch.nn.functional.pdist(fit.mu).min()) > 1e-3
+
+
+def test_autocast_rounds_nothing() -> None:
+    z = 100 + clusters(300, 3, 2, torch.float32)
+    plain = fit_mixture(z, 5, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fit_mixture(z, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.mu, plain.mu) and found.history == plain.history
 
 
 def test_many_components_start_from_rows_at_random() -> None:
@@ -281,6 +317,25 @@ def test_batches_come_near_to_all_rows(form: str, tmp_path: Path) -> None:
     assert log_likelihood(stepwise, z) > best - 0.05 * (best - first)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["a small last batch", "weights"])
+def test_batches_count_by_what_they_weigh(weighted: bool) -> None:
+    """A last batch of one row, and batches that count a thousand times less than others."""
+    z = clusters(2001, 5, 2)
+    batches = z.split(100)
+    given, g = start(z, 5), torch.ones(2001, dtype=F64)
+    if weighted:
+        g = torch.where(torch.arange(2001) % 200 < 100, 1.0, 1e-3).double()
+        z[g < 1] += 1.0
+    rows = list(zip(batches, g.split(100), strict=True))
+    stepwise = fit_mixture(rows, 5, **given, max_iter=60, tol=0)
+    exact = fit_mixture(z, 5, **given, sample_weight=g, max_iter=300, tol=1e-9)
+
+    def mean(fit: MixtureFit) -> float:
+        return float(fastvae.mixture_log_prob(z, *alone_of(fit)) @ g / g.sum())
+
+    assert mean(stepwise) > mean(exact) - 2e-3
+
+
 def test_rows_of_any_kind_give_the_same() -> None:
     """A view, an array, an array that may not be written to or runs backwards, and a half precision."""
     z = clusters(100, 3, dtype=torch.float32)
@@ -331,6 +386,8 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[], Any]]]:
         "NaN in an array": (ValueError, "2 of 20 rows", fit(broken.numpy(), 2, batch_size=5)),
         "integers": (TypeError, "z must be a floating tensor, not torch.int64", fit(z.long(), 2)),
         "integer array": (TypeError, "z must be a floating tensor, not torch.int64", fit(z.long().numpy(), 2)),
+        "objects": (TypeError, "z must be of a dtype that PyTorch has.* not object", fit(z.numpy().astype(object), 2)),
+        "byte order": (TypeError, "z must be .* this machine's byte order, not >f4", fit(z.numpy().astype(">f4"), 2)),
         "no rows": (ValueError, r"z must be \[N, D\] with N >= 1 and D >= 1, not \[0, 3\]", fit(z[:0], 2)),
         "one dimension": (ValueError, r"z must be \[N, D\]", fit(z[:, 0], 2)),
         "no batches": (ValueError, "z must give at least one batch", fit([], 2)),

@@ -136,3 +136,17 @@ def test_a_clear_error(options: dict, error: type[Exception], message: str) -> N
     mu, logvar, _ = mixture(dtype=torch.float32)
     with pytest.raises(error, match=message):
         mixture_responsibilities(torch.zeros(6, 4), mu, logvar, **options)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e6])
+def test_components_so_narrow_that_products_would_choose_at_random(spread: float) -> None:
+    """Standard deviations of 1e-6 and of 1e6 in one mixture, and a row with NaN among the others."""
+    torch.manual_seed(0)
+    logvar = 2 * torch.tensor([1e-6, 1e6], dtype=torch.float64).repeat(30).log()[:, None].expand(60, 3)
+    mu = spread * torch.randn(60, 3, dtype=torch.float64)
+    z = mu + torch.exp(0.5 * logvar) * torch.randn(60, 3, dtype=torch.float64)
+    want = table(z, mu, logvar, None).topk(2, -1)
+    z = torch.cat([z, torch.full((1, 3), math.nan, dtype=torch.float64)])
+    values, indices = mixture_responsibilities(z, mu, logvar, top_k=2)
+    assert torch.allclose(values[:-1], want.values.exp(), atol=1e-12) and values[-1].isnan().all()
+    assert torch.equal(indices[:-1, 0], want.indices[:, 0])

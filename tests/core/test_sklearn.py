@@ -64,6 +64,22 @@ def test_all_that_scikit_learn_gives(both: tuple[np.ndarray, GaussianMixture, Th
         assert getattr(ours, name)(test) == pytest.approx(getattr(theirs, name)(test), rel=tolerance)
 
 
+def test_responsibilities_of_narrow_components_are_exact() -> None:
+    """Points that repeat make components of a standard deviation of 1e-3 among means that are 1e6 apart."""
+    rng = np.random.default_rng(0)
+    points = 1e6 * rng.standard_normal((30, 2))
+    X = np.concatenate([np.repeat(points, 20, 0), points + 1e-3 * rng.standard_normal((30, 2))])
+    mixture = GaussianMixture(31, means_init=np.concatenate([points, points[:1] + 1e-3])).fit(X)
+    t = (X[:, None] - mixture.means_) / np.sqrt(mixture.covariances_)
+    with np.errstate(divide="ignore"):  # of a component that died
+        log_weights = np.log(mixture.weights_)
+    exponents = log_weights - 0.5 * (np.log(mixture.covariances_) + t**2).sum(-1)
+    wanted = np.exp(exponents - exponents.max(1, keepdims=True))
+    wanted /= wanted.sum(1, keepdims=True)
+    np.testing.assert_allclose(mixture.predict_proba(X), wanted, atol=1e-9)
+    assert ((wanted > 0.01) & (wanted < 0.99)).any()  # two components share a point
+
+
 def test_fit_predict_pickle_clone_and_pipeline() -> None:
     X = rows()
     mixture = GaussianMixture(4, random_state=3)
@@ -106,6 +122,7 @@ def test_what_is_refused() -> None:
     for options, message in (
         ({"covariance_type": "full"}, "covariance_type must be 'diag', not 'full'"),
         ({"init_params": "random"}, "init_params must be one of"),
+        ({"n_components": 0}, "n_components must be at least 1, not 0"),
         ({"n_components": 21}, "X must have at least n_components = 21 rows"),
         ({"means_init": X[:3]}, r"means_init must be \[1, 3\], not \[3, 3\]"),
         ({"precisions_init": -X[:1]}, "precisions_init must be positive"),
@@ -116,6 +133,10 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GaussianMixture(**options).fit(X)
+    with pytest.raises(TypeError, match="n_components must be an integer, not str"):
+        GaussianMixture("2").fit(X)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="n_samples must be an integer, not float"):
+        GaussianMixture().fit(X).sample(2.0)  # type: ignore[arg-type]
 
 
 def test_without_scikit_learn() -> None:
