@@ -433,7 +433,11 @@ def audit_gradient_in_z(found: Density, observed: Observed, claim: Claim) -> lis
         except RuntimeError as error:  # without a gradient, the same points were fine
             return [
                 Finding(
-                    "gradient-fails", f"log_prob has no gradient in z, but an error: {error}", None, "every call", remedy
+                    "gradient-fails",
+                    f"log_prob has no gradient in z, but an error: {error}",
+                    None,
+                    "every call",
+                    remedy,
                 )
             ]
     # Where float32 may be off in the density itself, so it is in the gradient; the wrong formula has been told.
