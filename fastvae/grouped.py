@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvae import _checks, reference
 from fastvae.autograd import GroupedMixtureLogProb, LabelledMixtureLogProb
 from fastvae.backends.choice import choose, dense
+from fastvae.contracts import is_readable
 from fastvae.dispatch import call
 
 _MAX_IMPLICIT_GROUPS = 2**16  # more groups than this, and than components, must be asked for by num_groups
@@ -117,6 +118,9 @@ def _number_of_groups(groups: Tensor, mu: Tensor, num_groups: int | None) -> int
             f"groups must be [{K}] on {mu.device} to match mu {list(mu.shape)}, not {list(groups.shape)} on "
             f"{groups.device}"
         )
+    if num_groups is not None and not is_readable(groups):  # the operators check the values when they run
+        _checks.count("num_groups", num_groups)
+        return num_groups
     low, high = (int(v) for v in groups.aminmax())
     if num_groups is None:
         if high >= max(K, _MAX_IMPLICIT_GROUPS):

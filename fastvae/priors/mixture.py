@@ -100,9 +100,11 @@ class Mixture(Prior):
                 z, mu, logvar, log_weights, labels=_of_rows(y, z), **self.backend_options
             )
         within = log_weights_within(groups, log_weights)
+        # In a compiled function, labels that no component has are then not refused: their density is zero.
+        G = int(groups.max()) + 1 if is_readable(groups) else len(groups)
         impl, dense = self.backend_options["impl"], self.backend_options["dense_backward"]
         return lambda z: grouped_mixture_log_prob(
-            z, mu, logvar, groups, within, labels=_of_rows(y, z), dense_backward=dense, impl=impl
+            z, mu, logvar, groups, within, num_groups=G, labels=_of_rows(y, z), dense_backward=dense, impl=impl
         )
 
     def _require_one_mixture(self, log_weights: Tensor) -> None:

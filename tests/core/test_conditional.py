@@ -280,8 +280,9 @@ def test_training_step_passes_y() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_compiles_without_a_break() -> None:
-    vae, y, x = model("weights"), torch.tensor([1, 0, 2, 2]), torch.rand(4, 6)
+@pytest.mark.parametrize("kind", ["weights", "own", "mixture"])
+def test_compiles_without_a_break(kind: str) -> None:
+    vae, y, x = model(kind), torch.tensor([1, 0, 2, 2]), torch.rand(4, 6)
     for module in (vae.encoder, vae.decoder):
         module.given = _Nothing()
     compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
@@ -291,8 +292,9 @@ def test_compiles_without_a_break() -> None:
     torch.testing.assert_close(got.loss, vae(x, y).loss)
 
 
-def test_exported_with_any_batch() -> None:
-    vae = model("weights").eval()
+@pytest.mark.parametrize("kind", ["weights", "own", "mixture"])
+def test_exported_with_any_batch(kind: str) -> None:
+    vae = model(kind).eval()
     for module in (vae.encoder, vae.decoder):
         module.given = _Nothing()
     batch = torch.export.Dim("batch")
