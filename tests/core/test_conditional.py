@@ -268,6 +268,21 @@ def test_labels_are_saved() -> None:
     assert torch.equal(other.prior.labels, vae.prior.labels)
 
 
+@pytest.mark.parametrize("labels", [[5, 6, 7], [-1, 0, 1]])
+def test_labels_of_a_mixture_of_ones_own_are_numbered_from_0(labels: list[int]) -> None:
+    class Own(MixturePrior):
+        def component_labels(self) -> Tensor:
+            return torch.tensor(labels)
+
+    prior = Own(torch.zeros(3, 2), labels=torch.arange(3))
+    for use in (
+        lambda: prior.log_prob(torch.zeros(1, 2), torch.tensor([0])),
+        lambda: prior.sample(1, torch.tensor([0])),
+    ):
+        with pytest.raises(ValueError, match=r"component_labels\(\) must be numbered 0 ... L - 1"):
+            use()
+
+
 def test_training_step_passes_y() -> None:
     torch.manual_seed(2)
     vae, y = model(), torch.tensor([1, 0, 2, 2])
