@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvae import _checks, reference
 from fastvae.autograd import GroupedMixtureLogProb, LabelledMixtureLogProb
 from fastvae.backends.choice import choose, dense
+from fastvae.contracts import is_readable
 from fastvae.dispatch import call
 
 _MAX_IMPLICIT_GROUPS = 2**16  # more groups than this, and than components, must be asked for by num_groups
@@ -59,7 +60,7 @@ def grouped_mixture_log_prob(
         torch.stack(log_prob, -1)  # and .gather(-1, labels[..., None]).squeeze(-1) with labels
     """
     z, mu, logvar, log_weights, _ = _checks.mixture(z, mu, logvar, log_weights, None)
-    G = _number_of_groups(groups, mu, num_groups)
+    G = _number_of_groups(groups, mu, num_groups, checked_later=labels is not None)
     if labels is not None:
         _checks.labels_of("z", z, labels)
         return of_own_group(z, mu, logvar, groups, log_weights, G, labels, dense_backward, impl)
@@ -106,8 +107,8 @@ def _sorted(
     return mu, logvar, log_weights, (0, *groups.bincount(minlength=num_groups).cumsum(0).tolist())
 
 
-def _number_of_groups(groups: Tensor, mu: Tensor, num_groups: int | None) -> int:
-    """G, of groups [K] that were checked."""
+def _number_of_groups(groups: Tensor, mu: Tensor, num_groups: int | None, checked_later: bool) -> int:
+    """G, of groups [K] that were checked; checked_later: the operators, too, refuse values out of range."""
     K = mu.shape[0]
     _checks.tensor("groups", groups)
     if groups.dtype != torch.int64:
@@ -117,6 +118,9 @@ def _number_of_groups(groups: Tensor, mu: Tensor, num_groups: int | None) -> int
             f"groups must be [{K}] on {mu.device} to match mu {list(mu.shape)}, not {list(groups.shape)} on "
             f"{groups.device}"
         )
+    if num_groups is not None and checked_later and not is_readable(groups):
+        _checks.count("num_groups", num_groups)
+        return num_groups
     low, high = (int(v) for v in groups.aminmax())
     if num_groups is None:
         if high >= max(K, _MAX_IMPLICIT_GROUPS):

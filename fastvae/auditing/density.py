@@ -226,19 +226,22 @@ def _recognise(found: Density, observed: Observed, claim: Claim, seen: Tensor, r
         off = seen - value.value
         constant = float(off[usable].median())
         level = Value(torch.full_like(off, constant), 2 * value.budget)
-        if abs(constant) > 20 * NEGLIGIBLE and _agrees(off, level, usable):
-            tell(formula, [])
-            found.findings.append(
-                Finding(
-                    "constant",
-                    f"log p is {abs(constant):.4g} nats too {'high' if constant > 0 else 'low'} at every point: the "
-                    f"density integrates to {math.exp(min(constant, 700)):.4g}.",
-                    abs(constant),
-                    _everywhere(len(z)),
-                    "Normalise the weights, and look for a constant that is counted twice or not at all.",
-                )
+        if not _agrees(off, level, usable):
+            continue
+        if abs(constant) <= NEGLIGIBLE:
+            break  # rounding; a formula that differs by a constant fits as well, and must not be blamed
+        tell(formula, [])
+        found.findings.append(
+            Finding(
+                "constant",
+                f"log p is {abs(constant):.4g} nats too {'high' if constant > 0 else 'low'} at every point: the "
+                f"density integrates to {math.exp(min(constant, 700)):.4g}.",
+                abs(constant),
+                _everywhere(len(z)),
+                "Normalise the weights, and look for a constant that is counted twice or not at all.",
             )
-            return None
+        )
+        return None
     imprecise = [
         (size * (1.5 if formula else 1.0), finding, formula)
         for formula, value in values.items()
@@ -419,18 +422,29 @@ def audit_gradient_in_z(found: Density, observed: Observed, claim: Claim) -> lis
         found.untested.append("the gradient in z: the density follows no known formula")
         return []
     z = claim.to_prior(found.z[found.usable]).requires_grad_()
+    remedy = "Compute log_prob from z with differentiable operations: no detach, no no_grad, no .item(), no NumPy."
     with torch.enable_grad():
-        seen = observed(z)
         exact = z.detach().double().cpu().requires_grad_()
         value = evaluate(found.formula, exact, claim, floor=found.floor)
         (wanted,) = torch.autograd.grad(value.value.sum(), exact)
-        (got,) = torch.autograd.grad(seen.sum(), z, allow_unused=True) if seen.requires_grad else (None,)
+        try:
+            seen = observed(z)
+            (got,) = torch.autograd.grad(seen.sum(), z, allow_unused=True) if seen.requires_grad else (None,)
+        except RuntimeError as error:  # without a gradient, the same points were fine
+            return [
+                Finding(
+                    "gradient-fails",
+                    f"log_prob has no gradient in z, but an error: {error}",
+                    None,
+                    "every call",
+                    remedy,
+                )
+            ]
     # Where float32 may be off in the density itself, so it is in the gradient; the wrong formula has been told.
     rows = (value.budget < 10 * NEGLIGIBLE) & wanted.isfinite().all(-1) & (value.value.detach() > TYPICAL)
     if not bool(rows.any()):
         found.untested.append("the gradient in z: no point at which float32 determines it")
         return []
-    remedy = "Compute log_prob from z with differentiable operations: no detach, no no_grad, no .item(), no NumPy."
     if got is None or bool((got == 0).all() and (wanted[rows] != 0).any()):
         return [
             Finding(

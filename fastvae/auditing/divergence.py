@@ -92,8 +92,8 @@ def _formula(seen: Tensor, z: Tensor, q: Claim, claim: Claim, formula: Formula |
     """Which of log q and log p is wrong in the KL term."""
     of_q = [RIGHT, *(f for f in formulas(1) if f[0].axis in OF_Q)]
     of_p = list(dict.fromkeys([RIGHT, formula or RIGHT, *formulas(1)]))
-    log_q = {f: evaluate(f, z, q) for f in of_q}
-    log_p = {RIGHT: evaluate(RIGHT, z, claim)}
+    log_q = {f: evaluate(f, z, q, drawn=True) for f in of_q}
+    log_p = {RIGHT: evaluate(RIGHT, z, claim, drawn=True)}
     right = log_q[RIGHT].value - log_p[RIGHT].value
     off = float((seen - right).abs().median())
     where = f"{len(z)} posteriors near the prior's components; the median"
@@ -110,7 +110,7 @@ def _formula(seen: Tensor, z: Tensor, q: Claim, claim: Claim, formula: Formula |
         if bool(((seen - closed).abs() <= NEGLIGIBLE + 1e-4 * closed.abs()).all()):
             return []
     for p in of_p:
-        log_p[p] = evaluate(p, z, claim)
+        log_p[p] = evaluate(p, z, claim, drawn=True)
         for f in of_q:
             if agrees(log_q[f].value - log_p[p].value, p, f):
                 if f == p:  # a constant that both sides drop cancels

@@ -217,6 +217,7 @@ def evaluate(
     expanded: bool = False,
     floor: Floor | None = None,
     loosely: bool = False,
+    drawn: bool = False,
 ) -> Value:
     """The formula at z [M, D].
 
@@ -226,10 +227,11 @@ def evaluate(
         expanded: with the square expanded into z^2 - 2 z mu + mu^2.
         floor: what keeps log p from falling further.
         loosely: with a budget that is no more than a guess, in half the time.
+        drawn: z are draws that were rounded to the claim's dtype, perhaps after the density was computed.
     """
     step = max(1, ELEMENTS // (claim.K * claim.D))
     parts = [
-        _evaluate(formula, part, claim.rows(n * step, (n + 1) * step), dtype, expanded, floor, loosely)
+        _evaluate(formula, part, claim.rows(n * step, (n + 1) * step), dtype, expanded, floor, loosely, drawn)
         for n, part in enumerate(z.split(step))
     ]
     return Value(torch.cat([part.value for part in parts]), torch.cat([part.budget for part in parts]))
@@ -276,6 +278,7 @@ def _evaluate(
     expanded: bool,
     floor: Floor | None,
     loosely: bool,
+    drawn: bool,
 ) -> Value:
     chosen = {mistake.axis: mistake.name for mistake in formula}
     D = claim.D
@@ -322,7 +325,10 @@ def _evaluate(
             size = (z.abs() + mu.abs()) * inverse
             each = square * (2 + 2 * log_s.abs()) + t.abs() * size + EPS * size**2 + 2 * log_s.abs() + 2
             largest = log_w[log_w > -math.inf].abs().amax()
-            budget = 8 * EPS * ((share * each).sum((1, 2)) + value.abs() + largest) + NEGLIGIBLE
+            eps = torch.finfo(claim.dtype).eps  # of the weights that were given
+            budget = 8 * EPS * ((share * each).sum((1, 2)) + value.abs()) + max(8 * EPS, eps) * largest + NEGLIGIBLE
+            if drawn:
+                budget = budget + eps * (share * t.abs() * inverse * z.abs()).sum((1, 2))
     output = chosen.get("output")
     if floor is not None:
         level = {"negated": -floor.level, "bits": floor.level * math.log(2), "divided-by-dimensions": floor.level * D}

@@ -80,8 +80,7 @@ class Observed:
 
     def __call__(self, z: Tensor) -> Tensor:
         """One number a row, [M] for z [M, D], in float64 on the CPU; differentiable where z or the prior is."""
-        z = self.claim.to_prior(z)
-        z = z if z.requires_grad else z.clone()
+        z = self.claim.to_prior(z).clone()  # which the density may change
         if self.shape == REDUCED:
             return torch.stack([self._raw(row).reshape(()) for row in z[:, None]]).double().cpu()
         output = self._raw(z).cpu().double()

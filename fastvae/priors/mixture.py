@@ -100,9 +100,11 @@ class Mixture(Prior):
                 z, mu, logvar, log_weights, labels=_of_rows(y, z), **self.backend_options
             )
         within = log_weights_within(groups, log_weights)
+        # In a compiled function, labels that no component has are then not refused: their density is zero.
+        G = int(groups.max()) + 1 if is_readable(groups) else len(groups)
         impl, dense = self.backend_options["impl"], self.backend_options["dense_backward"]
         return lambda z: grouped_mixture_log_prob(
-            z, mu, logvar, groups, within, labels=_of_rows(y, z), dense_backward=dense, impl=impl
+            z, mu, logvar, groups, within, num_groups=G, labels=_of_rows(y, z), dense_backward=dense, impl=impl
         )
 
     def _require_one_mixture(self, log_weights: Tensor) -> None:
@@ -116,8 +118,15 @@ class Mixture(Prior):
         if require_tensor("y", y).dtype != torch.int64 or y.ndim > 1:
             raise ValueError(f"y must be int64 [B], the labels, not {y.dtype} {list(y.shape)}")
         if y.device.type == "cpu" and is_readable(y) and y.numel():
-            labels = self.component_labels()
-            count = len(log_weights) if labels is None or log_weights.ndim == 2 else int(labels.max()) + 1
+            labels, count = self.component_labels(), len(log_weights)
+            if labels is not None and log_weights.ndim == 1:
+                low, high = (int(value) for value in labels.aminmax())
+                if low < 0 or high >= count:
+                    raise ValueError(
+                        f"component_labels() must be numbered 0 ... L - 1, each of one component at least; those of "
+                        f"this {type(self).__name__} span {low} ... {high} with {count} components"
+                    )
+                count = high + 1
             low, high = (int(value) for value in y.aminmax())
             if low < 0 or high >= count:
                 raise ValueError(f"y must be in 0 ... {count - 1}, the labels there are; it spans {low} ... {high}")

@@ -61,7 +61,9 @@ def weight_logits(like: Tensor, probs: Tensor | None, learn: bool) -> Tensor:
 
 
 def log_weights_within(labels: Tensor, log_weights: Tensor) -> Tensor:
-    """log w_k less the log of what all components with the label of k weigh together; both [K]."""
-    order = labels.argsort(stable=True)
-    parts = log_weights[order].split(labels.bincount().tolist())
-    return torch.cat([torch.log_softmax(part, 0) for part in parts])[order.argsort()]
+    """log w_k less the log of what all components with the label of k weigh together, [K] of [K]; float32 at least."""
+    # Labels are below K, so that no number of labels need be read: torch.compile and torch.export go through.
+    given = log_weights if log_weights.dtype == torch.float64 else log_weights.float()
+    largest = given.new_full(given.shape, -math.inf).scatter_reduce(0, labels, given.detach(), "amax")[labels]
+    total = torch.zeros_like(given).index_add(0, labels, (given - largest).exp())[labels]
+    return given - (largest + total.log())

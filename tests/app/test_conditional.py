@@ -63,6 +63,16 @@ def test_going_on_is_as_without_a_stop(tmp_path: Path) -> None:
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_labels_are_known_again_as_images_are(cli: Cli, tmp_path: Path) -> None:
+    """Evaluated, or trained further, with other labels, the model would give other numbers without a word."""
+    data, out = write_labelled(tmp_path / "labelled.npz"), tmp_path / "run"
+    trained(data, out)
+    write_labelled(data, y=np.array([4, -1, 9])[np.arange(90) % 3])
+    for command in (["evaluate", out, "--samples", 2], ["train", "--out", out, "--resume", "--epochs", 3]):
+        code, _, error = cli(*command)
+        assert code == 1 and "does not hold the images with the labels that the run was begun with" in error
+
+
 def test_components_of_each_label(tmp_path: Path) -> None:
     """They start from images of their label, and weigh together what the label's share of the images is."""
     unequal = np.array([-1] * 50 + [4] * 30 + [9] * 10)

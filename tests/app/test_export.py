@@ -93,6 +93,8 @@ def test_events_are_the_history(cli: Cli) -> None:
 
     assert cli(*RUN, "--overwrite", "--tensorboard")[0] == 0
     assert [step for step, _ in events("run/tensorboard")["train/kl"]] == [1, 2]
+    assert cli(*RUN, "--overwrite")[0] == 0
+    assert not list(Path("run/tensorboard").glob("*"))  # they would be those of another run
 
 
 def test_without_tensorboard_nothing_is_trained(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

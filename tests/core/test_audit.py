@@ -104,6 +104,21 @@ def test_no_finding_at_the_edges(K: int, D: int, dtype: torch.dtype) -> None:
     assert report, str(report)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_prior_in_half_precision_is_held_to_its_dtype(dtype: torch.dtype) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        prior = fastvae.MixturePrior(2 * torch.randn(4, 3), torch.randn(4, 3)).to(dtype)
+        report = fastvae.audit(prior, seed=seed)
+        assert report, str(report)
+    mu, logvar, log_weights = prior.components()
+    wrong = fastvae.audit(
+        lambda z: fastvae.mixture_log_prob(z, mu, logvar, torch.zeros_like(log_weights)), mu, logvar,
+        log_weights=log_weights, kl=lambda *q: (lambda z, kl: (z, kl + 2))(*prior.kl(*q)),
+    )  # fmt: skip
+    assert wrong.names == ["weights-missing", "kl-constant"]
+
+
 def test_the_sampler_of_what_is_right_is_called_wrong_as_seldom_as_is_said() -> None:
     mu, logvar, weights = some_components()
     claim = claim_of(None, mu, logvar, None, None, weights).detach()
@@ -193,6 +208,13 @@ def test_a_finding_says_how_far_off_it_is() -> None:
     assert report.names == ["constant"] and report.findings[0].nats == pytest.approx(1.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("off", [0.002, -0.005, 0.02])
+def test_a_small_constant_is_not_taken_for_a_large_one_that_another_mistake_leaves(off: float) -> None:
+    mu, logvar, _ = some_components()
+    report = fastvae.audit(lambda z: fastvae.mixture_log_prob(z, mu, logvar) + off, mu, logvar)
+    assert report.names == ["constant"] and report.findings[0].nats == pytest.approx(abs(off), abs=1e-4)
+
+
 def test_numbers_of_another_density_are_unexplained() -> None:
     mu, logvar, weights = some_components()
     report = fastvae.audit(lambda z: fastvae.mixture_log_prob(z, mu + 0.1 * mu**2, logvar), mu, logvar, probs=weights)
@@ -233,12 +255,28 @@ def test_a_changed_input_is_found(dtype: torch.dtype) -> None:
     mu, logvar, _ = (x.to(dtype) for x in some_components())
 
     def log_prob(z: Tensor) -> Tensor:
-        log_p = fastvae.mixture_log_prob(z, mu, logvar)
-        if not z.requires_grad:
-            z.mul_(2)
+        log_p = fastvae.mixture_log_prob(z.clone(), mu, logvar)
+        z.mul_(2)
         return log_p
 
     assert fastvae.audit(log_prob, mu, logvar).names == ["changes-its-input"]
+
+
+def test_an_error_in_place_of_a_gradient_is_a_finding() -> None:
+    mu, logvar, _ = some_components()
+
+    def by_numpy(z: Tensor) -> Tensor:
+        return fastvae.mixture_log_prob(torch.from_numpy(z.numpy()), mu, logvar)
+
+    def spoiled(z: Tensor) -> Tensor:  # the product that autograd keeps for backward is changed
+        scale = torch.exp(0.0 * z.detach())
+        log_p = fastvae.mixture_log_prob(z * scale, mu, logvar)
+        scale.mul_(2)
+        return log_p
+
+    for density, words in ((by_numpy, "Can't call numpy()"), (spoiled, "inplace operation")):
+        report = fastvae.audit(density, mu, logvar)
+        assert [words in finding.words for finding in report.findings if finding.name == "gradient-fails"] == [True]
 
 
 def test_the_audit_runs_in_inference_mode() -> None:

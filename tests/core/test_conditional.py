@@ -268,6 +268,21 @@ def test_labels_are_saved() -> None:
     assert torch.equal(other.prior.labels, vae.prior.labels)
 
 
+@pytest.mark.parametrize("labels", [[5, 6, 7], [-1, 0, 1]])
+def test_labels_of_a_mixture_of_ones_own_are_numbered_from_0(labels: list[int]) -> None:
+    class Own(MixturePrior):
+        def component_labels(self) -> Tensor:
+            return torch.tensor(labels)
+
+    prior = Own(torch.zeros(3, 2), labels=torch.arange(3))
+    for use in (
+        lambda: prior.log_prob(torch.zeros(1, 2), torch.tensor([0])),
+        lambda: prior.sample(1, torch.tensor([0])),
+    ):
+        with pytest.raises(ValueError, match=r"component_labels\(\) must be numbered 0 ... L - 1"):
+            use()
+
+
 def test_training_step_passes_y() -> None:
     torch.manual_seed(2)
     vae, y = model(), torch.tensor([1, 0, 2, 2])
@@ -280,8 +295,9 @@ def test_training_step_passes_y() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_compiles_without_a_break() -> None:
-    vae, y, x = model("weights"), torch.tensor([1, 0, 2, 2]), torch.rand(4, 6)
+@pytest.mark.parametrize("kind", ["weights", "own", "mixture"])
+def test_compiles_without_a_break(kind: str) -> None:
+    vae, y, x = model(kind), torch.tensor([1, 0, 2, 2]), torch.rand(4, 6)
     for module in (vae.encoder, vae.decoder):
         module.given = _Nothing()
     compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
@@ -291,8 +307,9 @@ def test_compiles_without_a_break() -> None:
     torch.testing.assert_close(got.loss, vae(x, y).loss)
 
 
-def test_exported_with_any_batch() -> None:
-    vae = model("weights").eval()
+@pytest.mark.parametrize("kind", ["weights", "own", "mixture"])
+def test_exported_with_any_batch(kind: str) -> None:
+    vae = model(kind).eval()
     for module in (vae.encoder, vae.decoder):
         module.given = _Nothing()
     batch = torch.export.Dim("batch")

@@ -95,3 +95,15 @@ def test_shapes_without_data() -> None:
     labels = torch.zeros(M, dtype=torch.int64, device="meta")
     log_weights = torch.zeros(L, K, device="meta")
     assert fastvae.mixture_log_prob(z, mu, mu, log_weights, labels=labels, impl="composite").shape == (M,)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_groups_out_of_range_are_refused_inside_vmap(labelled: bool) -> None:
+    mu, groups = torch.zeros(3, 2), torch.tensor([0, 1, 2])
+
+    def log_prob(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        labels = y if labelled else None
+        return fastvae.grouped_mixture_log_prob(z, mu, torch.zeros(()), groups, num_groups=2, labels=labels)
+
+    with pytest.raises(ValueError, match=r"groups must be in 0 \.\.\. 1"):
+        torch.vmap(log_prob)(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))

@@ -81,6 +81,18 @@ class Dataset:
             digest.update(split.x.contiguous().numpy().data)
         return digest.hexdigest()
 
+    @cached_property
+    def labelled_fingerprint(self) -> str:
+        """As `fingerprint`, of all images and their labels.
+
+        Raises:
+            DataError: as :meth:`y`.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for split in (self.train, self.validation, self.test):
+            digest.update(torch.tensor(self.classes)[self.y(split)].numpy().data)
+        return digest.hexdigest()
+
 
 Splits = tuple[Split, Split, Split]
 

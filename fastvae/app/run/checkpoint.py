@@ -66,10 +66,11 @@ _CHECKPOINT = TypeAdapter(Checkpoint)
 def write_first_checkpoint(folder: RunFolder, config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Write settings and checkpoint of a run that begins or goes on: both, or where one cannot be written, neither.
 
-    What was measured on an earlier model is deleted.
+    What was measured on an earlier model is deleted, and what TensorBoard shows of an earlier run.
     """
+    outdated = folder.of_the_model() + (folder.event_files() if checkpoint["epoch"] == 1 else [])
     # The settings appear first: alone they are no run yet, and an earlier checkpoint of theirs still fits them.
-    with whole_files(folder.config, folder.checkpoint, outdated=folder.of_the_model()) as (settings, state):
+    with whole_files(folder.config, folder.checkpoint, outdated=outdated) as (settings, state):
         settings.write(as_json(asdict(config)))
         torch.save(checkpoint, state)
 

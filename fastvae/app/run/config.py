@@ -36,7 +36,7 @@ class TrainConfig:
     `learning_rate` is Adam's, whose gradients are first divided by their norms where `normalize_gradients` says so.
     `chunk_size` to `shared_variance` are the prior's; `bound`, with `num_samples` draws and the estimator `gradient`,
     is what training maximises. A `conditional` model is given the images' labels. `data_sha256` is the fingerprint of
-    the images, by which they are known again when their file has moved.
+    the images, and of a conditional model's labels, by which they are known again when their file has moved.
     """
 
     data: str = "digits"
@@ -155,7 +155,7 @@ def continued(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
         if moved or first_known or (key == "epochs" and value > saved.epochs):
             continue
         if key == "data_sha256":
-            raise other_data(given.get("data") or saved.data)
+            raise other_data(given.get("data") or saved.data, saved.conditional)
         more = " It can only be raised." if key == "epochs" else ""
         raise ConfigError(
             f"{option(key)} is {value}, but the run to be resumed was begun with {getattr(saved, key)}.{more}"
@@ -170,10 +170,11 @@ def moved_data(config: TrainConfig, data: str | None, data_dir: str | Path | Non
     return data or config.data
 
 
-def other_data(data: str) -> ConfigError:
+def other_data(data: str, conditional: bool) -> ConfigError:
     """The error that the data are not those of the run."""
+    what = "images with the labels" if conditional else "images"
     return ConfigError(
-        f"--data is {data}, which does not hold the images that the run was begun with. Say --data with the place "
+        f"--data is {data}, which does not hold the {what} that the run was begun with. Say --data with the place "
         "where those are now, or begin a new run."
     )
 

@@ -37,6 +37,10 @@ class RunFolder:
         """The folder with what TensorBoard shows, where it was asked for."""
         return self.path / "tensorboard"
 
+    def event_files(self) -> list[Path]:
+        """The files of TensorBoard that are there."""
+        return sorted(self.events.glob("events.out.tfevents.*"))
+
     def evaluation(self, part: str = "") -> Path:
         """What evaluation gave, as JSON: of all test images, or of that `part` of the data."""
         return self.path / (f"evaluation-{part}.json" if part else "evaluation.json")
@@ -84,5 +88,5 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the files of a run, and no others."""
-        for file in self.files():
+        for file in (*self.files(), *self.event_files()):
             file.unlink()

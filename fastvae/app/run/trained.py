@@ -74,10 +74,12 @@ def with_fingerprint(config: TrainConfig, dataset: Dataset) -> TrainConfig:
 
     Raises:
         ConfigError: the settings have the fingerprint of other data.
+        DataError: the model is conditional and an image has no label.
     """
-    if config.data_sha256 not in (None, dataset.fingerprint):
-        raise other_data(config.data)
-    return replace(config, data_sha256=dataset.fingerprint)
+    fingerprint = dataset.labelled_fingerprint if config.conditional else dataset.fingerprint
+    if config.data_sha256 not in (None, fingerprint):
+        raise other_data(config.data, config.conditional)
+    return replace(config, data_sha256=fingerprint)
 
 
 def versions() -> dict[str, str]:

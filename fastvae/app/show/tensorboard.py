@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def tensorboard_events(folder: Path, watchers: Watchers, first_epoch: int) -> Iterator[Watchers]:
     """The watchers, and with them one that writes each epoch's line of the history into `folder`, at once.
 
-    Nothing is written before the first epoch is finished.  A run that begins deletes the events of an earlier one; a
-    run that goes on takes the place of what was written after its checkpoint.
+    Nothing is written before the first epoch is finished.  A run that goes on takes the place of what was written after
+    its checkpoint.
     """
     writer: SummaryWriter | None = None
 
@@ -45,7 +45,4 @@ def tensorboard_events(folder: Path, watchers: Watchers, first_epoch: int) -> It
 def _writer(folder: Path, first_epoch: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
-    if first_epoch == 1:
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
     return SummaryWriter(str(folder), purge_step=first_epoch)
