@@ -330,12 +330,17 @@ def _chains(
 
 
 def check_vae(vae: VAE) -> None:
-    """TypeError for what is no VAE, or one of two levels."""
+    """TypeError for what is no VAE, or one of two levels, or one whose prior takes y."""
     require_methods("vae", vae, ("encoder", "decoder", "prior", "likelihood"), "a fastvae.VAE")
     if isinstance(vae, HierarchicalVAE):
         raise TypeError(
             f"vae must have one level of latents, not two as a {type(vae).__name__}; vae.log_likelihood(x) is its "
             "log-likelihood by importance sampling"
+        )
+    if getattr(vae.prior, "conditional", False):  # a prior of one's own need not have it
+        raise TypeError(
+            f"vae must have a prior p(z), not p(z | y) as this {type(vae.prior).__name__}; vae.log_likelihood(x, y=y) "
+            "is its log-likelihood by importance sampling"
         )
 
 

@@ -288,9 +288,14 @@ def two_levels() -> HierarchicalVAE:
     return HierarchicalVAE(Encoder(), Encoder(9, 2), Encoder(3, 2), Decoder(5), StandardNormalPrior(3))
 
 
+def conditional() -> VAE:
+    return VAE(Encoder(), Decoder(), MixturePrior(torch.zeros(2, 3), labels=torch.tensor([0, 1])))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (conditional, r"vae must have a prior p\(z\), not p\(z \| y\) as this MixturePrior; vae.log_likelihood"),
         (Decoder, "vae must be a fastvae.VAE; a Decoder has no encoder"),
         (two_levels, "vae must have one level of latents, not two as a HierarchicalVAE; vae.log_likelihood"),
     ],
