@@ -261,6 +261,8 @@ DISAGREEMENTS = {
     "sharded": ({"rows": "sharded"}, "rows='sharded'"),
     "values": ({"z": Z + 1}, "must give the same z"),
     "logvar": ({"logvar": torch.zeros(4, 3)}, "logvar must be \\[D\\] or \\[\\] on all ranks or on none"),
+    "shape of a shared logvar": ({"logvar": torch.zeros(())}, "a logvar that all components share must be the same"),
+    "values of a shared logvar": ({"logvar": torch.ones(3)}, "a logvar that all components share must be the same"),
     "wrong shape": ({"mu": MU[:, :2]}, "logvar must be broadcastable to \\[1, 2\\] to match mu, not \\[3\\]"),
     "no tensor": ({"logvar": 0.0}, "logvar must be a tensor, not float"),
     "backend": ({"impl": "cuda"}, "impl='cuda'"),
@@ -291,6 +293,10 @@ def test_other_functions_and_wrong_indices_are_told(ranks: Ranks) -> None:
     wrong = sharded | {"exclude": torch.full((5,), 8)}
     answers = ranks(told, [("mixture_log_prob", sharded), ("mixture_log_prob", wrong)])[:2]
     assert all("exclude must be in -1 ... 7 for K = 8" in answer for answer in answers)
+    # numbers that have the same sum, and the same sum when multiplied by 1, 3, 5, 7
+    calls = [CALL | {"z": Z[:4], "exclude": torch.tensor(order)} for order in ([1, 0, 2, 3], [0, 2, 1, 3])]
+    answers = ranks(told, [("mixture_log_prob", call) for call in calls])[:2]
+    assert all("must give the same z and exclude" in answer for answer in answers)
     nothing = CALL | {"mu": MU[:0]}
     answers = ranks(told, [("mixture_log_prob", nothing)] * 2)[:2]
     assert all("no components on any" in answer for answer in answers)
