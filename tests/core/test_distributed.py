@@ -31,6 +31,7 @@ from support.sharded import (
     told,
     train_exemplars,
     with_dtensors,
+    wrong_calls_of_exemplars,
 )
 
 import fastvae
@@ -352,3 +353,17 @@ def test_exemplars_in_data_parallel_training(ranks: Ranks) -> None:
     samples = torch.cat([got["samples"] for got in of_ranks])
     assert not torch.equal(of_ranks[0]["samples"], of_ranks[1]["samples"][:100])
     torch.testing.assert_close(samples.mean(0), mu.mean(0), rtol=0, atol=5 / math.sqrt(1000))
+
+
+def test_wrong_calls_of_the_exemplar_prior_are_told_on_all_ranks(ranks: Ranks) -> None:
+    messages = (
+        "n must be an int, at least 0, not -1",
+        "n must be an int, at least 0, not 2.5",
+        r"exclude must be \[2\] to match z \[2, 3\], not \[1\]",
+        r"exclude must be \[2\] to match z \[2, 3\], not \[3\]",
+        "exclude must be an int64 tensor, not torch.float32",
+        "exclude must be a tensor, not list",
+    )
+    for errors in ranks(wrong_calls_of_exemplars):
+        for error, message in zip(errors, messages, strict=True):
+            assert re.search(message, error), error
