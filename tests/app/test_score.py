@@ -272,6 +272,37 @@ def test_inputs_that_change_meanwhile_give_no_result(
     assert cli(*options(inputs, tmp_path / "out.npy"))[0] == 0
 
 
+def test_inputs_that_change_and_are_put_back_give_no_mixed_result(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    """Changed while the third block is written, stopped at the eighth, restored, and run again."""
+    monkeypatch.setattr("fastvae.streaming.blocks", lambda M, K, D, **_: fastvae.streaming.Blocks(50, K))
+    points, write = inputs[0].read_bytes(), ResumableArrays.write
+
+    def changing(self: ResumableArrays, start: int, blocks: list[np.ndarray]) -> None:
+        if start == 100:
+            np.save(inputs[0], np.zeros((500, 3), np.float32))
+        if start == 350:
+            raise KeyboardInterrupt
+        write(self, start, blocks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableArrays, "write", changing)
+        code, _, error = cli(*options(inputs, tmp_path / "out.npy"))
+        assert code == 1 and "was changed while it was read" in error and left(tmp_path) == []
+    inputs[0].write_bytes(points)
+    assert cli(*options(inputs, tmp_path / "out.npy"))[0] == 0
+    assert np.allclose(np.load(tmp_path / "out.npy"), wanted(inputs)[0], atol=1e-5)
+
+
+def test_an_input_that_is_removed_meanwhile_is_told(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    monkeypatch.setattr(ResumableArrays, "write", lambda *_: inputs[0].unlink())
+    code, _, error = cli(*options(inputs, tmp_path / "out.npy"))
+    assert code == 1 and "z.npy: cannot be read (No such file or directory)" in error
+
+
 def test_a_full_disk_is_told_before_the_work(
     monkeypatch: pytest.MonkeyPatch, cli: Cli, tmp_path: Path, inputs: tuple[Path, Path]
 ) -> None:

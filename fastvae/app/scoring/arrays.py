@@ -64,8 +64,14 @@ class Arrays:
         """Number, size and times of change of each file, which tell whether one was changed meanwhile.
 
         A program may set st_mtime_ns back, as tools that copy files do; st_ctime_ns it may not.
+
+        Raises:
+            DataError: a file is gone.
         """
-        return [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(Path.stat, self.files)]
+        try:
+            return [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(Path.stat, self.files)]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
 
 
 def open_points(path: Path) -> Arrays:
