@@ -306,7 +306,7 @@ def test_other_functions_and_wrong_indices_are_told(ranks: Ranks) -> None:
 @pytest.mark.parametrize("how", ["killed", "silent", "killed before backward"])
 def test_a_rank_that_is_lost(how: str) -> None:
     """The others hear of it within the time-out, whether the rank has ended or only does not call."""
-    ranks = Ranks(3, timeout=4.0)
+    ranks = Ranks(3, timeout=10.0)  # as starting on a busy machine takes
     try:
         case, sharding, others = hard_case(6, 12, 3), Sharding([4, 4, 4]), [0, 1]
         ranks(run_on_all, case, sharding)
@@ -320,7 +320,7 @@ def test_a_rank_that_is_lost(how: str) -> None:
             ranks.start(run_on_all, case, sharding, on=others)
             answers = [answer.message for answer in ranks.answers(others) if isinstance(answer, Failure)]
         assert len(answers) == 2
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60
         for answer in answers:
             assert re.match("RuntimeError: mixture_log_prob: rank . of 3 lost the other ranks", answer), answer
     finally:
