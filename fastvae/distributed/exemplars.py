@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,13 @@ class ShardedExemplarPrior(EncodedMixture):
         # No buffer: DistributedDataParallel would put the first rank's in the place of the others'.
         self.data = data.detach()
         self.logvar = nn.Parameter(data.new_zeros(())) if shared_variance else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedExemplarPrior:
+        """As usual, for an average of models over time; but the copy has the same group, which cannot be copied."""
+        copied = self.__class__.__new__(self.__class__)
+        memo |= {id(self): copied, id(self.group): self.group}
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedExemplarPrior:
         super()._apply(fn, recurse)
