@@ -243,7 +243,10 @@ class StreamedScores:
                 self._add(merged, z, mu, block_logvar, log_weights, exclude, k, end)
                 if self.on_pairs is not None:
                     self.on_pairs((stop - start) * (end - k))
-            yield RowScores(start, stop, *merged.result(self.dtype))
+            result = merged.result(self.dtype)
+            del z, exclude, merged  # while the caller has the result, and until the next block is there
+            yield RowScores(start, stop, *result)
+            del result
 
     @torch.no_grad()
     def _add(
@@ -367,19 +370,20 @@ class _Merged:
         self._weighted = z.new_zeros(z.shape, dtype=torch.float64) if with_score else None
 
     def add(self, log_prob: Tensor, score: Tensor | None = None) -> None:
-        log_prob = log_prob.double()
-        largest = torch.maximum(self._largest, log_prob)
+        now = log_prob.double()
+        largest = torch.maximum(self._largest, now)
         finite = largest.masked_fill(largest.isinf(), 0.0)  # two infinities must not make NaN
-        before, now = (self._largest - finite).exp(), (log_prob - finite).exp()
-        self._largest, self._sum = largest, self._sum * before + now
+        before, now = self._largest.sub_(finite).exp_(), now.sub(finite).exp_()
+        self._largest = largest
+        self._sum.mul_(before).add_(now)
         if self._weighted is not None and score is not None:
-            self._weighted.mul_(before[:, None]).add_(now[:, None] * score)
+            self._weighted.mul_(before[:, None]).addcmul_(now[:, None], score)
 
     def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         log_prob = torch.where(self._largest.isinf(), self._largest, self._largest + self._sum.log())
         score = None
         if self._weighted is not None:
-            score = (self._weighted / self._sum.masked_fill(self._sum == 0, 1.0)[:, None]).to("cpu", dtype)
+            score = self._weighted.div_(self._sum.masked_fill(self._sum == 0, 1.0)[:, None]).to("cpu", dtype)
         return log_prob.to("cpu", dtype), score
 
 

@@ -455,14 +455,20 @@ def score_command(
 
 @app.command("plan", cls=Command)
 def plan_command(
-    rows: Annotated[int, typer.Option(min=1, help="M, the points to score.", show_default=False)],
-    components: Annotated[int, typer.Option(min=1, help="K, of the mixture.", show_default=False)],
-    dims: Annotated[int, typer.Option(min=1, help="D, of a point.", show_default=False)],
-    devices: Annotated[int, typer.Option(min=1, help="How many share the work.")] = 1,
+    rows: Annotated[
+        int, typer.Option(min=1, max=options.MOST_PLANNED, help="M, the points to score.", show_default=False)
+    ],
+    components: Annotated[
+        int, typer.Option(min=1, max=options.MOST_PLANNED, help="K, of the mixture.", show_default=False)
+    ],
+    dims: Annotated[int, typer.Option(min=1, max=options.MOST_PLANNED, help="D, of a point.", show_default=False)],
+    devices: Annotated[int, typer.Option(min=1, max=options.MOST_PLANNED, help="How many share the work.")] = 1,
     device: Annotated[str, typer.Option(help=f"What they are: {', '.join(options.RECORDED_DEVICES)}.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, max=options.MOST_THREADS, help="Of each device, for a CPU.")] = 1,
     score: Annotated[bool, typer.Option("--score", help="Exchange the score d log p(z) / dz too.")] = False,
-    memory: Annotated[int, typer.Option(min=1, help="MiB that rows and components may take at a time.")] = 256,
+    memory: Annotated[
+        int, typer.Option(min=1, max=options.MOST_PLANNED, help="MiB that rows and components may take at a time.")
+    ] = 256,
     network: Annotated[
         float | None, typer.Option(min=1e-6, help="GB/s that a device receives from others. (default: not known)")
     ] = None,

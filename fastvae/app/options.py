@@ -34,6 +34,7 @@ MODEL, TRAINING, DATA, KERNELS = "Model", "Training", "Data", "Kernels"
 IMPLS = "cpu", "cuda", "triton", "composite", "reference"
 PRECISIONS = "highest", "high", "medium"
 MOST_THREADS = 1024
+MOST_PLANNED = 10**15  # of rows, components, dimensions and devices: float64 holds larger numbers inexactly
 RECORDED_DEVICES = "cpu", "cpu-avx2", "h100", "h200"  # those of planning/rates.json
 
 OutFolder = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,13 @@ class ShardedExemplarPrior(EncodedMixture):
         self.data = data.detach()
         self.logvar = nn.Parameter(data.new_zeros(())) if shared_variance else None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedExemplarPrior:
+        """As usual, for an average of models over time; but the copy has the same group, which cannot be copied."""
+        copied = self.__class__.__new__(self.__class__)
+        memo |= {id(self): copied, id(self.group): self.group}
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShardedExemplarPrior:
         super()._apply(fn, recurse)
         self.data = fn(self.data)
@@ -100,10 +108,13 @@ class ShardedExemplarPrior(EncodedMixture):
             of_all = partial(mixture_log_prob, group=self.group, rows="sharded", **self.backend_options)
             if index is None:
                 return of_all(z, mu, logvar)
-            exclude = index.expand(z.shape[:-1])
+            # An index that is not [B] is passed on as it is, and refused on all ranks: an error here would leave the
+            # other ranks waiting.
+            fits = isinstance(index, Tensor) and index.shape == z.shape[-2:-1]
+            exclude = index.expand(z.shape[:-1]) if fits else index
+            log_prob = of_all(z, mu, logvar, exclude=exclude)
             # the weights of the others become 1 / (N - 1)
-            more = (exclude >= 0).to(mu.dtype) * math.log(self.size / (self.size - 1))
-            return of_all(z, mu, logvar, exclude=exclude) + more
+            return log_prob + (exclude >= 0).to(mu.dtype) * math.log(self.size / (self.size - 1))
 
         return log_prob
 
@@ -132,8 +143,13 @@ class ShardedExemplarPrior(EncodedMixture):
         """n draws, [n, D], of each rank its own; ranks may ask for different n."""
         self._check_given(y)
         link = link_to("ShardedExemplarPrior.sample", self.group)
-        ranks, _ = agree(link, lambda: ("sample", Told(failed=0, M=n), True))
-        counts = [rank.M for rank in ranks]
+
+        def check() -> tuple[str, Told, bool]:
+            if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+                raise ValueError(f"n must be an int, at least 0, not {n!r}")
+            return "sample", Told(failed=0, M=n), True
+
+        counts = [rank.M for rank in agree(link, check)[0]]
         wanted = link.all_rows(torch.randint(self.size, (n,), device=self.data.device), counts) - self._first
         here = (wanted >= 0) & (wanted < len(self.data))
         encoded = self._encoded(wanted[here])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -185,6 +186,7 @@ def _shard(
             exclude_low=low,
             exclude_high=high,
             same=0 if sharded_rows else _fingerprint(z, exclude),
+            logvar=_fingerprint(_checks.cast(logvar, wide.dtype)) if logvar.ndim < 2 or len(logvar) == 1 else 0,
         )
         return words, told, (wide, *filled)
 
@@ -243,18 +245,30 @@ def _wanted(named: dict[str, Tensor | None]) -> str:
 
 
 def _fingerprint(*tensors: Tensor | None) -> int:
-    """A number that tensors of other bits, or in another order, have by chance alone; 0 elsewhere than on the CPU.
+    """A number that tensors of other shapes or bits, or in another order, have by chance alone.
 
-    Elsewhere a look at the values would wait for the device.
+    Elsewhere than on the CPU it is of the shapes alone, as a look at the values would wait for the device.
     """
-    total = torch.zeros((), dtype=torch.int64)
+    total, multipliers = 0, _multipliers()
     for value in tensors:
-        if value is not None and value.device.type == "cpu":
-            size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-            bits = value.detach().contiguous().view(size).flatten()
-            odd = torch.arange(1, 2 * len(bits) + 1, 2)
-            total = 31 * total + (bits * odd).sum()  # modulo 2^64
-    return int(total)
+        if value is None:
+            continue
+        parts = [torch.tensor(value.shape, dtype=torch.int64)]
+        if value.device.type == "cpu":
+            parts.append(value.detach().contiguous().flatten())
+        for part in parts:
+            # In words of 4 bytes at most: a multiple of 2^52, as float64 of small integers differ by, would lose most
+            # bits of its multiplier.
+            words = part.view({1: torch.int8, 2: torch.int16}.get(part.element_size(), torch.int32))
+            for block in words.split(len(multipliers)):
+                total = 31 * total + int((block * multipliers[: len(block)]).sum())
+    return (total + 2**63) % 2**64 - 2**63
+
+
+@cache
+def _multipliers() -> Tensor:
+    """Of the words of a block.  With multipliers in arithmetic progression, many swaps would leave the sum as it is."""
+    return torch.randint(-(2**63), 2**63 - 1, (2**14,), generator=torch.Generator().manual_seed(0))
 
 
 def _check_together(what: str, ranks: list[Told], K: int, sharded_rows: bool) -> None:
@@ -270,6 +284,11 @@ def _check_together(what: str, ranks: list[Told], K: int, sharded_rows: bool) ->
     if any(of_all) and not all(of_all):
         raise ValueError(
             f"{what}: logvar must be [D] or [] on all ranks or on none, it is on rank {of_all.index(True)}"
+        )
+    if _is_shared(ranks) and (others := [r for r, rank in enumerate(ranks) if rank.logvar != ranks[0].logvar]):
+        raise ValueError(
+            f"{what}: a logvar that all components share must be the same on all ranks, but that of rank {others[0]} "
+            "differs from that of rank 0: broadcast it, or give each rank a logvar [K_r, D] of its own"
         )
     if not sharded_rows:
         _check_same(what, "z and exclude", ranks)
@@ -346,8 +365,8 @@ def mixture_log_prob(
     Raises:
         TypeError, ValueError: as of :func:`fastvae.mixture_log_prob`, on all ranks if one has given such arguments.
         ValueError: the ranks have not made the same call: they differ in the function, the shape of z, the dtype, in
-            which arguments they gave or in which they want gradients in; replicated rows that are not the same (on
-            the CPU, where their values are looked at).
+            which arguments they gave or in which they want gradients; replicated rows or a shared logvar that are not
+            the same (on the CPU, where their values are looked at).
         RuntimeError: there is no process group; a rank has ended, or did not call within the group's time-out.
 
     Equals, on all the ranks' components in one::

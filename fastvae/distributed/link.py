@@ -95,7 +95,7 @@ _TEXT = 512  # bytes
 
 
 class Told(NamedTuple):
-    """The numbers in a rank's part of the handshake; two ranks need not have the same but for `same`."""
+    """The numbers in a rank's part of the handshake; two ranks need not have the same but for the last two."""
 
     failed: int  # whether the rank's arguments are wrong; the text is the error then
     K: int = 0
@@ -104,6 +104,7 @@ class Told(NamedTuple):
     exclude_low: int = -1
     exclude_high: int = -1
     same: int = 0  # of z and exclude, to be the same on all ranks where the rows are replicated; 0 where not looked at
+    logvar: int = 0  # of one that is [], [D] or [1, D], to be the same on all ranks where all components share it
 
 
 def agree(link: Link, check: Callable[[], tuple[str, Told, Checked]]) -> tuple[list[Told], Checked]:

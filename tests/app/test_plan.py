@@ -92,6 +92,11 @@ def test_the_command(cli: Cli) -> None:
         code, _, error = cli(*sizes, *wrong)
         assert code == 1 and told in error
     assert cli(*sizes[:-1], 0)[0] == 2
+    for option in ("--rows", "--components", "--dims", "--devices", "--memory"):
+        code, text, error = cli(*sizes, option, 10**15)
+        assert code == 0, error
+        code, _, error = cli(*sizes, option, 10**400)
+        assert code == 2 and option in error
 
 
 def test_numbers_in_words() -> None:

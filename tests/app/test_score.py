@@ -15,7 +15,7 @@ import torch
 import fastvae
 from fastvae.app.scoring import arrays, resumable
 from fastvae.app.scoring.resumable import ResumableArrays
-from fastvae.app.user_errors import RunError
+from fastvae.app.user_errors import DataError, RunError
 
 from .conftest import Cli
 
@@ -70,13 +70,40 @@ def test_every_format_gives_the_same(cli: Cli, tmp_path: Path, inputs: tuple[Pat
     save_file({"z": z, "other": torch.zeros(1)}, tmp_path / "z.safetensors")
     save_file({name: torch.from_numpy(mixture[name]) for name in mixture}, tmp_path / "mixture.safetensors")
     points = [tmp_path / name for name in ("z.npy", "only.npz", "swapped.npy", "z.safetensors")]
-    mixtures = [tmp_path / name for name in ("folder", "mixture.npz", "mixture.safetensors")]
+    (tmp_path / "swapped").mkdir()
+    for name in mixture:
+        np.save(tmp_path / "swapped" / f"{name}.npy", mixture[name].astype(mixture[name].dtype.newbyteorder()))
+    mixtures = [tmp_path / name for name in ("folder", "mixture.npz", "mixture.safetensors", "swapped")]
     for index, pair in enumerate(itertools.zip_longest(points, mixtures, fillvalue=mixtures[-1])):
         out = tmp_path / f"{index}.npy"
         code, _, error = cli(*options(pair, out), "--memory", 1)
         assert code == 0, error
         assert np.allclose(np.load(out), wanted(inputs)[0], atol=1e-5)
         assert np.array_equal(np.load(out), np.load(tmp_path / "0.npy"))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 3)])
+def test_a_logvar_of_another_byte_order_that_all_components_share(
+    cli: Cli, tmp_path: Path, inputs: tuple[Path, Path], shape: tuple[int, ...]
+) -> None:
+    mixture = tmp_path / "folder"
+    mixture.mkdir()
+    mu, logvar = np.load(inputs[1])["mu"], np.full(shape, 0.5, np.float32)
+    np.save(mixture / "mu.npy", mu)
+    np.save(mixture / "logvar.npy", logvar.astype(logvar.dtype.newbyteorder()))
+    code, _, error = cli(*options((inputs[0], mixture), tmp_path / "out.npy"))
+    assert code == 0, error
+    want = fastvae.mixture_log_prob(*map(torch.from_numpy, (np.load(inputs[0]), mu, logvar)))
+    assert np.array_equal(np.load(tmp_path / "out.npy"), want.numpy())
+
+
+@pytest.mark.parametrize("rows", [np.s_[300:500], ...])
+def test_a_file_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path, rows: Any) -> None:
+    np.save(tmp_path / "z.npy", np.zeros((500, 3)))
+    opened = arrays.NpyRows(tmp_path / "z.npy")
+    os.truncate(tmp_path / "z.npy", 9000)
+    with pytest.raises(DataError, match=r"z\.npy: was cut short while it was read"):
+        opened[rows]
 
 
 def test_no_points(cli: Cli, tmp_path: Path, inputs: tuple[Path, Path]) -> None:
@@ -227,12 +254,53 @@ def test_inputs_that_change_meanwhile_give_no_result(
     code, _, error = cli(*options(inputs, tmp_path / "out.npy"))
     assert code == 1 and "was changed while it was read" in error and left(tmp_path) == []
 
+    def keeping_its_time(self: ResumableArrays, start: int, blocks: list[np.ndarray]) -> None:
+        before = os.stat(inputs[0])
+        write(self, start, blocks)
+        np.save(inputs[0], np.ones((500, 3), np.float32))  # as large as before
+        os.utime(inputs[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    monkeypatch.setattr(ResumableArrays, "write", keeping_its_time)
+    code, _, error = cli(*options(inputs, tmp_path / "out.npy"))
+    assert code == 1 and "was changed while it was read" in error and left(tmp_path) == []
+
     def touching(self: ResumableArrays, start: int, blocks: list[np.ndarray]) -> None:
         write(self, start, blocks)
         os.utime(inputs[0], (1, 1))
 
     monkeypatch.setattr(ResumableArrays, "write", touching)  # the content is the same
     assert cli(*options(inputs, tmp_path / "out.npy"))[0] == 0
+
+
+def test_inputs_that_change_and_are_put_back_give_no_mixed_result(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    """Changed while the third block is written, stopped at the eighth, restored, and run again."""
+    monkeypatch.setattr("fastvae.streaming.blocks", lambda M, K, D, **_: fastvae.streaming.Blocks(50, K))
+    points, write = inputs[0].read_bytes(), ResumableArrays.write
+
+    def changing(self: ResumableArrays, start: int, blocks: list[np.ndarray]) -> None:
+        if start == 100:
+            np.save(inputs[0], np.zeros((500, 3), np.float32))
+        if start == 350:
+            raise KeyboardInterrupt
+        write(self, start, blocks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableArrays, "write", changing)
+        code, _, error = cli(*options(inputs, tmp_path / "out.npy"))
+        assert code == 1 and "was changed while it was read" in error and left(tmp_path) == []
+    inputs[0].write_bytes(points)
+    assert cli(*options(inputs, tmp_path / "out.npy"))[0] == 0
+    assert np.allclose(np.load(tmp_path / "out.npy"), wanted(inputs)[0], atol=1e-5)
+
+
+def test_an_input_that_is_removed_meanwhile_is_told(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, tmp_path: Path, inputs: tuple[Path, Path]
+) -> None:
+    monkeypatch.setattr(ResumableArrays, "write", lambda *_: inputs[0].unlink())
+    code, _, error = cli(*options(inputs, tmp_path / "out.npy"))
+    assert code == 1 and "z.npy: cannot be read (No such file or directory)" in error
 
 
 def test_a_full_disk_is_told_before_the_work(

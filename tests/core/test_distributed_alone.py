@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,21 @@ def test_bad_input_of_the_exemplar_prior_is_named(alone: None) -> None:
         fastvae.distributed.ShardedExemplarPrior(torch.nn.Identity(), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(TypeError, match="data must be a tensor"):
         fastvae.distributed.ShardedExemplarPrior(torch.nn.Identity(), [1.0, 2.0])
+
+
+def test_a_copy_of_the_exemplar_prior_has_its_group(alone: None) -> None:
+    """As torch.optim.swa_utils.AveragedModel makes one."""
+    group = dist.new_group()
+    encoder = torch.nn.Linear(3, 2)
+    encoder.register_forward_hook(lambda module, args, output: (output, torch.zeros_like(output)))
+    prior = fastvae.distributed.ShardedExemplarPrior(encoder, torch.randn(4, 3), group=group, shared_variance=True)
+    copied = copy.deepcopy(prior)
+    assert copied.group is group and copied.encoder is not prior.encoder and copied.logvar is not prior.logvar
+    z = torch.randn(5, 2)
+    assert torch.equal(copied.log_prob(z), prior.log_prob(z))
+    with torch.no_grad():
+        prior.logvar += 1
+    assert not torch.equal(copied.log_prob(z), prior.log_prob(z))
 
 
 def test_without_a_group() -> None:

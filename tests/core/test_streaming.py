@@ -215,14 +215,22 @@ def test_blocks_fit_into_memory_and_read_least() -> None:
 
 
 def test_reading_goes_on_while_blocks_are_computed(cut: Callable[[int, int], None]) -> None:
-    """Ten reads and ten computations of 20 ms in turn would take 400 ms."""
-    z, mu = Counted(torch.randn(10, 2), 0.02), torch.randn(3, 2)
+    """The next block of rows is read while this one is with the caller."""
+
+    class Told(Counted):
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            block = super().__getitem__(rows)
+            was_read[rows.start].set()
+            return block
+
+    was_read = [threading.Event() for _ in range(10)]
+    z = Told(torch.randn(10, 2))
     cut(1, 3)
-    parts = StreamedScores(z, mu, torch.zeros(()))
-    started = time.perf_counter()
-    for _ in parts:
-        time.sleep(0.02)
-    assert time.perf_counter() - started < 0.36
+    parts = StreamedScores(z, torch.randn(3, 2), torch.zeros(()))
+    for part in parts:
+        if part.stop < 10:
+            assert was_read[part.stop].wait(60)
+        assert not any(event.is_set() for event in was_read[part.stop + 1 :])  # and no more than the next
     assert z.threads - {"MainThread"} == {"fastvae-read_0"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -246,3 +247,25 @@ def train_exemplars(rank: int, data: Tensor, shares: list[int], batch: list[list
         "samples": vae.prior.sample(100 * (rank + 1)),
         **{name: p.grad for name, p in vae.named_parameters()},
     }
+
+
+def wrong_calls_of_exemplars(rank: int) -> list[str]:
+    """The errors on all ranks where the last rank's arguments are wrong."""
+    prior = model(lambda encoder: fastvae.distributed.ShardedExemplarPrior(encoder, torch.rand(3, 6))).prior
+    wrong, z, right = rank == WORLD - 1, torch.zeros(2, 3), torch.tensor([0, 1])
+    calls: list[Callable[[], Any]] = [
+        lambda: prior.sample(-1 if wrong else 2),
+        lambda: prior.sample(2.5 if wrong else 2),
+        *(
+            lambda index=index: prior.kl(z, z, index=index if wrong else right)
+            for index in (torch.tensor([0]), torch.tensor([0, 1, 2]), right.float(), [0, 1])
+        ),
+    ]
+    errors = []
+    for call in calls:
+        try:
+            call()
+            errors.append("no error")
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,16 +38,18 @@ class NpyRows:
         self._offset = header.offset
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        if rows is Ellipsis:
-            return np.asarray(np.load(self.path, allow_pickle=False))
-        start, stop, _ = rows.indices(self.shape[0])
-        width = int(np.prod(self.shape[1:], dtype=np.int64))
-        found = np.fromfile(
-            self.path, self.dtype, (stop - start) * width, offset=self._offset + start * width * self.dtype.itemsize
-        )
-        if found.size != (stop - start) * width:
+        first, shape = 0, self.shape
+        if rows is not Ellipsis:
+            start, stop, _ = rows.indices(self.shape[0])
+            first, shape = start * math.prod(self.shape[1:]), (max(0, stop - start), *self.shape[1:])
+        count = math.prod(shape)
+        try:
+            found = np.fromfile(self.path, self.dtype, count, offset=self._offset + first * self.dtype.itemsize)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror}).") from error
+        if found.size != count:
             raise DataError(f"{self.path}: was cut short while it was read.")
-        return found.reshape(stop - start, *self.shape[1:]).astype(self.dtype.newbyteorder("="), copy=False)
+        return found.reshape(shape).astype(self.dtype.newbyteorder("="), copy=False)
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,18 @@ class Arrays:
     arrays: dict[str, Any]
     files: tuple[Path, ...]
 
-    def stamps(self) -> list[tuple[int, int]]:
-        """Size and time of change of each file, which tell whether one was changed meanwhile."""
-        return [(found.st_size, found.st_mtime_ns) for found in map(Path.stat, self.files)]
+    def stamps(self) -> list[tuple[int, ...]]:
+        """Number, size and times of change of each file, which tell whether one was changed meanwhile.
+
+        A program may set st_mtime_ns back, as tools that copy files do; st_ctime_ns it may not.
+
+        Raises:
+            DataError: a file is gone.
+        """
+        try:
+            return [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(Path.stat, self.files)]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}).") from error
 
 
 def open_points(path: Path) -> Arrays:

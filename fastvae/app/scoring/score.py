@@ -67,15 +67,25 @@ def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> 
         results.open(identity, overwrite=overwrite)
         parts.first_row = resumed = results.finished_rows
         bytes_read = parts.bytes_read if resumed < parts.M else 0
+
+        def require_same_inputs(console: Console) -> None:
+            nonlocal stamps
+            now = points.stamps(), mixture.stamps()
+            if now == stamps:
+                return
+            if _identity(console, job, open_points(job.points), open_mixture(job.mixture)) != identity:
+                results.discard()
+                raise DataError(f"{job.points} or {job.mixture} was changed while it was read; nothing was written.")
+            stamps = now
+
         with counting_progress(console, "scoring", parts.M, "rows") as on_rows:
             parts.on_pairs = _counter(lambda pairs: on_rows(resumed + pairs // parts.K))
             for part in parts:
+                # Before each block: after a stop, the journal's rows are those of the inputs that it names.
+                require_same_inputs(Console(quiet=True))  # a console shows one bar at a time
                 blocks = [part.log_prob] if part.score is None else [part.log_prob, part.score]
                 results.write(part.start, [block.numpy() for block in blocks])
-        changed = (points.stamps(), mixture.stamps()) != stamps
-        if changed and _identity(console, job, open_points(job.points), open_mixture(job.mixture)) != identity:
-            results.discard()
-            raise DataError(f"{job.points} or {job.mixture} was changed while it was read; nothing was written.")
+        require_same_inputs(console)
         results.finish()
     return Done(parts.M, parts.K, resumed, bytes_read)
 
