@@ -456,10 +456,13 @@ def score_command(
 @app.command("plan", cls=Command)
 def plan_command(
     rows: Annotated[
-        int, typer.Option(min=1, max=options.MOST_PLANNED, help="M, the points to score.", show_default=False)
+        int,
+        typer.Option(
+            help="M, the points to score: 100000 or 1e5.", parser=options.size, metavar="<int>", show_default=False
+        ),
     ],
     components: Annotated[
-        int, typer.Option(min=1, max=options.MOST_PLANNED, help="K, of the mixture.", show_default=False)
+        int, typer.Option(help="K, of the mixture.", parser=options.size, metavar="<int>", show_default=False)
     ],
     dims: Annotated[int, typer.Option(min=1, max=options.MOST_PLANNED, help="D, of a point.", show_default=False)],
     devices: Annotated[int, typer.Option(min=1, max=options.MOST_PLANNED, help="How many share the work.")] = 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from decimal import Decimal, InvalidOperation
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,19 @@ def path(text: str) -> Path:
     if not text:
         raise typer.BadParameter("the name is empty.")
     return Path(text).expanduser()
+
+
+def size(text: str) -> int:
+    """A whole number from 1 on as it was typed: 100000, 100_000 or 1e5."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if number.is_finite() and not 1 <= number <= MOST_PLANNED:
+        raise typer.BadParameter(f"{text} is not between 1 and {MOST_PLANNED:,}.")
+    if not number.is_finite() or number % 1:
+        raise typer.BadParameter(f"{text!r} is no whole number, such as 100000 or 1e5.")
+    return int(number)
 
 
 MODEL, TRAINING, DATA, KERNELS = "Model", "Training", "Data", "Kernels"

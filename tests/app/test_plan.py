@@ -97,6 +97,10 @@ def test_the_command(cli: Cli) -> None:
         assert code == 0, error
         code, _, error = cli(*sizes, option, 10**400)
         assert code == 2 and option in error
+    assert cli(*sizes, "--rows", "1e7") == cli(*sizes, "--rows", 10**7)
+    for wrong in ("1e400", "1.5", "nan", "many", "-3"):
+        code, _, error = cli(*sizes, "--rows", wrong)
+        assert code == 2 and "--rows" in error and wrong in error
 
 
 def test_numbers_in_words() -> None:
