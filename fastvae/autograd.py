@@ -39,7 +39,7 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Like torch's once_differentiable, but it raises whatever the upstream gradient is.
 
     torch's takes a result whose upstream gradient is a constant for a constant too: a penalty on d log p / dz would
@@ -108,7 +108,7 @@ class MixtureLogProb(torch.autograd.Function):
         return log_prob
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         return _mixture_gradients(ctx, grad)
 
@@ -135,7 +135,7 @@ class MixtureLogProbAndScore(torch.autograd.Function):
         return log_prob, score
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Gradients:
         return _mixture_gradients(ctx, grad)
 
@@ -184,7 +184,7 @@ class GroupedMixtureLogProb(torch.autograd.Function):
         return log_prob
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         log_prob, z, mu, logvar, log_weights = ctx.saved_tensors
         need = ctx.needs_input_grad[:4]
@@ -248,7 +248,7 @@ class MarginalMixtureLogProb(torch.autograd.Function):
         return log_prob
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         log_prob, score, z, mu, logvar, log_weights, exclude = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:4])
@@ -296,7 +296,7 @@ class LabelledMixtureLogProb(torch.autograd.Function):
         return log_prob, score
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Gradients:
         log_prob, score, *mixture = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:4])
@@ -339,7 +339,7 @@ class GaussianRsample(torch.autograd.Function):
         return (_without_samples(z), _without_samples(log_q)) if ctx.one else (z, log_q)
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad_z: Tensor, grad_log_q: Tensor) -> Gradients:
         logvar, seed = ctx.saved_tensors
         if ctx.one:
@@ -389,7 +389,7 @@ class MixtureKL(torch.autograd.Function):
         return z, kl
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> Gradients:
         logvar, seed, z, log_prob, score, exponents, *prior = ctx.saved_tensors
         if grad_kl is None:
@@ -420,6 +420,6 @@ class GaussianKL(torch.autograd.Function):
         return BACKENDS[backend].operators.gaussian_kl(mu, logvar)
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         return (*BACKENDS[ctx.backend].operators.gaussian_kl_backward(grad.contiguous(), *ctx.saved_tensors), None)

@@ -47,7 +47,7 @@ class _Once(_ReverseMode):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def _once(gradients: tuple[Tensor, ...], need: tuple[bool, ...], *inputs: Tensor | None) -> Results:
+def once_differentiable(gradients: tuple[Tensor, ...], need: tuple[bool, ...], *inputs: Tensor | None) -> Results:
     """The gradients that are needed, None for the others; whoever differentiates one is told that it cannot be."""
     floating = [t for t in inputs if t is not None and t.is_floating_point()]
     return tuple(_Once.apply(g, *floating) if n else None for g, n in zip(gradients, need, strict=True))
@@ -94,7 +94,7 @@ def _mixture_gradients(ctx: Any, grad: Tensor) -> Results:
     need = ctx.needs_input_grad[:4]
     backward = BACKENDS[ctx.backend].operators.mixture_log_prob_backward
     gradients = backward(grad.contiguous(), log_prob, *mixture, ctx.dense, *need)
-    return (*_once(gradients, need, grad, *mixture), None, None, None)
+    return (*once_differentiable(gradients, need, grad, *mixture), None, None, None)
 
 
 class LabelledMixtureLogProb(_ReverseMode):
@@ -131,7 +131,7 @@ class LabelledMixtureLogProb(_ReverseMode):
         gradients = labelled_operators.mixture_log_prob_backward(
             grad.contiguous(), log_prob, *mixture, ctx.num_labels, ctx.dense, *need, ctx.backend
         )
-        return (*_once(gradients, need, grad, *mixture), *[None] * 7)
+        return (*once_differentiable(gradients, need, grad, *mixture), *[None] * 7)
 
 
 class GaussianRsample(_ReverseMode):
@@ -151,7 +151,13 @@ class GaussianRsample(_ReverseMode):
         logvar, seed = ctx.saved_tensors
         backward = BACKENDS[ctx.backend].operators.gaussian_rsample_backward
         gradients = backward(grad_z.contiguous(), grad_log_q.contiguous(), logvar, seed, ctx.path_derivative)
-        return (*_once(gradients, ctx.needs_input_grad[:2], grad_z, grad_log_q, logvar), None, None, None, None)
+        return (
+            *once_differentiable(gradients, ctx.needs_input_grad[:2], grad_z, grad_log_q, logvar),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class GaussianKL(_ReverseMode):
@@ -170,7 +176,7 @@ class GaussianKL(_ReverseMode):
     def backward(ctx: Any, grad: Tensor) -> Results:
         mu, logvar = ctx.saved_tensors
         gradients = BACKENDS[ctx.backend].operators.gaussian_kl_backward(grad.contiguous(), mu, logvar)
-        return (*_once(gradients, ctx.needs_input_grad[:2], grad, mu, logvar), None)
+        return (*once_differentiable(gradients, ctx.needs_input_grad[:2], grad, mu, logvar), None)
 
 
 def _gaussian_rsample(mu, logvar, seed, num_samples: int | None, path_derivative: bool, backend: str) -> Any:

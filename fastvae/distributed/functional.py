@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvae import _checks, _torch_compat
 from fastvae import functional as F
 from fastvae._noise import draw_seed
-from fastvae.autograd import _differentiable_once
+from fastvae.autograd import differentiable_once
 from fastvae.backends.choice import choose, dense
 from fastvae.backends.registry import PRECISIONS, check_name
 from fastvae.distributed.dtensors import is_dtensor, to_local
@@ -42,7 +42,7 @@ class _Replicated(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.link.all_reduce(grad), None
 
@@ -56,7 +56,7 @@ class _AllRows(torch.autograd.Function):
         return link.all_rows(value, rows)
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.link.own_rows(ctx.link.all_reduce(grad), ctx.rows), None, None
 
@@ -70,7 +70,7 @@ class _OwnRows(torch.autograd.Function):
         return link.own_rows(value, rows).clone()
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.link.all_rows(grad, ctx.rows), None, None
 
@@ -95,7 +95,7 @@ class _Merged(torch.autograd.Function):
         return log_prob.to(of_rank.dtype), weight
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad is None:
             return None, None, None

@@ -41,7 +41,7 @@ from torch import Tensor
 from fastvae._noise import LOG_2PI
 from fastvae.distributions.batches import blocks, of_mixture
 from fastvae.operators import Schema, define, library
-from fastvae.transforms import Results, _once
+from fastvae.transforms import Results, once_differentiable
 
 _FARTHEST = 1e18  # in standard deviations
 _ARRAYS = 32  # of [samples, K] numbers make a block, at least, so that one of them stays in a CPU's cache
@@ -66,7 +66,7 @@ class Samples(torch.autograd.Function):
         gradients = _backward(grad.contiguous(), *ctx.saved_tensors, *need)
         if torch.compiler.is_compiling():
             return (None, *(g if needed else None for g, needed in zip(gradients, need, strict=True)))
-        return (None, *_once(gradients, need, grad, *ctx.saved_tensors))
+        return (None, *once_differentiable(gradients, need, grad, *ctx.saved_tensors))
 
 
 def _gradients(
