@@ -69,7 +69,7 @@ def test_responsibilities_of_narrow_components_are_exact() -> None:
     rng = np.random.default_rng(0)
     points = 1e6 * rng.standard_normal((30, 2))
     X = np.concatenate([np.repeat(points, 20, 0), points + 1e-3 * rng.standard_normal((30, 2))])
-    mixture = GaussianMixture(31, means_init=np.concatenate([points, points[:1] + 1e-3])).fit(X)
+    mixture = GaussianMixture(31, means_init=np.concatenate([points, points[:1] + 1e-3]), random_state=0).fit(X)
     t = (X[:, None] - mixture.means_) / np.sqrt(mixture.covariances_)
     with np.errstate(divide="ignore"):  # of a component that died
         log_weights = np.log(mixture.weights_)
