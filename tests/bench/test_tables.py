@@ -91,6 +91,11 @@ def root(tmp_path: Path) -> Path:
     sampled = {"K": 1000, "samples": 6, "pyro_seconds": 6.0, "seconds": 0.03}
     (results / "mixture-samples.json").write_text(json.dumps({"latent": 10, "rows": [sampled]}))
     (results / "em.json").write_text(json.dumps(EM))
+    (results / "reproductions").mkdir()
+    reproduced = {"seed": 3, "evaluation": evaluation, "machine": {"threads": 1}, "seconds": 7200.0, "epochs": 191}
+    for name, published, finished in (("a", [{"log_likelihood": -80.0}], True), ("b", [], False)):
+        found = reproduced | {"protocol": {"name": name, "published": published}, "finished": finished}
+        (results / "reproductions" / f"{name}.json").write_text(json.dumps(found))
     _on_a_gpu(results / "gpu-h200")
     for name in TABLES:
         (tmp_path / "docs" / f"{name}.md").write_text(PAGE.format(name=name))
@@ -146,6 +151,10 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
     assert line(root, "demo", "vamp")[1:3] == ["-1.50 +- 0.71", "-3.00 +- 0.00"]
     assert "vamp wins." in (root / "docs" / "demo.md").read_text()
     assert line(root, "static-mnist", "vamp") == ["vamp", "-80.13 +- 0.20", "-85.00", "25.00", "20 of 40"]
+    found, place = "-80.13 +- 0.20", ["2.0 h", "1 CPU thread"]
+    assert line(root, "reproductions", "`a`")[1:] == ["3", "-80.00", found, "-0.13", "191", *place]
+    assert line(root, "reproductions", "`b`")[1:] == ["3", "-", found, "-", "191, not finished", *place]
+    assert "from memory" in line(root, "published", "`standard-static-mnist`")
     assert line(root, "bounds-estimators", "dreg")[1:] == ["5", "0.012", "0.25 (0.20)"]
     assert line(root, "bounds-refresh", "subset=60")[1:] == ["60", "-23.46"]
     assert line(root, "bounds-memory", "50,000")[1:] == ["at once", "1.56 GB"]
