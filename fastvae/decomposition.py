@@ -67,7 +67,7 @@ def total_correlation(
 
     The mean over draws z ~ q(z) is the total correlation KL(q(z) || prod_d q(z_d)), which the beta-TCVAE penalises.
     Differentiable once in z, mu, logvar and log_weights.  A penalty in training needs the gradient in z alone, with
-    mu and logvar detached; see :mod:`fastvae.decomposition`.
+    mu and logvar detached: what comes by way of these has mean zero.
 
     Args:
         z: [..., D], the points: draws of q(z | x_n) for n uniform over the data set, as in shuffled batches.
