@@ -75,13 +75,19 @@ def _exponents(backend: str, M: int, mu: Tensor) -> ExponentOperators | None:
     return operators if 0 < size <= MAX_EXPONENT_BYTES else None
 
 
+def _score_in_forward(backend: str, need_z: bool, need_parameters: bool, dense: bool) -> bool:
+    """Whether forward computes the score dl/dz, so that backward's gradient in z is one product.
+
+    It does so where z alone needs a gradient, and with a backend that has `score_in_forward` wherever z needs one.  The
+    score leaves out what backward may leave out, so that where `dense` asks for every term backward computes it.
+    """
+    return need_z and not dense and (BACKENDS[backend].score_in_forward or not need_parameters)
+
+
 class MixtureLogProb(torch.autograd.Function):
     """log p(z) [M].
 
-    The score is dl/dz.  Where z alone needs a gradient, forward computes the score and backward is one product; a
-    backend with `score_in_forward` does so wherever z needs a gradient.  The score leaves out what backward may leave
-    out, so that where `dense` asks for every term backward computes the gradient in z.  A backend with `exponents`
-    keeps those of a small problem from forward for the gradients of the parameters.
+    A backend with `exponents` keeps those of a small problem from forward for the gradients of the parameters.
     """
 
     @staticmethod
@@ -97,7 +103,7 @@ class MixtureLogProb(torch.autograd.Function):
     ) -> Tensor:
         need_z, *need_parameters = ctx.needs_input_grad[:4]
         mixture, score, exponents = (z, mu, logvar, log_weights, exclude), None, None
-        if need_z and not dense and (BACKENDS[backend].score_in_forward or not any(need_parameters)):
+        if _score_in_forward(backend, need_z, any(need_parameters), dense):
             log_prob, score = BACKENDS[backend].operators.mixture_log_prob_and_score(*mixture)
         elif any(need_parameters) and not dense and (keeping := _exponents(backend, z.shape[0], mu)):
             log_prob, exponents = keeping.mixture_log_prob(*mixture, need_z, exponents_per_row(mu.shape[0]))
@@ -234,7 +240,7 @@ class MarginalMixtureLogProb(torch.autograd.Function):
         need_z, *need_parameters = ctx.needs_input_grad[:4]
         operators, score = BACKENDS[backend].operators, None
         log_prob = z.new_empty(z.shape[:2])
-        with_score = need_z and not dense and (BACKENDS[backend].score_in_forward or not any(need_parameters))
+        with_score = _score_in_forward(backend, need_z, any(need_parameters), dense)
         if with_score:
             score = torch.empty_like(z)
         for d, components in enumerate(zip(z, mu, logvar, strict=True)):
@@ -287,7 +293,7 @@ class LabelledMixtureLogProb(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         need_z, *need_parameters = ctx.needs_input_grad[:4]
-        at_once = need_z and not dense and (BACKENDS[backend].score_in_forward or not any(need_parameters))
+        at_once = _score_in_forward(backend, need_z, any(need_parameters), dense)
         mixture = z, mu, logvar, log_weights, exclude, labels, groups, num_labels
         log_prob, score = labelled_operators.mixture_log_prob(*mixture, with_score or at_once, backend)
         ctx.save_for_backward(log_prob, score, z, mu, logvar, log_weights, exclude, labels, groups)
@@ -378,7 +384,7 @@ class MixtureKL(torch.autograd.Function):
             per_row = exponents_per_row(prior_mu.shape[0])
             z, kl, log_prob, exponents = keeping.mixture_kl(*arguments, need_q, per_row)
         else:
-            with_score = need_q and not dense and (BACKENDS[backend].score_in_forward or not need_prior)
+            with_score = _score_in_forward(backend, need_q, need_prior, dense)
             z, kl, log_prob, score = BACKENDS[backend].operators.mixture_kl(*arguments, with_score)
         ctx.one = num_samples is None
         if ctx.one:
