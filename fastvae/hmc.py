@@ -32,7 +32,7 @@ from fastvae.backends import choice
 from fastvae.contracts import evaluate, require_methods
 from fastvae.hierarchical import HierarchicalVAE
 from fastvae.priors import Density
-from fastvae.vae import VAE, _rows_on
+from fastvae.vae import VAE, is_conditional, rows_on
 
 STARTS = ("posterior", "prior")
 Progress = Callable[[int, int], object]  # called with (steps done, steps in all)
@@ -201,7 +201,7 @@ class Target:
         self._dtype = mu.dtype  # of what the decoder takes
         self._mu, self._logvar = (v.to(_checks.compute_dtype(v.dtype)) for v in (mu, logvar))
         self._prior = vae.prior.snapshot()
-        self._rows = _rows_on(x.device)
+        self._rows = rows_on(x.device)
         if start == "posterior":
             self.scale = torch.exp(0.5 * self._logvar)
         else:
@@ -337,7 +337,7 @@ def check_vae(vae: VAE) -> None:
             f"vae must have one level of latents, not two as a {type(vae).__name__}; vae.log_likelihood(x) is its "
             "log-likelihood by importance sampling"
         )
-    if getattr(vae.prior, "conditional", False):  # a prior of one's own need not have it
+    if is_conditional(vae.prior):
         raise TypeError(
             f"vae must have a prior p(z), not p(z | y) as this {type(vae.prior).__name__}; vae.log_likelihood(x, y=y) "
             "is its log-likelihood by importance sampling"
@@ -360,7 +360,7 @@ def check_chains(vae: VAE, x: Tensor, num_chains: int, leapfrog_steps: int, star
 
 def batches(x: Tensor, num_chains: int) -> tuple[Tensor, ...]:
     """x in parts, so that the chains of one are decoded together."""
-    return x.split(max(1, _rows_on(x.device) // num_chains))
+    return x.split(max(1, rows_on(x.device) // num_chains))
 
 
 def ticker(progress: Progress | None, total: int) -> Callable[[], None]:

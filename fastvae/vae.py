@@ -63,7 +63,8 @@ class VAEOutput:
 torch.export.register_dataclass(VAEOutput, serialized_type_name="fastvae.VAEOutput")
 
 
-def _rows_on(device: torch.device) -> int:
+def rows_on(device: torch.device) -> int:
+    """How many z a device decodes at once."""
     return _ROWS if device.type == "cpu" else _DEVICE_ROWS
 
 
@@ -258,16 +259,16 @@ class VAE(nn.Module):
         """
         _checks.count("num_samples", num_samples)
         self._check_y(y, x.shape[:1], "x")
-        prior, rows = self.prior.snapshot(), _rows_on(x.device) // 10
+        prior, rows = self.prior.snapshot(), rows_on(x.device) // 10
         parts = zip(x.split(rows), repeat(None) if y is None else y.split(rows), strict=False)
         return torch.cat([self._importance(*part, num_samples, prior) for part in parts])
 
     def _importance(self, x: Tensor, y: Tensor | None, num_samples: int, prior: Prior) -> Tensor:
         mu, logvar = self._posterior(x, y)
-        of_prior = prior.density(y=y) if y is not None and _is_conditional(prior) else prior.log_prob
+        of_prior = prior.density(y=y) if y is not None and is_conditional(prior) else prior.log_prob
         log_likelihood, log_prior = self._densities(x, y, mu, of_prior)
         draw = self._sampler(x)
-        step = max(1, _rows_on(x.device) // max(1, len(x)))
+        step = max(1, rows_on(x.device) // max(1, len(x)))
         parts = []
         for start in range(0, num_samples, step):
             z, log_q = draw(mu, logvar, min(step, num_samples - start), False)
@@ -344,12 +345,12 @@ class VAE(nn.Module):
 
     def _for_prior(self, y: Tensor | None) -> dict[str, Tensor]:
         """The argument y for the prior, if it takes one."""
-        return {} if y is None or not _is_conditional(self.prior) else {"y": y}
+        return {} if y is None or not is_conditional(self.prior) else {"y": y}
 
     def _check_y(self, y: Tensor | None, rows: tuple[int, ...], of_each: str) -> None:
         """rows: (B,), which y must begin with; of_each: what there are so many of."""
         if y is None:
-            if _is_conditional(self.prior):
+            if is_conditional(self.prior):
                 raise ValueError(f"the {type(self.prior).__name__} is conditional: give y, a row for each {of_each}")
         elif require_tensor("y", y).shape[:1] != rows:
             raise ValueError(f"y must be [{rows[0]}, ...], a row for each {of_each}, not {list(y.shape)}")
@@ -403,7 +404,8 @@ class VAE(nn.Module):
         return log_prob.reshape(S, B, math.prod(x.shape[1:])).sum(-1)
 
 
-def _is_conditional(prior: Prior) -> bool:
+def is_conditional(prior: Prior) -> bool:
+    """Whether the prior is p(z | y)."""
     return getattr(prior, "conditional", False)  # a prior of one's own need not have it
 
 
