@@ -31,33 +31,25 @@ constexpr float kMaxError = 1.5e-4f;
 // How what is allowed grows with c - a.
 __device__ __forceinline__ float allowed_slope(int64_t D) { return kRoundoff * (5.0f + sqrtf(float(D))); }
 
-// Whether pairs that count are certified so seldom that it is not tried.  |x1|^2 is about sum_d (S^2 / sigma^2 + 1) and
-// |y1|^2 about sum_d S^2 / sigma^2, with S the spread of the components; square_unit tells these within a factor of two.
-// A whole warp calls this.
-__device__ __forceinline__ bool is_hopeless(const Survey& survey, int64_t D) {
-  float rows = 0;
-  for (int64_t d = threadIdx.x % 32; d < D; d += 32)
-    rows += 1.0f / (3.5f * survey.square_unit[d] * survey.square_unit[d]);
-  rows = group_sum(rows, 32);
-  const float n = float(D), components = fmaxf(rows - n, 0.0f), allowed = (1.0f + sqrtf(n)) * n + 2.0f * n;
-  return kError * sqrtf(rows * components) > 8.0f * allowed;
-}
-
 // Of the pairs of a warp and 32 other items, how many may be computed in the difference form, on average: where they are
 // more, the kernels for the difference form alone are as fast.
 constexpr int kMaxUncertain = 32;
 constexpr int kHeadStart = 8;  // at first all pairs count, because no larger exponent has been seen
 
-// The exponent of a pair in the difference form, base 2 and without R.  Eight lanes compute it together.
-__device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const Features& features, int64_t m,
-                                                int64_t k) {
+// The exponent of a pair in the difference form, base 2 and without R.  Eight lanes compute it together, or have no pair.
+__device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const Features& features, bool has_pair,
+                                                int64_t m, int64_t k) {
   float squares = 0;
-  for (int64_t d = threadIdx.x % 8; d < mix.D && m < mix.M && k < mix.K; d += 8) {
-    const float s = exp(-0.5f * bounded(logvar_of(mix, k, d)));
-    const float t = (mix.z[m * mix.D + d] - mix.mu[k * mix.D + d]) * s;
-    squares = fma(t, t, squares);
+  if (has_pair) {
+    const float *z = mix.z + m * mix.D, *mu = mix.mu + k * mix.D, *logvar = mix.logvar + (mix.shared ? 0 : k * mix.D);
+#pragma unroll 4  // so many loads are on their way at a time
+    for (int d = int(threadIdx.x) % 8; d < mix.D; d += 8) {
+      const float t = (z[d] - mu[d]) * exp(-0.5f * bounded(logvar[d]));
+      squares = fma(t, t, squares);
+    }
   }
   squares = group_sum(squares, 8);
+  if (!has_pair) return -INFINITY;
   return features.components.bounds[k].shift - (0.5f * squares + features.row_term[m]) * float(kLog2E);
 }
 
@@ -72,7 +64,7 @@ __device__ __forceinline__ void for_each_uncertain(const Mixture<float>& mix, co
     for (int group = 0; group < lane / 8; ++group) from_own &= from_own - 1;
     const int source = from_own ? __ffs(int(from_own)) - 1 : lane;
     const int64_t m = __shfl_sync(0xFFFFFFFFu, int(row), source), k = __shfl_sync(0xFFFFFFFFu, int(component), source);
-    const float exponent = exact_exponent(mix, features, m, k);
+    const float exponent = exact_exponent(mix, features, from_own != 0 && m < mix.M && k < mix.K, m, k);
     const int rank = __popc(lanes & ((1u << lane) - 1));
     const float own = __shfl_sync(0xFFFFFFFFu, exponent, rank % 4 * 8);
     if ((lanes >> lane & 1) && rank < 4) assign(own);

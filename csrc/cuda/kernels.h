@@ -84,7 +84,7 @@ void mixture_forward(const Mixture<T>&, T* scratch, T* log_prob, Stream);
 template <class T>
 int64_t difference_forward_scratch(const Mixture<T>&);
 template <class T>
-void difference_forward(const Mixture<T>&, const int* only_if, T* scratch, T* log_prob, Stream);
+void difference_forward(const Mixture<T>&, int* only_if, T* scratch, T* log_prob, Stream);
 template <class T>
 void mixture_backward(const Mixture<T>&, Gradients<T>, T* scratch, Stream);
 

@@ -36,4 +36,7 @@ void launch(Stream stream, int64_t x, int64_t y, int threads, size_t shared_byte
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
+// Whether a kernel has nothing to do: see Packed.
+__device__ __forceinline__ bool is_off(const int* only_if) { return only_if && *only_if == 0; }
+
 }  // namespace fastvae::cuda

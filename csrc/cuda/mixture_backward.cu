@@ -1,6 +1,7 @@
 // The gradients of log p(z): which kernels run, in which order, and how their scratch memory is laid out.
 #include "mixture_backward.cuh"
 #include "reductions.cuh"
+#include "screen.h"
 
 namespace fastvae::cuda {
 namespace {
@@ -15,6 +16,7 @@ template <class T>
 struct BackwardPlan {
   Scratch<T> scratch;
   Packed<T> packed;
+  T* screen;              // what the screen needs, in the memory of `packed`, which is filled later
   bool parameters;        // some gradient of the parameters is wanted
   bool log_sigma_ratios;  // the limits need them; where logvar is shared all are 0
   int tiles;              // of components
@@ -24,7 +26,7 @@ struct BackwardPlan {
   T *max_logvar, *columns;           // [D]; scratch memory of sum_columns and max_columns
 
   BackwardPlan(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory)
-      : scratch(memory), packed(mix, scratch, true) {
+      : scratch(memory), packed(mix, scratch, true), screen(memory) {
     const int chunks = int(blocks_for(mix.D, kChunk));
     const bool shared = mix.shared && wanted.dlogvar;
     parameters = wanted.dmu || wanted.dlogvar || wanted.dweights;
@@ -34,6 +36,12 @@ struct BackwardPlan {
     splits_z = plan_splits(tiles, packed.row_tiles * chunks, 2 * kMultiprocessors);
     chunks_parameters = wanted.dmu || wanted.dlogvar ? chunks : 1;
     splits_parameters = plan_splits(packed.row_tiles, int64_t(tiles) * chunks_parameters, 2 * kMultiprocessors);
+    if constexpr (sizeof(T) == 4) {
+      if (is_screen_tried(mix, wanted)) {
+        scratch.take(std::max<int64_t>(0, screened_backward_scratch(mix) - scratch.size()));
+        packed.only_if = reinterpret_cast<int*>(scratch.take(1));
+      }
+    }
     const auto take = [&](const T* gradient, int64_t splits, int64_t n) {
       return gradient && splits > 1 ? scratch.take(splits * n) : nullptr;
     };
@@ -56,8 +64,17 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   const int64_t largest = std::max<int64_t>(packed.row_tiles, packed.panels) * Tile<T>::kSide * 2 * packed.width;
   if (largest / Tile<T>::kVector > UINT32_MAX)  // of an array: the kernels count in 32 bits
     throw std::runtime_error("fastvae: CUDA: too many rows or components for backward");
+  T* const dz = plan.dz ? plan.dz : wanted.dz;
+  T* const dmu = plan.dmu ? plan.dmu : wanted.dmu;
+  T* const dlogvar = plan.dlogvar ? plan.dlogvar : wanted.dlogvar;
+  T* const dweights = plan.dweights ? plan.dweights : wanted.dweights;
+  if constexpr (sizeof(T) == 4) {
+    if (packed.only_if)
+      mixture_screened_backward(mix, wanted, {dz, dmu, dlogvar, dweights, plan.splits_z, plan.splits_parameters},
+                                packed.only_if, plan.screen, stream);
+  }
   if (plan.log_sigma_ratios)
-    max_columns(mix.logvar, mix.log_weights, mix.K, mix.D, plan.columns, plan.max_logvar, stream);
+    max_columns(mix.logvar, mix.log_weights, mix.K, mix.D, packed.only_if, plan.columns, plan.max_logvar, stream);
   pack<T>(mix, wanted.log_prob, plan.log_sigma_ratios ? plan.max_logvar : nullptr, packed, stream);
 
   const auto sum = [&](const T* splits, int64_t count, int64_t n, T* out) {
@@ -67,7 +84,7 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
       mix, packed, wanted.log_prob, wanted.grad, wanted.negated, wanted.dense, log_negligible<T>(mix.K)};
   if (wanted.dz) {
     task.splits = plan.splits_z;
-    task.dz = plan.dz ? plan.dz : wanted.dz;
+    task.dz = dz;
     task.chunks = plan.chunks_z;
     launch(stream, packed.row_tiles, plan.splits_z * plan.chunks_z, kThreads, sizeof(BackwardShared<Side::rows, T>),
            backward_kernel<Side::rows, T>(mix.D), task);
@@ -75,9 +92,7 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   }
   if (!plan.parameters) return;
   task.splits = plan.splits_parameters;
-  task.dmu = plan.dmu ? plan.dmu : wanted.dmu;
-  task.dlogvar = plan.dlogvar ? plan.dlogvar : wanted.dlogvar;
-  task.dweights = plan.dweights ? plan.dweights : wanted.dweights;
+  task.dmu = dmu, task.dlogvar = dlogvar, task.dweights = dweights;
   task.chunks = plan.chunks_parameters;
   launch(stream, plan.tiles, plan.splits_parameters * plan.chunks_parameters, kThreads,
          sizeof(BackwardShared<Side::components, T>), backward_kernel<Side::components, T>(mix.D), task);

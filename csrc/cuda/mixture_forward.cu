@@ -121,7 +121,7 @@ int64_t difference_forward_scratch(const Mixture<T>& mix) {
 }
 
 template <class T>
-void difference_forward(const Mixture<T>& mix, const int* only_if, T* scratch, T* log_prob, Stream stream) {
+void difference_forward(const Mixture<T>& mix, int* only_if, T* scratch, T* log_prob, Stream stream) {
   ForwardPlan<T> plan(mix, scratch);
   plan.packed.only_if = only_if;
   pack<T>(mix, nullptr, nullptr, plan.packed, stream);
@@ -142,7 +142,7 @@ int64_t forward_scratch(const Mixture<T>& mix) {
 
 template <class T>
 void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stream) {
-  const int* only_if = nullptr;
+  int* only_if = nullptr;
   if constexpr (sizeof(T) == 4) {
     if (is_certificate_tried(mix)) {
       int* uncertain = reinterpret_cast<int*>(scratch);
@@ -155,8 +155,8 @@ void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stre
 
 template int64_t difference_forward_scratch<float>(const Mixture<float>&);
 template int64_t difference_forward_scratch<double>(const Mixture<double>&);
-template void difference_forward<float>(const Mixture<float>&, const int*, float*, float*, Stream);
-template void difference_forward<double>(const Mixture<double>&, const int*, double*, double*, Stream);
+template void difference_forward<float>(const Mixture<float>&, int*, float*, float*, Stream);
+template void difference_forward<double>(const Mixture<double>&, int*, double*, double*, Stream);
 template int64_t forward_scratch<float>(const Mixture<float>&);
 template int64_t forward_scratch<double>(const Mixture<double>&);
 template void mixture_forward<float>(const Mixture<float>&, float*, float*, Stream);

@@ -106,9 +106,9 @@ struct Packed {
   T* c;                   // [panels, kSide]: the exponent at the component's mean; -inf where absent
   T* difference_form;     // [panels]: not 0 where t is computed as (z - mu) s, else it is z s - mu s
   // For backward, else null.
-  T* panel_max;                  // [panels, 2]: the largest c, and the largest log sigma ratio, of a panel's components
-  T *z, *mu, *v;                 // [row_tiles kSide, width], [panels kSide, width] twice; v = 1 / sigma^2
-  const int* only_if = nullptr;  // on the device: where it is 0, nothing is to be computed
+  T* panel_max;            // [panels, 2]: the largest c, and the largest log sigma ratio, of a panel's components
+  T *z, *mu, *v;           // [row_tiles kSide, width], [panels kSide, width] twice; v = 1 / sigma^2
+  int* only_if = nullptr;  // on the device: where it is 0, nothing is to be computed
 
   Packed(const Mixture<T>& mix, Scratch<T>& scratch, bool backward) {
     constexpr int64_t side = Tile<T>::kSide;

@@ -70,11 +70,21 @@ struct alignas(16) ItemBounds {
   float shift;           // of a row: the part of the error that is the row's, and the slope times R; of a component: c
 };
 
+// What the screen needs of an item (screen.h).
+struct alignas(16) ScreenTerms {
+  float level;           // of a component: above c'.  Of a row: below the limit of its exponents, less R
+  float scale;           // as in ItemTerms
+  float linear, square;  // as in ItemBounds
+};
+
+enum class Bounds { none, certificate, screen };
+
 struct Items {
-  int64_t count = 0;             // padded to whole blocks and to whole panels
-  uint4* lines = nullptr;        // [count, lines], of 8 uint4 each
-  ItemTerms* terms = nullptr;    // [count]
-  ItemBounds* bounds = nullptr;  // [count], or null
+  int64_t count = 0;              // padded to whole blocks and to whole panels
+  uint4* lines = nullptr;         // [count, lines], of 8 uint4 each
+  ItemTerms* terms = nullptr;     // [count]
+  ItemBounds* bounds = nullptr;   // [count], or null
+  ScreenTerms* screen = nullptr;  // [count], or null
 };
 
 // A component's features and terms; a row's, and R.  Laid out in scratch memory of floats.
@@ -87,10 +97,15 @@ struct Features {
   float* row_term;  // [rows.count]: R, in nats
   float* doubtful;  // [rows.count]: not 0 where log_prob is too inexact for the row's constant
 
-  int* uncertain = nullptr;  // not 0 where the difference form has to compute all; null without a certificate
+  int* uncertain = nullptr;  // not 0 where the difference form has to compute all; null without bounds
+
+  // For the screen, else null.
+  float* peaks;         // [components.count]: a at the mean, in nats
+  int* maxima;          // [2]: the largest peak, and the largest log sigma ratio, as ordered() has them
+  float* score_levels;  // [rows.count]: the rows' levels for the gradient in z
 
   template <int kParts>
-  static Features plan(const Mixture<float>& mix, bool squares, bool certified, Scratch<float>& scratch) {
+  static Features plan(const Mixture<float>& mix, bool squares, Bounds bounds, Scratch<float>& scratch) {
     Features f;
     f.shape = feature_shape<kParts>(mix.D, squares);
     f.parts = survey_parts(mix.K);
@@ -100,9 +115,14 @@ struct Features {
     f.components = items(mix.K, f.shape, scratch);
     f.row_term = scratch.take(f.rows.count);
     f.doubtful = scratch.take(f.rows.count);
-    if (!certified) return f;
-    f.rows.bounds = reinterpret_cast<ItemBounds*>(scratch.take(f.rows.count * 4));
-    f.components.bounds = reinterpret_cast<ItemBounds*>(scratch.take(f.components.count * 4));
+    const auto take = [&](Bounds of, int64_t n) { return bounds == of ? scratch.take(n) : nullptr; };
+    for (Items* items : {&f.rows, &f.components}) {
+      items->bounds = reinterpret_cast<ItemBounds*>(take(Bounds::certificate, items->count * 4));
+      items->screen = reinterpret_cast<ScreenTerms*>(take(Bounds::screen, items->count * 4));
+    }
+    f.peaks = take(Bounds::screen, f.components.count);
+    f.maxima = reinterpret_cast<int*>(take(Bounds::screen, 2));
+    f.score_levels = take(Bounds::screen, f.rows.count);
     return f;
   }
 

@@ -126,7 +126,7 @@ struct RowsPlan {
   SumsTask task;
 
   RowsPlan(const Mixture<float>& mix, bool dense, float* memory) : scratch(memory) {
-    features = Features::plan<kParts>(mix, !mix.shared, false, scratch);
+    features = Features::plan<kParts>(mix, !mix.shared, Bounds::none, scratch);
     task = plan_sums(mix, features, true, true, dense, scratch);
   }
 };
@@ -140,7 +140,7 @@ struct ParametersPlan {
   float* columns = nullptr;  // scratch memory of sum_columns
 
   ParametersPlan(const Mixture<float>& mix, const Gradients<float>& wanted, float* memory) : scratch(memory) {
-    features = Features::plan<kParts>(mix, !mix.shared || wanted.dlogvar, false, scratch);
+    features = Features::plan<kParts>(mix, !mix.shared || wanted.dlogvar, Bounds::none, scratch);
     task = plan_sums(mix, features, false, wanted.dmu || wanted.dlogvar, wanted.dense, scratch);
     doubtful_rows = plan_sums(mix, features, true, false, true, scratch);
     doubtful_rows.doubtful = features.doubtful;

@@ -71,13 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warp_row = warp / 2 * 32;
   const int warp_column = warp % 2 * kWarpColumns<kParts, kCertified>;
 
-  if constexpr (kCertified) {
-    if (is_hopeless(features.survey, mix.D)) {
-      if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *features.uncertain = 1;
-      return;
-    }
-    if (int(threadIdx.x) < kRows) row_bounds[threadIdx.x] = features.rows.bounds[first_row + threadIdx.x];
-  }
+  if (kCertified && int(threadIdx.x) < kRows) row_bounds[threadIdx.x] = features.rows.bounds[first_row + threadIdx.x];
   int uncertain_pairs = 0;
 
   const auto copy = [&](int panel, int line, int stage) {
@@ -182,14 +176,21 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const ItemBounds row = row_bounds[lane_row + 8 * i];
-          const float counts = row_sums[warp % 2 * kRows + lane_row + 8 * i].max - negligible;
+          const auto pair = [&](int j) { return a[i / 2][j / 2][i % 2 * 2 + j % 2]; };
+          const auto component = [&](int j) -> const ItemBounds& { return bounds[j / 2 * 8 + j % 2]; };
+          const auto error = [&](int j) {
+            return fma(row.linear, component(j).linear, row.square * component(j).square);
+          };
+          // What the row's largest exponent is at least: of the panels before, and by the bounds of this one.
+          float least = -INFINITY;
+#pragma unroll
+          for (int j = 0; j < 2 * kTiles; ++j) least = fmaxf(least, pair(j) - error(j));
+          least = fmaxf(quad_max(least), row_sums[warp % 2 * kRows + lane_row + 8 * i].max) - negligible;
 #pragma unroll
           for (int j = 0; j < 2 * kTiles; ++j) {
-            const ItemBounds& component = bounds[j / 2 * 8 + j % 2];
-            const float x = a[i / 2][j / 2][i % 2 * 2 + j % 2];
-            const float error = fma(row.linear, component.linear, row.square * component.square);
-            const bool certified = fma(slope, x, error + row.shift) <= component.allowed && error <= kMaxError;
-            const bool left_out = x == -INFINITY || x + error < counts;
+            const float x = pair(j), e = error(j);
+            const bool certified = fma(slope, x, e + row.shift) <= component(j).allowed && e <= kMaxError;
+            const bool left_out = x == -INFINITY || x + e < least;
             uncertain |= unsigned(!certified && !left_out) << (2 * kTiles * i + j);
           }
         }
@@ -199,15 +200,17 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
             if (lane == 0) *features.uncertain = 1;
           } else {
 #pragma unroll 1
-            for (int bit = 0; bit < 8 * kTiles; ++bit) {
-              const int j = bit % (2 * kTiles), column = warp_column + lane % 4 * 2 + j / 2 * 8 + j % 2;
-              for_each_uncertain(
-                  mix, features, __ballot_sync(0xFFFFFFFFu, uncertain >> bit & 1),
-                  first_row + lane_row + bit / (2 * kTiles) * 8, panel * kColumns + column, [&](float exact) {
+            while (__any_sync(0xFFFFFFFFu, uncertain != 0)) {  // one pair of each lane that has some left
+              const int bit = __ffs(int(uncertain)) - 1, j = bit % (2 * kTiles);
+              float exact = 0;
+              for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain != 0),
+                                 first_row + lane_row + bit / (2 * kTiles) * 8,
+                                 panel * kColumns + warp_column + lane % 4 * 2 + j / 2 * 8 + j % 2,
+                                 [&](float exponent) { exact = exponent; });
 #pragma unroll
-                    for (int n = 0; n < 8 * kTiles; ++n)
-                      if (n == bit) a[n / (4 * kTiles)][n % (2 * kTiles) / 2][n / (2 * kTiles) % 2 * 2 + n % 2] = exact;
-                  });
+              for (int n = 0; n < 8 * kTiles; ++n)
+                if (n == bit) a[n / (4 * kTiles)][n % (2 * kTiles) / 2][n / (2 * kTiles) % 2 * 2 + n % 2] = exact;
+              uncertain &= uncertain - 1;
             }
           }
         }
@@ -272,7 +275,7 @@ struct ForwardPlan {
   BinaryLogSum* partial;
 
   ForwardPlan(const Mixture<float>& mix, float* memory) : scratch(memory) {
-    features = Features::plan<kParts>(mix, !mix.shared, kCertified, scratch);
+    features = Features::plan<kParts>(mix, !mix.shared, kCertified ? Bounds::certificate : Bounds::none, scratch);
     splits =
         plan_splits(blocks_for(mix.K, kPanel<kParts, kCertified>), features.rows.count / kRows, 2 * kMultiprocessors);
     partial = reinterpret_cast<BinaryLogSum*>(scratch.take(splits > 1 ? 2 * splits * mix.M : 0));

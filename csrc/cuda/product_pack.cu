@@ -1,5 +1,7 @@
 // Makes the features of rows and components for the product form (product.h).  These kernels do O((M + K) D) work.
+#include "../common/skipping.h"
 #include "certificate.cuh"
+#include "screen.h"
 #include "tile.cuh"
 
 namespace fastvae::cuda {
@@ -29,6 +31,17 @@ __device__ __forceinline__ T warp_sum(T x) {
 __device__ __forceinline__ float warp_max(float x) {
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
   return x;
+}
+
+// A number as an integer of the same order, so that atomics find the largest; the same bits in any order.
+__device__ __forceinline__ int ordered(float x) {
+  const int bits = __float_as_int(x);
+  return bits < 0 ? bits ^ 0x7FFFFFFF : bits;
+}
+__device__ __forceinline__ float from_ordered(int bits) { return __int_as_float(bits < 0 ? bits ^ 0x7FFFFFFF : bits); }
+
+__device__ __forceinline__ void raise(int* maximum, float x) {
+  if (ordered(x) > *static_cast<volatile int*>(maximum)) atomicMax(maximum, ordered(x));
 }
 
 // The sums of the survey over some components, in one dimension.  delta is mu less the mean of the first component, so
@@ -81,18 +94,20 @@ __global__ void __launch_bounds__(kThreads) survey_parts(Mixture<float> mix, int
 // S about their mean, with the typical sigma: then x = z' has the size sqrt(S^2 + sigma^2) and y = mu' v about S v, so
 // that the balance is at about 1 / sigma.  x = z'^2 has about sqrt(3) (S^2 + sigma^2), and y about v / 2.
 __global__ void __launch_bounds__(kThreads)
-    merge_survey(Mixture<float> mix, const SurveySums* partial, int64_t parts, Survey survey, int* uncertain) {
+    merge_survey(Mixture<float> mix, const SurveySums* partial, Features features) {
   const int64_t d = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const Survey& survey = features.survey;
   SurveySums sums;
   if (d < mix.D)
-    for (int64_t part = threadIdx.x % 32; part < parts; part += 32) sums.merge(partial[part * mix.D + d]);
+    for (int64_t part = threadIdx.x % 32; part < features.parts; part += 32) sums.merge(partial[part * mix.D + d]);
   sums.max_logvar = warp_max(sums.max_logvar);
   sums.s = warp_sum(sums.s);
   sums.s_delta = warp_sum(sums.s_delta);
   sums.s_delta_squared = warp_sum(sums.s_delta_squared);
   sums.logvar = warp_sum(sums.logvar);
   sums.count = warp_sum(sums.count);
-  if (uncertain && d == 0) *uncertain = 0;
+  if (features.uncertain && d == 0) *features.uncertain = 0;
+  if (features.maxima && d == 0) features.maxima[0] = features.maxima[1] = ordered(-INFINITY);
   if (d >= mix.D || threadIdx.x % 32 != 0) return;
   const float mean = sums.s_delta / sums.s, variance = sums.s_delta_squared / sums.s - mean * mean;
   const float origin = reference_of(mix, d) + mean, log2_v = -float(kLog2E) * (sums.logvar / sums.count);
@@ -132,10 +147,18 @@ __device__ __forceinline__ int store_features(uint4* lines, const FeatureShape& 
   bounds.square = fminf(sqrtf(warp_sum(square)), -Limits<float>::kLowest);
   largest = fminf(warp_max(largest), Limits<float>::kLowest * -1.0f);
   int exponent = largest > 1e-37f ? exponent_of(largest) - 13 : 0;
+  if (exponent > kMaxExponent) bounds.linear = bounds.square = -Limits<float>::kLowest;  // some do not fit
   exponent = exponent < -kMaxExponent ? -kMaxExponent : exponent > kMaxExponent ? kMaxExponent : exponent;
   const float to_own = power_of_two(-exponent);
   for (int f = lane; f < all; f += 32) store_feature(lines, kParts, f, value(f) * to_own);
   return exponent;
+}
+
+// Below the limit of a row's exponents, less R, by more than R and the level are rounded; infinite where no exponent counts.
+// In units of log 2.
+__device__ float screen_level(float log_prob, float limit, float row_term) {
+  if (log_prob == -INFINITY) return INFINITY;
+  return (limit - row_term) * float(kLog2E) - 0x1p-20f * (fabs(limit) + fabs(row_term)) - 0x1p-8f;
 }
 
 // A warp for each row, those of the padding included.
@@ -147,7 +170,6 @@ __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWei
   const Survey& survey = features.survey;
   const float* z = mix.z + m * mix.D;
 
-  if (features.uncertain && is_hopeless(survey, mix.D)) return;
   double sum = 0;
   for (int64_t d = lane; d < mix.D && m < mix.M; d += 32) {
     const float centred = z[d] - survey.origin[d];
@@ -170,6 +192,16 @@ __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWei
     bounds.shift = has_features ? allowed_slope(mix.D) * term * float(kLog2E) - 2.0f * kRoundoff * float(kLog2E) * term
                                 : -INFINITY;
     features.rows.bounds[m] = bounds;
+  }
+  if (features.rows.screen) {
+    const float l = m < mix.M ? log_prob : -INFINITY, limit = l + log_negligible<float>(mix.K);
+    const float max_peak = from_ordered(features.maxima[0]), max_ratio = from_ordered(features.maxima[1]);
+    const bool in_range = fabs(l) <= kMaxScreenedLogProb && fabs(term) < INFINITY;
+    if (!in_range && l != -INFINITY) *features.uncertain = 1;
+    const float score_limit = limit - log_t_bound(limit, max_peak, max_ratio) - max_ratio;
+    features.rows.screen[m] = {screen_level(l, limit, term), power_of_two(exponent), bounds.linear, bounds.square};
+    features.score_levels[m] = screen_level(l, score_limit, term);
+    return;
   }
   ItemTerms terms = {-INFINITY, power_of_two(exponent), -INFINITY, 0.0f};
   const float upstream = weights.grad && m < mix.M ? weights.grad[m] : 1.0f,
@@ -197,19 +229,20 @@ __global__ void __launch_bounds__(kThreads)
   const FeatureShape& shape = features.shape;
   const Survey& survey = features.survey;
   const bool present = is_present(mix, k);
-  if (features.uncertain && is_hopeless(survey, mix.D)) return;
 
-  float logvar_size = 0;
+  float logvar_size = 0, log_sigma_ratio = 0;
   double square_sum = 0;
   CompensatedSum<float> logvar_sum;
   for (int64_t d = lane; d < mix.D && present; d += 32) {
     const float lv = logvar_of(mix, k, d), scaled = (mix.mu[k * mix.D + d] - survey.origin[d]) * survey.unit[d];
     logvar_sum.add(lv);
     logvar_size += fabs(lv);
+    log_sigma_ratio = fmaxf(log_sigma_ratio, 0.5f * (survey.max_logvar[d] - lv));
     square_sum += double(scaled) * scaled * (exp(-bounded(lv)) / (survey.unit[d] * survey.unit[d]));
   }
   const double log_determinant = warp_sum(total_of(logvar_sum.sum, logvar_sum.compensation));
   logvar_size = warp_sum(logvar_size);
+  log_sigma_ratio = warp_max(log_sigma_ratio);
   const double squares = warp_sum(square_sum);
   const auto value = [&](int feature) {
     const int d = feature < shape.width ? feature : feature - shape.width;
@@ -225,18 +258,30 @@ __global__ void __launch_bounds__(kThreads)
   if (lane != 0) return;
   ItemTerms terms = {-INFINITY, 1.0f, -INFINITY, 0.0f};
   bounds.allowed = INFINITY, bounds.shift = -INFINITY;  // of a component that is absent
+  ScreenTerms screen = {-INFINITY, 1.0f, 0.0f, 0.0f};
+  float peak = -INFINITY;
   if (present) {
     const double log_weight = mix.log_weights ? double(mix.log_weights[k]) : uniform_log_weight;
-    const double peak = log_weight - 0.5 * (log_determinant + double(mix.D) * kLog2Pi), c = peak - 0.5 * squares;
-    terms = {float(c * kLog2E), power_of_two(exponent), float(exponent), power_of_two(-exponent)};
+    const double exact_peak = log_weight - 0.5 * (log_determinant + double(mix.D) * kLog2Pi);
+    const float c = float((exact_peak - 0.5 * squares) * kLog2E);
+    peak = float(exact_peak);
+    terms = {c, power_of_two(exponent), float(exponent), power_of_two(-exponent)};
     const float n = float(mix.D), size = fabs(float(log_weight)) + 0.5f * (logvar_size + n * float(kLog2Pi));
-    bounds.allowed = (kRoundoff * (1.0f + sqrtf(n)) * size + allowed_slope(mix.D) * float(peak)) * float(kLog2E);
-    bounds.shift = float(peak * kLog2E);
+    bounds.allowed = (kRoundoff * (1.0f + sqrtf(n)) * size + allowed_slope(mix.D) * peak) * float(kLog2E);
+    bounds.shift = float(exact_peak * kLog2E);
+    screen = {c + 0x1p-21f * (fabs(c) + fabs(peak)), terms.scale, kScreenError * bounds.linear,
+              kScreenError * bounds.square};
   }
   features.components.terms[k] = terms;
-  if (!features.components.bounds) return;
-  bounds.linear *= kError * kRoundoff, bounds.square *= kError * kRoundoff;
-  features.components.bounds[k] = bounds;
+  if (features.components.bounds) {
+    bounds.linear *= kError * kRoundoff, bounds.square *= kError * kRoundoff;
+    features.components.bounds[k] = bounds;
+  }
+  if (features.components.screen) {
+    features.components.screen[k] = screen;
+    features.peaks[k] = peak;
+    if (present) raise(features.maxima, peak), raise(features.maxima + 1, log_sigma_ratio);
+  }
 }
 
 }  // namespace
@@ -248,8 +293,7 @@ void pack_features(const Mixture<float>& mix, const RowWeights& weights, const F
   SurveySums* partial = reinterpret_cast<SurveySums*>(features.partial);
   launch(stream, features.parts, blocks_for(mix.D, kThreads), kThreads, kThreads * sizeof(SurveySums), survey_parts,
          mix, across, partial);
-  launch(stream, blocks_for(mix.D, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features.parts,
-         features.survey, features.uncertain);
+  launch(stream, blocks_for(mix.D, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features);
   launch(stream, blocks_for(features.components.count, kThreads / 32), 1, kThreads, 0, pack_components<kParts>, mix,
          -std::log(double(mix.K)), features);
   launch(stream, blocks_for(features.rows.count, kThreads / 32), 1, kThreads, 0, pack_rows<kParts>, mix, weights,

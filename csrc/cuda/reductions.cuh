@@ -20,10 +20,11 @@ __global__ void __launch_bounds__(kThreads) sum_splits(const T* splits, int64_t 
 constexpr int64_t kRowsOfAThread = 512;
 
 // out[b][d] is the sum of column d, or its largest number, over the b-th kRowsOfAThread rows of x [rows, D].  Rows
-// whose weight is -inf do not count; log_weights [rows], or null.
+// whose weight is -inf do not count; log_weights [rows], or null.  only_if: see Packed, or null.
 template <bool kSum, class T>
 __global__ void __launch_bounds__(kThreads)
-    reduce_columns(const T* x, const T* log_weights, int64_t rows, int64_t D, T* out) {
+    reduce_columns(const T* x, const T* log_weights, int64_t rows, int64_t D, const int* only_if, T* out) {
+  if (is_off(only_if)) return;
   const int64_t d = int64_t(blockIdx.y) * kThreads + threadIdx.x, begin = int64_t(blockIdx.x) * kRowsOfAThread;
   if (d >= D) return;
   T result = kSum ? T(0) : T(-INFINITY);
@@ -38,11 +39,13 @@ __global__ void __launch_bounds__(kThreads)
 inline int64_t columns_scratch(int64_t rows, int64_t D) { return 2 * blocks_for(rows, kRowsOfAThread) * D; }
 
 template <bool kSum, class T>
-void reduce_to_one_row(const T* x, const T* log_weights, int64_t rows, int64_t D, T* scratch, T* out, Stream stream) {
+void reduce_to_one_row(const T* x, const T* log_weights, int64_t rows, int64_t D, const int* only_if, T* scratch,
+                       T* out, Stream stream) {
   while (rows > 0) {
     const int64_t blocks = blocks_for(rows, kRowsOfAThread);
     T* to = blocks == 1 ? out : scratch;
-    launch(stream, blocks, blocks_for(D, kThreads), kThreads, 0, reduce_columns<kSum, T>, x, log_weights, rows, D, to);
+    launch(stream, blocks, blocks_for(D, kThreads), kThreads, 0, reduce_columns<kSum, T>, x, log_weights, rows, D,
+           only_if, to);
     if (blocks == 1) return;
     x = to, log_weights = nullptr, rows = blocks, scratch += blocks * D;
   }
@@ -51,13 +54,14 @@ void reduce_to_one_row(const T* x, const T* log_weights, int64_t rows, int64_t D
 // out[d] is the sum of column d of x [rows, D].
 template <class T>
 void sum_columns(const T* x, int64_t rows, int64_t D, T* scratch, T* out, Stream stream) {
-  reduce_to_one_row<true, T>(x, nullptr, rows, D, scratch, out, stream);
+  reduce_to_one_row<true, T>(x, nullptr, rows, D, nullptr, scratch, out, stream);
 }
 
 // out[d] is the largest number of column d of x [rows, D], of the rows whose weight is not -inf.
 template <class T>
-void max_columns(const T* x, const T* log_weights, int64_t rows, int64_t D, T* scratch, T* out, Stream stream) {
-  reduce_to_one_row<false, T>(x, log_weights, rows, D, scratch, out, stream);
+void max_columns(const T* x, const T* log_weights, int64_t rows, int64_t D, const int* only_if, T* scratch, T* out,
+                 Stream stream) {
+  reduce_to_one_row<false, T>(x, log_weights, rows, D, only_if, scratch, out, stream);
 }
 
 }  // namespace fastvae::cuda

@@ -113,9 +113,6 @@ __device__ __forceinline__ void add_squares(const Stage<T, kDepth, kComponents>&
   }
 }
 
-// Whether a kernel has nothing to do: see Packed.
-__device__ __forceinline__ bool is_off(const int* only_if) { return only_if && *only_if == 0; }
-
 // A component of weight -inf is absent.
 template <class T>
 __device__ __forceinline__ bool is_present(const Mixture<T>& mix, int64_t k) {
