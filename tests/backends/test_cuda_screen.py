@@ -89,7 +89,7 @@ def test_dense_backward_is_not_screened(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rows_of_density_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An infinite coordinate has no gradient and spoils no other row's; nor do absent components, whatever they hold."""
+    """An infinite coordinate has no gradient and spoils no other row's.  Nor do absent components."""
     case = trained_case(130, 200, 40)
     clean = run_both(case, monkeypatch)[1]
     z, mu, log_weights = case.z.clone(), case.mu.clone(), case.log_weights

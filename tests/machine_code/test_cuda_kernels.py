@@ -12,6 +12,7 @@ from budget import diffuse_case, hard_case
 from emulation import cuda
 from support.internals import Operators
 
+from fastvae.benchmarks.inputs import concentrated
 from tools.static_report import disassembly, limits
 from tools.static_report.disassembly import Code
 from tools.static_report.families import cuda_family
@@ -73,13 +74,15 @@ def test_the_product_form_runs_on_tensor_cores(arch: int) -> None:
     """Matrices come from shared memory by ldmatrix, and lines of features go there by asynchronous 16-byte copies."""
     forward = [f"product_forward<{part}, {line}>" for part in (1, 2) for line in ("true, false", "false, false")]
     forward += ["product_forward<2, true, true>", "product_forward<2, false, true>"]
-    wanted = [*forward, *(f"weighted_sums<{parts}, {rows}>" for parts in (1, 2) for rows in ("true", "false"))]
+    screened = ["screened_sums<true>", "screened_sums<false>"]
+    sums = [f"weighted_sums<{parts}, {rows}>" for parts in (1, 2) for rows in ("true", "false")]
+    wanted = [*forward, *screened, *sums]
     found = {kernel.name: (kernel, code) for kernel, code in compiled_for(arch) if kernel.name in wanted}
     assert sorted(found) == sorted(wanted)
     for name, (kernel, code) in found.items():
         assert kernel.tensor_cores and set(code.matrix) == {"HMMA"}, name
         assert code.memory["LDSM"] > 0 and code.memory["LDGSTS.128"] > 0 and not code.memory["LDGSTS.32"], name
-        if name in forward:  # two blocks, so that the exponentials of one overlap with the products of the other
+        if name in (*forward, *screened):  # two blocks, so that what one waits for overlaps with the other's products
             assert code.registers <= 128, name
             assert arch == 80 or limits.blocks_at_once(arch, code.registers, 256, kernel.shared) == 2, name
     assert {name for name, (kernel, _) in found.items() if kernel.work} == {
@@ -183,3 +186,22 @@ def test_the_report_knows_the_shared_memory_of_products(
             operators.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
             name = f"weighted_sums<{template[0]}, false>"
             assert cuda.largest_shared() == cuda_family.SHARED[name], name
+
+
+def test_the_report_knows_the_shared_memory_of_the_screen(
+    emulated_tiled: Operators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the emulation tells what is launched, a GPU does not")
+    monkeypatch.setenv("FASTVAE_SCREEN", "1")
+    inputs = concentrated(3, 500, 64)
+    args = inputs.z, inputs.mu, inputs.logvar, None, None
+    log_prob = emulated_tiled.mixture_log_prob(*args)
+    for rows in (True, False):
+        cuda.largest_shared()
+        emulated_tiled.mixture_log_prob_backward(
+            torch.ones(3), log_prob, *args, False, rows, not rows, not rows, not rows
+        )
+        # the kernels for all pairs are launched as well, and have nothing to do
+        others = cuda_family.SHARED[f"backward<{'rows' if rows else 'components'}, float, 4>"]
+        assert cuda.largest_shared() == max(cuda_family.SHARED[f"screened_sums<{str(rows).lower()}>"], others)

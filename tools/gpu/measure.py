@@ -65,6 +65,7 @@ class Measurement:
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Every figure by name, in the order in which they are to be measured."""
         small = {"steps": 2, "programs": 2} if self.dry else {}
+        works = ((False, "forward"), (True, "both"))
         yield "multiply-add rate", lambda: ceilings.multiply_add_rate(self.clock, self.device, **small)
         yield "tf32 rate", lambda: ceilings.tf32_rate(self.clock, self.device, 64 if self.dry else 8192)
         yield "copy rate", lambda: ceilings.copy_rate(self.clock, self.device, 1 << (10 if self.dry else 29))
@@ -86,15 +87,16 @@ class Measurement:
             yield f"error {name}", partial(self.error, precision, self.cuda)
             yield f"forward {name}", partial(self.ours, precision, backward=False, impl=self.cuda)
             yield f"both {name}", partial(self.ours, precision, backward=True, impl=self.cuda)
-        for backward, name in ((False, "forward"), (True, "both")):
+        for backward, name in works:
             yield f"{name} cuda difference", partial(self.by_difference, backward)
         for name, data in self.others():
-            for backward, work in ((False, "forward"), (True, "both")):
+            for backward, work in works:
                 for setting, peer in PEERS:
                     yield f"{work} {peer}, {name}", partial(self.theirs, setting, backward, data)
                 for precision in PRECISIONS:
                     ours = partial(self.ours, precision, backward, self.cuda, data)
                     yield f"{work} cuda {precision}, {name}", ours
+                yield f"{work} cuda difference, {name}", partial(self.by_difference, backward, data)
         yield "rsample cuda", lambda: self.times(self.sampler(self.cuda))
         for components in (7,) if self.dry else (500, 5000):
             for prior in ("eager", "cuda", "triton", "composite"):
@@ -125,10 +127,10 @@ class Measurement:
 
         return self.times(self.work(density, arguments))
 
-    def by_difference(self, backward: bool) -> Times:
-        """The density at the highest precision, without trying products that are certified."""
-        with patch.dict(os.environ, FASTVAE_CERTIFICATE="0"):
-            return self.ours("highest", backward, self.cuda)
+    def by_difference(self, backward: bool, data: MixtureInputs | None = None) -> Times:
+        """The density at the highest precision, all pairs in the difference form."""
+        with patch.dict(os.environ, FASTVAE_CERTIFICATE="0", FASTVAE_SCREEN="0"):
+            return self.ours("highest", backward, self.cuda, data)
 
     def small(self, impl: str) -> Times:
         """Forward (100, 500, 40), launched by hand."""

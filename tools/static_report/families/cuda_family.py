@@ -21,10 +21,11 @@ STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usag
 
 LARGE = (4096, 50_000, 64)
 NARROW = (1000, 50_000, 40)  # where backward has fewer dimensions a lane
+TRAINED = (1024, 25_000, 40)  # where few pairs count
 SMALL = (100, 500, 40)
 GAUSSIAN = (16_384, 256)
 
-PRODUCTS = ("product_forward<", "weighted_sums<")  # the kernels of the product form
+PRODUCTS = ("product_forward<", "weighted_sums<", "screened_sums<")  # the kernels of the product form
 
 # Of a block, in bytes: the size of each kernel's struct Shared, which the machine code does not tell.
 # tests/machine_code/test_cuda_kernels.py compares it with what is launched.
@@ -40,6 +41,7 @@ SHARED: Mapping[str, int] = {
     **{"product_forward<2, true, true>": 89_616, "product_forward<2, false, true>": 56_848},
     **{f"weighted_sums<2, {rows}>": 101_376 for rows in ("true", "false")},
     **{f"weighted_sums<1, {rows}>": 52_224 for rows in ("true", "false")},
+    **{"screened_sums<true>": 67_600, "screened_sums<false>": 100_880},  # by whether own items are rows, at D = 64
     **{f"small_rows<float, {whole}, 1>": 73_808 for whole in ("true", "false")},
     **{f"small_rows<float, {whole}, 4>": 95_520 for whole in ("true", "false")},
     **{f"small_rows<double, {whole}, 1>": 81_040 for whole in ("true", "false")},
@@ -143,6 +145,8 @@ def case_of(name: str) -> tuple[str, dict[str, float]]:
         return str((m, k, d)), {"memory": memory, "exp2": 1.0 * m * k, "fp32": 1.0 * instructions * m * k * d}
     if found := re.match(r"(?:product_forward<(\d), true|weighted_sums<(\d))", name):
         return str(LARGE), product_work(int(found[1] or found[2]), passes=1 if found[1] else 2)
+    if name.startswith("screened_sums"):
+        return str(TRAINED), screen_work()
     # A block of each multiprocessor: what all do is that many times what one does.  A number of the components costs
     # the exponential and two instructions for it, and three of each row; what a block reads comes from the L2 cache.
     m, k, d = SMALL
@@ -175,16 +179,35 @@ def product_work(parts: int, passes: int) -> dict[str, float]:
     Every block of 128 rows, or components, reads all of the other side from the L2 cache.
     """
     m, k, d = LARGE
-    features, products = 2 * d, {1: 1, 2: 3}[parts]
-    item = 2.0 * parts * features + 16  # bytes
-    additions = features / 16 if parts == 2 else 0
+    products = {1: 1, 2: 3}[parts]
+    additions = 2 * d / 16 if parts == 2 else 0
     return {
-        "fp16": 2.0 * passes * products * m * k * features,
+        "fp16": 2.0 * passes * products * m * k * 2 * d,
         "fp32": m * k * (additions + (4 if passes == 1 else 8)),
         "exp2": 1.0 * m * k,
-        "fill": m * k / 128 * item,
-        "memory": (m + k) * item,
+        **features_read(LARGE, parts),
     }
+
+
+def screen_work() -> dict[str, float]:
+    """One product, and six instructions for a pair: two scales, two of its error's bound, a sum and a comparison.
+
+    Of what is left 2 pairs in 1,000 are computed, with two exponentials and ten instructions for each dimension.
+    """
+    m, k, d = TRAINED
+    left = 0.002 * m * k
+    return {
+        "fp16": 2.0 * m * k * 2 * d,
+        "fp32": 6.0 * m * k + 10 * left * d,
+        "exp2": 2.0 * left * d,
+        **features_read(TRAINED, 1),
+    }
+
+
+def features_read(shape: tuple[int, int, int], parts: int) -> dict[str, float]:
+    m, k, d = shape
+    item = 2.0 * parts * 2 * d + 16  # bytes
+    return {"fill": m * k / 128 * item, "memory": (m + k) * item}
 
 
 FAMILY = Family("cuda", missing, kernels)
