@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastvae.backends import choice
 from fastvae.priors import Mixture
@@ -85,6 +86,8 @@ def forbidden() -> str | None:
 def why_not(module: nn.Module) -> str | None:
     """Why passes of a module cannot be captured, or None."""
     for prior in module.modules():
+        if isinstance(prior, DistributedDataParallel):
+            return "DistributedDataParallel exchanges gradients, and finds out anew which come together"
         if isinstance(prior, EncodedMixture) and prior.chunk_size is not None:
             return "the prior's chunk_size recomputes activations with random numbers that it sets back"
         if isinstance(prior, Mixture) and prior.conditional:

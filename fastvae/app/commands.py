@@ -6,6 +6,7 @@ Each checks its options first, without PyTorch, whose import takes seconds; then
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ from fastvae.app.run.config import (
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import GAP, RunFolder
 from fastvae.app.run.lock import locked
+from fastvae.app.run.ranks import launched
 from fastvae.app.show.interruption import interruptible
 from fastvae.app.user_errors import ConfigError
 
@@ -42,7 +44,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+ranks = launched()
+console = Console(quiet=not ranks.first)
+
+
+@app.callback()
+def _check_launch(context: typer.Context) -> None:
+    command = context.invoked_subcommand
+    if ranks.size > 1 and command != "train":
+        raise ConfigError(f"fastvae {command} runs in one process, not in {ranks.size}; start it without torchrun.")
 
 
 @app.command("train", cls=Command)
@@ -110,17 +120,21 @@ def train_command(
         folder.refuse_run()
     with (
         interruptible(console, lambda: _how_to_resume(folder, impl, precision, dense_backward, tensorboard)),
-        locked(out),
+        locked(out) if ranks.first else nullcontext(),
     ):
         import_library()
         from fastvae.app.data.named_sets import load
         from fastvae.app.run.device import pick_device, use_kernels, use_threads
+        from fastvae.app.run.training import train
         from fastvae.app.workflow import train_run
 
-        config, device = settings(), pick_device(device)  # once more, now that no other process can change the run
+        config, device = settings(), pick_device(device, ranks)  # again, now that no other process can change the run
         dataset = load(config.data, config.data_dir, binarize=config.binarize, download=download)
         use_threads(threads, config, dataset)
-        with use_kernels(device, impl, precision, dense_backward):
+        with use_kernels(device, impl, precision, dense_backward), ranks.joined(device):
+            if not ranks.first:
+                train(config, dataset, out, resume=resume, overwrite=overwrite, device=device, ranks=ranks)
+                return
             run = train_run(
                 console,
                 config,
@@ -130,6 +144,7 @@ def train_command(
                 overwrite=overwrite,
                 device=device,
                 tensorboard=tensorboard,
+                ranks=ranks,
             )
     best = run.checkpoint["best_epoch"]
     line = run.checkpoint["history"][best - 1]["validation"]
