@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,10 +43,17 @@ def shared(vae: VAE, ranks: Ranks) -> VAE:
     return vae if ranks.size == 1 else cast(VAE, SharedBatches(vae, ranks))
 
 
-def shared_training(vae: VAE, ranks: Ranks) -> VAE:
-    """As `shared`, with gradients that are the same on all ranks."""
+def shared_training(vae: VAE, ranks: Ranks, images: Tensor, labels: Tensor | None) -> VAE:
+    """As `shared`, with gradients that are the same on all ranks; `images` and `labels` are the training set."""
     if ranks.size == 1:
         return vae
-    # Without broadcasts of buffers, which are the same on all ranks: an exemplar prior's is the whole data set.
-    parallel = DistributedDataParallel(vae, broadcast_buffers=False)
-    return cast(VAE, SharedBatches(parallel, ranks))
+    parallel = DistributedDataParallel(vae)
+    # Buffers are the same on all ranks, and an exemplar prior's is the whole data set.  As an attribute, since the
+    # argument's name depends on PyTorch's version.
+    parallel.broadcast_buffers = False
+    model = cast(VAE, SharedBatches(parallel, ranks))
+    # DistributedDataParallel chooses its buckets by the first backward pass, and they decide in which order the ranks'
+    # gradients are added.  After this pass all steps have the same ones, the first step of a resumed run as well.
+    rows = torch.arange(ranks.size, device=images.device)
+    model(images[rows], None if labels is None else labels[rows], index=rows).loss.backward()
+    return model

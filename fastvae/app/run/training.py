@@ -112,7 +112,7 @@ def train(
         dataset.y(split).to(device) if config.conditional else None for split in (dataset.train, dataset.validation)
     )
     step = TrainingStep(
-        shared_training(vae, ranks),
+        shared_training(vae, ranks, images, labels),
         optimizer,
         prepare=lambda rows: torch.bernoulli(images[rows]) if dataset.dynamic else images[rows],
         num_samples=config.num_samples,
