@@ -1,9 +1,18 @@
-"""Training by several processes: the curve of one process, whatever the number of ranks."""
+"""Training by several real processes: the curve of one process, files by one of them, and errors on all."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,67 +20,172 @@ import pytest
 import torch
 from support import ranks as processes
 
-from fastvae.app.run.checkpoint import Checkpoint
+from fastvae.app.data.dataset import Dataset
+from fastvae.app.run.checkpoint import Checkpoint, read_checkpoint
 from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.ranks import Ranks
 from fastvae.app.run.training import train
-from fastvae.app.user_errors import AppError
 
+from .conftest import ENVIRONMENT, TINY, Cli
 from .test_train import assert_same, flat, tiny_data
 
-CONFIG = TrainConfig(components=6, latent=3, hidden=12, epochs=3, warmup=2, batch_size=11, learning_rate=3e-3)
+# 80 images in batches of 26: no batch has the same share for each of 3 ranks, and of the last one, 2, a rank has none.
+CONFIG = TrainConfig(components=6, latent=3, hidden=12, epochs=2, warmup=1, batch_size=26, learning_rate=3e-3)
 
 
-def labelled(**of_data: Any):
-    data = tiny_data(**of_data)
-    splits = (replace(s, labels=torch.arange(len(s)) % 3) for s in (data.train, data.validation, data.test))
+def labelled() -> Dataset:
+    data = tiny_data()
+    splits = (replace(split, labels=torch.arange(len(split)) % 3) for split in (data.train, data.validation, data.test))
     return replace(data, **dict(zip(("train", "validation", "test"), splits, strict=True)))
 
 
-def train_on(rank: int, size: int, config: TrainConfig, out: str, of_data: dict[str, Any], resume: bool = False) -> Any:
-    torch.set_num_threads(1)
-    return train(config, labelled(**of_data), Path(out), resume=resume, ranks=Ranks(rank, size))
+def train_on(rank: int, size: int, config: TrainConfig, out: Path, **options: Any) -> Checkpoint:
+    return train(config, labelled(), out, ranks=Ranks(rank, size), **options)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def together(request: pytest.FixtureRequest) -> Iterator[processes.Ranks]:
-    ranks = processes.Ranks(request.param)
+def train_wrongly(rank: int, size: int, what: str, out: Path) -> None:
+    config, data = replace(CONFIG, prior="exemplar"), labelled()
+    if what == "not a number":
+        x = data.train.x.clone()
+        x[5, 5] = math.nan
+        data = replace(data, train=replace(data.train, x=x), dynamic=False)
+    if what == "other settings":
+        config = replace(config, learning_rate=(1 + rank) * 1e-3)
+    if what == "small batches":
+        config = replace(config, batch_size=2)
+    if what == "few images":
+        data = replace(data, train=replace(data.train, x=data.train.x[:2], labels=torch.arange(2)))
+    if what == "neighbours":
+        config = replace(config, neighbours=1, refresh=0.5)
+    train(config, data, out / f"of-rank-{rank}", ranks=Ranks(rank, size))
+
+
+def train_in_own_folder(rank: int, size: int, out: Path) -> None:
+    train_on(rank, size, CONFIG, out / f"of-rank-{rank}")
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[processes.Ranks]:
+    ranks = processes.Ranks(3)
     yield ranks
     ranks.close()
+
+
+def assert_close(a: Checkpoint, b: Checkpoint) -> None:
+    """To the rounding of sums that were added in another order."""
+    assert a["best_epoch"] == b["best_epoch"]
+    measured, expected = dict(flat(a["history"])), dict(flat(b["history"]))
+    assert measured.keys() == expected.keys() and len(expected) == 11 * a["epoch"]
+    for key, value in expected.items():
+        assert key.endswith("/seconds") or measured[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    for name, weights in b["model"].items():
+        torch.testing.assert_close(a["model"][name], weights, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"prior": "standard", "conditional": True},
-        {"prior": "mixture", "learn_weights": True, "conditional": True},
-        {"prior": "mixture", "learn_weights": True},
-        {"prior": "vamp", "normalize_gradients": True},
-        {"prior": "vamp", "conditional": True},
-        {"prior": "vamp", "refresh": 0.5, "bound": "iwae", "num_samples": 3, "gradient": "dreg", "chunk_size": 4},
-        {"prior": "vamp", "model": "hvae"},
         {"prior": "standard", "model": "hvae", "gradient": "stl", "num_samples": 2},
-        {"prior": "exemplar"},
-        {"prior": "exemplar", "shared_variance": True, "chunk_size": 7, "bound": "iwae", "num_samples": 2, "gradient": "plain"},
-        {"prior": "exemplar", "model": "hvae"},
+        {"prior": "mixture", "learn_weights": True, "conditional": True},
+        {"prior": "vamp", "normalize_gradients": True},
+        {"prior": "vamp", "refresh": 0.5, "bound": "iwae", "num_samples": 3, "gradient": "dreg", "chunk_size": 4},
+        {"prior": "exemplar", "shared_variance": True, "chunk_size": 7},
         {"prior": "exemplar", "subset": 20},
-        {"prior": "exemplar", "refresh": 0.3},
-    ], ids = str,
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("of_data", [{}, {"kind": "gray"}, {"dynamic": False}], ids=str)
-def test_matrix(tmp_path, together, settings, of_data):
+def test_three_ranks_give_the_curve_and_the_weights_of_one_process(
+    tmp_path: Path, three: processes.Ranks, settings: dict[str, Any]
+) -> None:
     config = replace(CONFIG, **settings)
-    size = len(together.processes)
-    states = together(train_on, size, config, str(tmp_path / "all"), of_data)
-    one = train(config, labelled(**of_data), tmp_path / "one")
-    for s in states[1:]:
-        assert_same(s, states[0])
-    worst = 0
-    for (k, a), (k2, b) in zip(flat(one["history"]), flat(states[0]["history"])):
-        if not k.endswith("seconds"):
-            worst = max(worst, abs(a - b))
-    for k in one["model"]:
-        worst = max(worst, float((one["model"][k] - states[0]["model"][k]).abs().max()))
-    print("WORST", settings, size, worst)
-    together(train_on, size, replace(config, epochs=2+0, warmup=1), str(tmp_path / "parts"), of_data)
-    assert worst < 1e-4
+    states = three(train_on, 3, config, tmp_path / "together")
+    assert_close(states[0], train_on(0, 1, config, tmp_path / "alone"))
+    for state in states[1:]:
+        assert_same(state, states[0])
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(tmp_path: Path, three: processes.Ranks) -> None:
+    """With the same number, to the same bits."""
+    config = replace(CONFIG, epochs=3, hidden=50)
+    straight, *_ = three(train_on, 3, config, tmp_path / "straight")
+    three(train_on, 3, replace(config, epochs=2), tmp_path / "same")
+    shutil.copytree(tmp_path / "same", tmp_path / "other")
+    resumed, *_ = three(partial(train_on, resume=True), 3, config, tmp_path / "same")
+    assert_same(resumed, straight)
+    assert_same(read_checkpoint(RunFolder(tmp_path / "same")), straight)
+    assert_close(train_on(0, 1, config, tmp_path / "other", resume=True), straight)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("not a number", "RunError: the training loss became nan in epoch 1"),
+        ("other settings", "ConfigError: .*--learning-rate is 0.001 on rank 0 and 0.002 on rank 1"),
+        ("small batches", "ConfigError: 3 processes cannot share batches of 2 images.*--batch-size"),
+        ("few images", r"ConfigError: 3 processes cannot share batches of 2 images.*\(tiny has 2 training images\)"),
+        ("neighbours", "ConfigError: --neighbours is for one process"),
+    ],
+)
+def test_what_is_wrong_is_told_by_all_ranks(tmp_path: Path, three: processes.Ranks, what: str, told: str) -> None:
+    three.start(train_wrongly, 3, what, tmp_path)
+    for failure in three.answers():
+        assert isinstance(failure, processes.Failure) and re.match(told, failure.message), failure
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_rank_alone_writes(tmp_path: Path, three: processes.Ranks) -> None:
+    three(train_in_own_folder, 3, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["of-rank-0"]
+    assert {path.name for path in (tmp_path / "of-rank-0").iterdir()} == {
+        "config.json",
+        "checkpoint.pt",
+        "results.json",
+    }
+    assert json.loads(RunFolder(tmp_path / "of-rank-0").results.read_bytes())["processes"] == 3
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, tiny_npz: Path, cli: Cli) -> None:
+    """Without torchrun to end them; then two processes of torchrun go on, as one process does."""
+    run = tmp_path / "run"
+    arguments = ["train", "--data", tiny_npz, "--out", run, *TINY, "--epochs", 10**6, "--patience", 10**6]
+    with socket.socket() as any_port:
+        any_port.bind(("localhost", 0))
+        port = any_port.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fastvae.app.cli", *map(str, arguments)],
+            env={
+                **ENVIRONMENT,
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        while not RunFolder(run).checkpoint.exists():
+            assert all(process.poll() is None for process in ranks), ranks[0].communicate()
+            time.sleep(0.01)
+        ranks[1].kill()
+        _, told = ranks[0].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 1 and "error on rank 0: the other ranks are lost" in told and "Traceback" not in told
+
+    settings = json.loads(RunFolder(run).config.read_bytes())
+    epochs = read_checkpoint(RunFolder(run))["epoch"] + 2
+    RunFolder(run).config.write_text(json.dumps({**settings, "epochs": epochs}))
+    shutil.copytree(run, tmp_path / "copy")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "fastvae.app.cli", "train", "--resume", "--out", str(run), "--device", "cpu"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"Best of {epochs} epochs") == done.stdout.count("Wrote\n") == 1
+    assert (run / "samples.png").exists() and json.loads(RunFolder(run).results.read_bytes())["processes"] == 2
+    assert cli("train", "--resume", "--out", tmp_path / "copy", "--device", "cpu")[0] == 0
+    assert_close(*(read_checkpoint(RunFolder(tmp_path / name)) for name in ("run", "copy")))

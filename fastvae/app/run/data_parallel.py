@@ -26,9 +26,7 @@ class SharedBatches(nn.Module):
         super().__init__()
         self.model, self.ranks = model, ranks
 
-    def forward(
-        self, x: Tensor, y: Tensor | None = None, *, index: Tensor | None = None, **options: Any
-    ) -> VAEOutput:
+    def forward(self, x: Tensor, y: Tensor | None = None, *, index: Tensor | None = None, **options: Any) -> VAEOutput:
         """x [B, ...], y [B, ...] and index [B] of the whole batch; options as of :meth:`fastvae.VAE.forward`."""
         share = self.ranks.share(len(x))
         own_x, own_y, own_index = (None if value is None else value[share] for value in (x, y, index))

@@ -185,7 +185,9 @@ def _check_ranks(ranks: Ranks, config: TrainConfig, dataset: Dataset) -> None:
             f"({dataset.name} has {len(dataset.train)} training images)."
         )
     if ranks.size > 1 and config.neighbours:
-        raise ConfigError("--neighbours is for one process: those of a batch are not known to a rank, which has a share.")
+        raise ConfigError(
+            "--neighbours is for one process: those of a batch are not known to a rank, which has a share."
+        )
 
 
 def _first(vae: VAE, optimizer: Adam) -> Checkpoint:
