@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import socket
@@ -19,50 +18,13 @@ from typing import Any
 import pytest
 import torch
 from support import ranks as processes
+from support.training import CONFIG, train_in_own_folder, train_on, train_wrongly
 
-from fastvae.app.data.dataset import Dataset
 from fastvae.app.run.checkpoint import Checkpoint, read_checkpoint
-from fastvae.app.run.config import TrainConfig
 from fastvae.app.run.folder import RunFolder
-from fastvae.app.run.ranks import Ranks
-from fastvae.app.run.training import train
 
 from .conftest import ENVIRONMENT, TINY, Cli
-from .test_train import assert_same, flat, tiny_data
-
-# 80 images in batches of 26: no batch has the same share for each of 3 ranks, and of the last one, 2, a rank has none.
-CONFIG = TrainConfig(components=6, latent=3, hidden=12, epochs=2, warmup=1, batch_size=26, learning_rate=3e-3)
-
-
-def labelled() -> Dataset:
-    data = tiny_data()
-    splits = (replace(split, labels=torch.arange(len(split)) % 3) for split in (data.train, data.validation, data.test))
-    return replace(data, **dict(zip(("train", "validation", "test"), splits, strict=True)))
-
-
-def train_on(rank: int, size: int, config: TrainConfig, out: Path, **options: Any) -> Checkpoint:
-    return train(config, labelled(), out, ranks=Ranks(rank, size), **options)
-
-
-def train_wrongly(rank: int, size: int, what: str, out: Path) -> None:
-    config, data = replace(CONFIG, prior="exemplar"), labelled()
-    if what == "not a number":
-        x = data.train.x.clone()
-        x[5, 5] = math.nan
-        data = replace(data, train=replace(data.train, x=x), dynamic=False)
-    if what == "other settings":
-        config = replace(config, learning_rate=(1 + rank) * 1e-3)
-    if what == "small batches":
-        config = replace(config, batch_size=2)
-    if what == "few images":
-        data = replace(data, train=replace(data.train, x=data.train.x[:2], labels=torch.arange(2)))
-    if what == "neighbours":
-        config = replace(config, neighbours=1, refresh=0.5)
-    train(config, data, out / f"of-rank-{rank}", ranks=Ranks(rank, size))
-
-
-def train_in_own_folder(rank: int, size: int, out: Path) -> None:
-    train_on(rank, size, CONFIG, out / f"of-rank-{rank}")
+from .test_train import assert_same, flat
 
 
 @pytest.fixture(scope="module")
