@@ -6,7 +6,7 @@ Each checks its options first, without PyTorch, whose import takes seconds; then
 from __future__ import annotations
 
 import shlex
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -48,10 +48,15 @@ ranks = launched()
 console = Console(quiet=not ranks.first)
 
 
+def _first_locks(folder: Path) -> AbstractContextManager[None]:
+    """The folder kept for this process, or for the ranks of which this is one."""
+    return locked(folder) if ranks.first else nullcontext()
+
+
 @app.callback()
 def _check_launch(context: typer.Context) -> None:
     command = context.invoked_subcommand
-    if ranks.size > 1 and command != "train":
+    if ranks.size > 1 and command not in ("train", "evaluate"):
         raise ConfigError(f"fastvae {command} runs in one process, not in {ranks.size}; start it without torchrun.")
 
 
@@ -120,7 +125,7 @@ def train_command(
         folder.refuse_run()
     with (
         interruptible(console, lambda: _how_to_resume(folder, impl, precision, dense_backward, tensorboard)),
-        locked(out) if ranks.first else nullcontext(),
+        _first_locks(out),
     ):
         import_library()
         from fastvae.app.data.named_sets import load
@@ -178,17 +183,21 @@ def evaluate_command(
     plan = EvaluationPlan(split, samples, limit)
     _check_run(run_dir, data, data_dir, device)
     options.check_backend(impl, precision)
-    with interruptible(console, lambda: "The same command goes on from here."), locked(run_dir):
+    with interruptible(console, lambda: "The same command goes on from here."), _first_locks(run_dir):
         import_library()
         from fastvae.app.run.device import pick_device, use_kernels, use_threads
+        from fastvae.app.run.evaluation import log_likelihoods
         from fastvae.app.run.trained import load_run
         from fastvae.app.show.result_tables import evaluation_table, gap_table, images_in_words
         from fastvae.app.workflow import evaluate_run
 
-        run = load_run(run_dir, data_dir, data=data, device=pick_device(device))
+        run = load_run(run_dir, data_dir, data=data, device=pick_device(device, ranks))
         use_threads(threads, run.config, run.dataset)
-        with use_kernels(run.device, impl, precision):
-            result = evaluate_run(console, run, plan)
+        with use_kernels(run.device, impl, precision), ranks.joined(run.device):
+            if not ranks.first:
+                log_likelihoods(run, plan, ranks=ranks)
+                return
+            result = evaluate_run(console, run, plan, ranks=ranks)
     title = f"{run.dataset.name}, {prior_name(run.config)}: {images_in_words(result.images, split)}"
     z = latents_with_prior(run.config)
     console.print(evaluation_table(result, title, z))

@@ -62,10 +62,15 @@ def train_run(
     return run
 
 
-def evaluate_run(console: Console, run: TrainedRun, plan: EvaluationPlan, label: str = "evaluating") -> Evaluation:
-    """Evaluate with a progress bar; keep the result, and the picture of prior and posterior, in the run's folder."""
+def evaluate_run(
+    console: Console, run: TrainedRun, plan: EvaluationPlan, label: str = "evaluating", ranks: Ranks = ALONE
+) -> Evaluation:
+    """Evaluate with a progress bar; keep the result, and the picture of prior and posterior, in the run's folder.
+
+    Of several ranks the first one calls this function, and the others `log_likelihoods`.
+    """
     with counting_progress(console, label, len(plan.images(run.dataset))) as on_images:
-        evaluation = evaluate(run, plan, on_images)
+        evaluation = evaluate(run, plan, on_images, ranks)
     write_json(run.folder.evaluation(plan.part(run.dataset)), asdict(evaluation))
     draw_gap(run)
     unfinished_evaluation(run, plan).unlink(missing_ok=True)  # last, so that nothing is done twice after a stop

@@ -18,10 +18,13 @@ from typing import Any
 import pytest
 import torch
 from support import ranks as processes
-from support.training import CONFIG, train_in_own_folder, train_on, train_wrongly
+from support.training import CONFIG, evaluate_on, train_in_own_folder, train_on, train_wrongly
 
+from fastvae.app.run import evaluation
 from fastvae.app.run.checkpoint import Checkpoint, read_checkpoint
+from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import RunFolder
+from fastvae.app.run.trained import load_run
 
 from .conftest import ENVIRONMENT, TINY, Cli
 from .test_train import assert_same, flat
@@ -77,6 +80,21 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path: Path, three: processes
     assert_same(resumed, straight)
     assert_same(read_checkpoint(RunFolder(tmp_path / "same")), straight)
     assert_close(train_on(0, 1, config, tmp_path / "other", resume=True), straight)
+
+
+def test_three_ranks_evaluate_as_one_process_does(run: Path, three: processes.Ranks) -> None:
+    """To the bit; also where another number of ranks goes on, and where the last ranks have no images left."""
+    kept = RunFolder(run).unfinished_evaluation("", 7)
+    together = three(evaluate_on, 3, run, 7)
+    content = json.loads(kept.read_bytes())
+    kept.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "BATCH", 3)
+        alone = evaluation.log_likelihoods(load_run(run), EvaluationPlan(samples=7))
+        assert len(alone) == 8 and json.loads(kept.read_bytes()) == content
+        kept.write_text(json.dumps({**content, "log_likelihood": content["log_likelihood"][:3]}))
+    for values in together + three(evaluate_on, 3, run, 7):
+        assert torch.equal(values, alone)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvae.app.data.dataset import Dataset, Split
+from fastvae.app.run import evaluation
 from fastvae.app.run.checkpoint import Checkpoint
 from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.ranks import Ranks
+from fastvae.app.run.trained import load_run
 from fastvae.app.run.training import train
 
 # 80 images in batches of 26: no batch has the same share for each of 3 ranks, and of the last one, 2, a rank has none.
@@ -49,3 +53,9 @@ def train_wrongly(rank: int, size: int, what: str, out: Path) -> None:
 
 def train_in_own_folder(rank: int, size: int, out: Path) -> None:
     train_on(rank, size, CONFIG, out / f"of-rank-{rank}")
+
+
+def evaluate_on(rank: int, size: int, folder: Path, samples: int) -> Tensor:
+    """The log-likelihoods of the test images, three at a time."""
+    evaluation.BATCH = 3
+    return evaluation.log_likelihoods(load_run(folder), EvaluationPlan(samples=samples), ranks=Ranks(rank, size))

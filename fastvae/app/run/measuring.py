@@ -82,9 +82,9 @@ class Total:
         self._sums[4] += len(output.bound)
 
     def of_all(self, ranks: Ranks) -> Total:
-        """With the sums of all ranks."""
-        total = Total(self._sums.device)
-        total._sums = ranks.sum(self._sums)
+        """The sums of all ranks, added in their order: the same bits on all of them."""
+        total = Total(torch.device("cpu"))
+        total._sums = torch.stack(ranks.gather(self._sums.cpu())).sum(0)
         return total
 
     @property

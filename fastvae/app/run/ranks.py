@@ -1,4 +1,4 @@
-"""The processes that train one model together: how many there are, and which of them this is."""
+"""The processes that work on one model together: how many there are, and which of them this is."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, ParamSpec
+from typing import ParamSpec, TypeVar
 
 from fastvae.app.user_errors import ConfigError, RunError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PATIENCE = timedelta(minutes=10)  # for a rank that others wait for: it may be writing a checkpoint, or reading data
 _WORDS = "gloo", "NCCL", "TCPStore", "process group", "lost the other ranks"  # in a failed communication's message
 
 Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that train together, all with the same model, each with a share of every batch.
+    """The ranks that train or evaluate a model together, each with a share of the images.
 
     Attributes:
         rank: this process's number, 0 ... size - 1.
@@ -50,31 +48,25 @@ class Ranks:
         """Which of `count` rows are this rank's; the ranks' shares differ by one at most, and may be empty."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over the ranks, in their order: the same bits on all of them."""
+    def gather(self, value: Value) -> list[Value]:
+        """What each rank has, in the order of the ranks: of plain values and tensors on the CPU."""
         if self.size == 1:
-            return value
-        import torch
+            return [value]
         import torch.distributed as dist
 
-        of_ranks = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(of_ranks, value)
-        return torch.stack(of_ranks).sum(0)
+        of_ranks = [value] * self.size
+        dist.all_gather_object(of_ranks, value)
+        return of_ranks
 
     def check_same(self, settings: Mapping[str, object]) -> None:
         """Raise ConfigError, on all ranks, unless all have the same settings."""
-        if self.size == 1:
-            return
-        import torch.distributed as dist
-
-        of_ranks: list[Mapping[str, object]] = [{}] * self.size
-        dist.all_gather_object(of_ranks, dict(settings))
+        of_ranks = self.gather(dict(settings))
         for rank, others in enumerate(of_ranks):
             for name, value in of_ranks[0].items():
                 if others[name] != value:
                     raise ConfigError(
-                        f"The ranks must train the same run, but {name} is {value!r} on rank 0 and {others[name]!r} on "
-                        f"rank {rank}. Give all of them the same options, and the same files to read."
+                        f"The ranks must work on the same run, but {name} is {value!r} on rank 0 and "
+                        f"{others[name]!r} on rank {rank}. Give all of them the same options, and the same files."
                     )
 
     def joined(self, device: str) -> AbstractContextManager[None]:
