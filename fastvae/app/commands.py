@@ -106,6 +106,9 @@ def train_command(
     and the pictures. Ctrl-C keeps the last checkpoint, and --resume goes on from it as if there had been no
     stop. With --resume, --epochs may be raised, and other options need not be said again, but for --device, --threads
     and those of the kernels, which are no part of a run.
+
+    Under torchrun, processes share each batch: torchrun --nproc-per-node 8 --no-python fastvae train ... gives the
+    loss curve of one process.
     """
     folder, given = RunFolder(out), options.given(context)
 
@@ -178,7 +181,8 @@ def evaluate_command(
 
     It also measures how far the prior is from the aggregated posterior q(z), the mean of q(z|x) over all training
     images. The run's folder gets evaluation.json and a picture of both densities. A measurement on the validation
-    images, or with --limit on some images alone, gets a file of its own, such as evaluation-test-first-100.json.
+    images, or with --limit on some images alone, gets a file of its own, such as evaluation-test-first-100.json. Under
+    torchrun, processes share the images.
     """
     plan = EvaluationPlan(split, samples, limit)
     _check_run(run_dir, data, data_dir, device)
@@ -568,7 +572,8 @@ def _how_to_resume(
     command += " --tensorboard" if tensorboard else ""
     if not folder.holds_run():
         return "No epoch was finished, and nothing was written."
-    return f"{folder.checkpoint} keeps what was trained; go on with: {command}"
+    more = "" if ranks.size == 1 else " (by torchrun with any number of processes, or without)"
+    return f"{folder.checkpoint} keeps what was trained; go on with: {command}{more}"
 
 
 def _say(text: str) -> None:

@@ -13,6 +13,8 @@ from fastvae.app.run.device import pick_device
 from fastvae.app.run.ranks import ALONE, Ranks, launched
 from fastvae.app.user_errors import ConfigError
 
+from .conftest import Cli
+
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_are_all_rows_in_order_and_nearly_equal(size: int) -> None:
@@ -73,3 +75,10 @@ def test_each_rank_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
         pick_device("meta", Ranks(2, 3, 2))
     with pytest.raises(ConfigError, match="say cuda, of which each process takes its own"):
         pick_device("cuda:0", Ranks(0, 2))
+
+
+def test_other_commands_run_in_one_process(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    monkeypatch.setattr("fastvae.app.commands.ranks", Ranks(0, 2))
+    for command in ("compare", "info", "reproduce", "sample"):
+        code, out, error = cli(command)
+        assert code == 1 and not out and f"fastvae {command} runs in one process, not in 2" in error

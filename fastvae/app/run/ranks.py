@@ -119,6 +119,6 @@ def _process_group(device: str) -> Iterator[None]:
             raise
         raise RunError(
             "the other ranks are lost: one of them has ended, or has kept the others waiting for "
-            f"{PATIENCE.total_seconds() / 60:g} minutes; see what it said. ({told.strip().splitlines()[0]})"
+            f"{PATIENCE.total_seconds() / 60:g} minutes; see what it said. ({told.strip().split('. ')[0]})"
         ) from error
     dist.destroy_process_group()  # after an error the other ranks may never come to theirs
