@@ -28,7 +28,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 class PartOfBatch(NamedTuple):
     """Rows of a batch whose other rows other processes have.
 
-    A number of the noise belongs to a place in the batch. So this process draws the noise of the whole batch, from the
+    A number of the noise belongs to a place in the batch.  So this process draws the noise of the whole batch, from the
     seed that the others have too, and takes the part of its own rows.  One process with the whole batch does the same.
     """
 

@@ -102,6 +102,7 @@ def test_three_ranks_evaluate_as_one_process_does(run: Path, three: processes.Ra
     [
         ("not a number", "RunError: the training loss became nan in epoch 1"),
         ("other settings", "ConfigError: .*--learning-rate is 0.001 on rank 0 and 0.002 on rank 1"),
+        ("another prior", "ConfigError: .*--prior is 'exemplar' on rank 0 and 'vamp' on rank 2"),
         ("small batches", "ConfigError: 3 processes cannot share batches of 2 images.*--batch-size"),
         ("few images", r"ConfigError: 3 processes cannot share batches of 2 images.*\(tiny has 2 training images\)"),
         ("neighbours", "ConfigError: --neighbours is for one process"),

@@ -42,6 +42,8 @@ def train_wrongly(rank: int, size: int, what: str, out: Path) -> None:
         data = replace(data, train=replace(data.train, x=x), dynamic=False)
     if what == "other settings":
         config = replace(config, learning_rate=(1 + rank) * 1e-3)
+    if what == "another prior" and rank == 2:
+        config = replace(config, prior="vamp")
     if what == "small batches":
         config = replace(config, batch_size=2)
     if what == "few images":

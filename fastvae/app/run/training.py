@@ -94,16 +94,15 @@ def train(
     if not (resume or overwrite):
         folder.refuse_run()
     config = with_fingerprint(config, dataset)
-    _check_ranks(ranks, config, dataset)
+    earlier = read_checkpoint(folder, device) if resume and folder.holds_run() else None
+    _check_ranks(ranks, config, dataset, earlier)  # before anything else that they do together
     vae = build(config, dataset, ranks).to(device)
     kind = NormalizedAdam if config.normalize_gradients else Adam
     optimizer = kind(vae.parameters(), lr=config.learning_rate, fused=True, capturable=device.startswith("cuda"))
-    state = _first(vae, optimizer)
-    if resume and folder.holds_run():
-        state = read_checkpoint(folder, device)
-        load_weights(vae, state["model"], folder)
-        load_optimizer(optimizer, state["optimizer"], folder)
-    ranks.check_same({option(name): value for name, value in asdict(config).items()} | {"the epoch": state["epoch"]})
+    state = earlier or _first(vae, optimizer)
+    if earlier is not None:
+        load_weights(vae, earlier["model"], folder)
+        load_optimizer(optimizer, earlier["optimizer"], folder)
     if finished(config, state):
         ranks.on_first(write_json, folder.config, asdict(config))  # the data may have moved
     first = state["epoch"] + 1
@@ -177,7 +176,9 @@ def results(
     }
 
 
-def _check_ranks(ranks: Ranks, config: TrainConfig, dataset: Dataset) -> None:
+def _check_ranks(ranks: Ranks, config: TrainConfig, dataset: Dataset, earlier: Checkpoint | None) -> None:
+    settings = {option(name): value for name, value in asdict(config).items()}
+    ranks.check_same(settings | {"the last epoch": 0 if earlier is None else earlier["epoch"]})
     rows = min(config.batch_size, len(dataset.train))
     if ranks.size > rows:
         raise ConfigError(
@@ -185,9 +186,7 @@ def _check_ranks(ranks: Ranks, config: TrainConfig, dataset: Dataset) -> None:
             f"({dataset.name} has {len(dataset.train)} training images)."
         )
     if ranks.size > 1 and config.neighbours:
-        raise ConfigError(
-            "--neighbours is for one process: those of a batch are not known to a rank, which has a share."
-        )
+        raise ConfigError("--neighbours is for one process: each of several knows those of its own images alone.")
 
 
 def _first(vae: VAE, optimizer: Adam) -> Checkpoint:
