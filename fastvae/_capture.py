@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastvae.backends import choice
 from fastvae.priors import Mixture
@@ -84,10 +85,12 @@ def forbidden() -> str | None:
 
 def why_not(module: nn.Module) -> str | None:
     """Why passes of a module cannot be captured, or None."""
-    for prior in module.modules():
-        if isinstance(prior, EncodedMixture) and prior.chunk_size is not None:
+    for part in module.modules():
+        if isinstance(part, DistributedDataParallel):
+            return "DistributedDataParallel exchanges gradients, and finds out anew which come together"
+        if isinstance(part, EncodedMixture) and part.chunk_size is not None:
             return "the prior's chunk_size recomputes activations with random numbers that it sets back"
-        if isinstance(prior, Mixture) and prior.conditional:
+        if isinstance(part, Mixture) and part.conditional:
             return "the prior sorts the rows by their labels, and waits for the device to learn how many each has"
     if {parameter.device.type for parameter in module.parameters()} != {"cuda"}:
         return "the model is not on a CUDA device"

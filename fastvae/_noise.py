@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +23,47 @@ _KEY_STEPS = 0x9E3779B9, 0xBB67AE85  # what the two words of the key grow by fro
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """One 64-bit seed, int64 [1], from `generator` or from the default generator of the device."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+
+
+class PartOfBatch(NamedTuple):
+    """Rows of a batch whose other rows other processes have.
+
+    A number of the noise belongs to a place in the batch.  So this process draws the noise of the whole batch, from the
+    seed that the others have too, and takes the part of its own rows.  One process with the whole batch does the same.
+    """
+
+    first: int  # the place of this process's first row in the batch
+    rows: int  # how many it has
+    of: int  # the rows of the whole batch
+
+    def widened(self, value: Tensor) -> Tensor:
+        """[..., rows, D] -> [..., of, D], with zeros for the rows of others."""
+        if value.ndim < 2 or value.shape[-2] != self.rows:
+            raise ValueError(f"mu must be [..., {self.rows}, D], the rows of this process, not {list(value.shape)}")
+        return torch.nn.functional.pad(value, (0, 0, self.first, self.of - self.first - self.rows))
+
+    def own(self, value: Tensor, dim: int) -> Tensor:
+        """Of a result for the whole batch, the part of this process's rows."""
+        return value.narrow(dim, self.first, self.rows)
+
+
+_part: PartOfBatch | None = None  # for the whole process, as `use_backend` is
+
+
+def part_of_batch() -> PartOfBatch | None:
+    """The part of a batch that the rows of the samplers are, inside `rows_of_batch`; None elsewhere."""
+    return _part
+
+
+@contextmanager
+def rows_of_batch(part: PartOfBatch | None) -> Iterator[None]:
+    """Have the samplers draw the noise that these rows of a batch have; None: the rows are a whole batch."""
+    global _part
+    before, _part = _part, part
+    try:
+        yield
+    finally:
+        _part = before
 
 
 def normal(seed: Tensor, start: int, count: int) -> Tensor:

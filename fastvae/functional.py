@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvae import _checks, reference
-from fastvae._noise import draw_seed
+from fastvae._noise import draw_seed, part_of_batch, rows_of_batch
 from fastvae.autograd import (
     GaussianKL,
     GaussianRsample,
@@ -192,6 +192,13 @@ def gaussian_rsample(
     """
     dtype = _checks.result_dtype(mu=mu, logvar=logvar)
     mu, logvar = _checks.gaussian(mu, logvar, _checks.compute_dtype(dtype))
+    if (part := part_of_batch()) is not None:
+        with rows_of_batch(None):
+            z, log_q = gaussian_rsample(
+                part.widened(mu), part.widened(logvar), num_samples,
+                generator=generator, path_derivative=path_derivative, impl=impl,
+            )  # fmt: skip
+        return _checks.cast(part.own(z, -2), dtype), part.own(log_q, -1)
     shape = _checks.sampled_shape(num_samples, mu)
     backend = choose(impl, mu.device)
     if backend == "reference":
@@ -287,6 +294,15 @@ def mixture_kl(
         if _checks.same_shape(exclude, mu.shape[:-1]):
             exclude = exclude.expand(shape[:-1])
         _checks.excluded(exclude, shape, mu.device, K)
+    if part_of_batch() is not None:  # the density is of this process's rows alone
+        z, log_q = gaussian_rsample(
+            mu, logvar, num_samples, generator=generator, path_derivative=path_derivative, impl=impl
+        )
+        log_p = mixture_log_prob(
+            z, prior_mu, prior_logvar, log_weights,
+            exclude=exclude, dense_backward=dense_backward, precision=precision, impl=impl,
+        )  # fmt: skip
+        return _checks.cast(z, dtype), log_q - log_p
     backend = choose(impl, mu.device, wide, precision)
     if backend == "reference":
         z, kl = reference.mixture_kl(

@@ -65,8 +65,10 @@ class TrainingStep:
         capture: bool | None = None,
         **options: Any,
     ) -> None:
-        for name in options.keys() - inspect.signature(vae.forward).parameters.keys():
-            raise TypeError(f"TrainingStep() got an unexpected keyword argument {name!r}")
+        parameters = inspect.signature(vae.forward).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # as a wrapper has
+            for name in options.keys() - parameters.keys():
+                raise TypeError(f"TrainingStep() got an unexpected keyword argument {name!r}")
         self.vae, self.optimizer, self.prepare, self.options = vae, optimizer, prepare, options
         self.why_not_captured = "capture=False" if capture is False else self._why_not()
         if capture and self.why_not_captured is not None:

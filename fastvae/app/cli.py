@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from typing import NoReturn
 
 from fastvae.app.user_errors import AppError
 
@@ -20,20 +22,23 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:
             raise
-        sys.exit(
-            f'error: the command line needs {error.name}, which is not installed; pip install "fastvae-kernels[app]"'
-        )
+        _fail(f'the command line needs {error.name}, which is not installed; pip install "fastvae-kernels[app]"')
     except AppError as error:
-        sys.exit(f"error: {error}")
+        _fail(str(error))
     except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "no more could be allocated"
-        sys.exit(f"error: there is not enough memory ({reason}). Ask for less: smaller sizes or fewer samples.")
+        _fail(f"there is not enough memory ({reason}). Ask for less: smaller sizes or fewer samples.")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(why: str) -> NoReturn:
+    rank = os.environ.get("RANK")  # of one of several processes, see run/ranks.py
+    sys.exit(f"error: {why}" if rank is None else f"error on rank {rank}: {why}")
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

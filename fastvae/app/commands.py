@@ -6,6 +6,7 @@ Each checks its options first, without PyTorch, whose import takes seconds; then
 from __future__ import annotations
 
 import shlex
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ from fastvae.app.run.config import (
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import GAP, RunFolder
 from fastvae.app.run.lock import locked
+from fastvae.app.run.ranks import launched
 from fastvae.app.show.interruption import interruptible
 from fastvae.app.user_errors import ConfigError
 
@@ -42,7 +44,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+ranks = launched()
+console = Console(quiet=not ranks.first)
+
+
+def _first_locks(folder: Path) -> AbstractContextManager[None]:
+    """The folder kept for this process, or for the ranks of which this is one."""
+    return locked(folder) if ranks.first else nullcontext()
+
+
+@app.callback()
+def _check_launch(context: typer.Context) -> None:
+    command = context.invoked_subcommand
+    if ranks.size > 1 and command not in ("train", "evaluate"):
+        raise ConfigError(f"fastvae {command} runs in one process, not in {ranks.size}; start it without torchrun.")
 
 
 @app.command("train", cls=Command)
@@ -91,6 +106,9 @@ def train_command(
     and the pictures. Ctrl-C keeps the last checkpoint, and --resume goes on from it as if there had been no
     stop. With --resume, --epochs may be raised, and other options need not be said again, but for --device, --threads
     and those of the kernels, which are no part of a run.
+
+    Under torchrun, processes share each batch: torchrun --nproc-per-node 8 --no-python fastvae train ... gives the
+    loss curve of one process.
     """
     folder, given = RunFolder(out), options.given(context)
 
@@ -110,17 +128,21 @@ def train_command(
         folder.refuse_run()
     with (
         interruptible(console, lambda: _how_to_resume(folder, impl, precision, dense_backward, tensorboard)),
-        locked(out),
+        _first_locks(out),
     ):
         import_library()
         from fastvae.app.data.named_sets import load
         from fastvae.app.run.device import pick_device, use_kernels, use_threads
+        from fastvae.app.run.training import train
         from fastvae.app.workflow import train_run
 
-        config, device = settings(), pick_device(device)  # once more, now that no other process can change the run
+        config, device = settings(), pick_device(device, ranks)  # again, now that no other process can change the run
         dataset = load(config.data, config.data_dir, binarize=config.binarize, download=download)
         use_threads(threads, config, dataset)
-        with use_kernels(device, impl, precision, dense_backward):
+        with use_kernels(device, impl, precision, dense_backward), ranks.joined(device):
+            if not ranks.first:
+                train(config, dataset, out, resume=resume, overwrite=overwrite, device=device, ranks=ranks)
+                return
             run = train_run(
                 console,
                 config,
@@ -130,6 +152,7 @@ def train_command(
                 overwrite=overwrite,
                 device=device,
                 tensorboard=tensorboard,
+                ranks=ranks,
             )
     best = run.checkpoint["best_epoch"]
     line = run.checkpoint["history"][best - 1]["validation"]
@@ -158,22 +181,27 @@ def evaluate_command(
 
     It also measures how far the prior is from the aggregated posterior q(z), the mean of q(z|x) over all training
     images. The run's folder gets evaluation.json and a picture of both densities. A measurement on the validation
-    images, or with --limit on some images alone, gets a file of its own, such as evaluation-test-first-100.json.
+    images, or with --limit on some images alone, gets a file of its own, such as evaluation-test-first-100.json. Under
+    torchrun, processes share the images.
     """
     plan = EvaluationPlan(split, samples, limit)
     _check_run(run_dir, data, data_dir, device)
     options.check_backend(impl, precision)
-    with interruptible(console, lambda: "The same command goes on from here."), locked(run_dir):
+    with interruptible(console, lambda: "The same command goes on from here."), _first_locks(run_dir):
         import_library()
         from fastvae.app.run.device import pick_device, use_kernels, use_threads
+        from fastvae.app.run.evaluation import log_likelihoods
         from fastvae.app.run.trained import load_run
         from fastvae.app.show.result_tables import evaluation_table, gap_table, images_in_words
         from fastvae.app.workflow import evaluate_run
 
-        run = load_run(run_dir, data_dir, data=data, device=pick_device(device))
+        run = load_run(run_dir, data_dir, data=data, device=pick_device(device, ranks))
         use_threads(threads, run.config, run.dataset)
-        with use_kernels(run.device, impl, precision):
-            result = evaluate_run(console, run, plan)
+        with use_kernels(run.device, impl, precision), ranks.joined(run.device):
+            if not ranks.first:
+                log_likelihoods(run, plan, ranks=ranks)
+                return
+            result = evaluate_run(console, run, plan, ranks=ranks)
     title = f"{run.dataset.name}, {prior_name(run.config)}: {images_in_words(result.images, split)}"
     z = latents_with_prior(run.config)
     console.print(evaluation_table(result, title, z))
@@ -544,7 +572,8 @@ def _how_to_resume(
     command += " --tensorboard" if tensorboard else ""
     if not folder.holds_run():
         return "No epoch was finished, and nothing was written."
-    return f"{folder.checkpoint} keeps what was trained; go on with: {command}"
+    more = "" if ranks.size == 1 else " (by torchrun with any number of processes, or without)"
+    return f"{folder.checkpoint} keeps what was trained; go on with: {command}{more}"
 
 
 def _say(text: str) -> None:

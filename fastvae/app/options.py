@@ -243,7 +243,10 @@ Patience = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Images in a step. (default 100)", rich_help_panel=TRAINING)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Images in a step, of all processes together. (default 100)", rich_help_panel=TRAINING),
+]
 LearningRate = Annotated[
     float | None,
     typer.Option(help=f"Adam's learning rate. {_default('learning_rate')}", rich_help_panel=TRAINING),

@@ -23,6 +23,7 @@ from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.lock import locked
 from fastvae.app.run.networks import build
 from fastvae.app.run.protocol import Protocol
+from fastvae.app.run.ranks import ALONE, Ranks
 from fastvae.app.run.reproduction import Reproduction, reproduction_of, write_reproduction
 from fastvae.app.run.trained import TrainedRun, load_run, versions, with_fingerprint
 from fastvae.app.run.training import train
@@ -43,24 +44,33 @@ def train_run(
     device: str,
     label: str = "",
     tensorboard: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TrainedRun:
-    """Train, or go on training, with a progress bar; then draw the run's pictures."""
+    """Train, or go on training, with a progress bar; then draw the run's pictures.
+
+    Of several ranks the first one calls this function, and the others `train`.
+    """
     folder = RunFolder(out)
     done = read_checkpoint(folder)["epoch"] if resume and folder.holds_run() else 0
     with ExitStack() as stack:
         watchers = stack.enter_context(training_progress(console, config, dataset, done + 1, label))
         if tensorboard:
             watchers = stack.enter_context(tensorboard_events(folder.events, watchers, done + 1))
-        train(config, dataset, out, resume=resume, overwrite=overwrite, device=device, watchers=watchers)
+        train(config, dataset, out, resume=resume, overwrite=overwrite, device=device, watchers=watchers, ranks=ranks)
     run = load_run(out, dataset=dataset, device=device)
     draw_run(run)
     return run
 
 
-def evaluate_run(console: Console, run: TrainedRun, plan: EvaluationPlan, label: str = "evaluating") -> Evaluation:
-    """Evaluate with a progress bar; keep the result, and the picture of prior and posterior, in the run's folder."""
+def evaluate_run(
+    console: Console, run: TrainedRun, plan: EvaluationPlan, label: str = "evaluating", ranks: Ranks = ALONE
+) -> Evaluation:
+    """Evaluate with a progress bar; keep the result, and the picture of prior and posterior, in the run's folder.
+
+    Of several ranks the first one calls this function, and the others `log_likelihoods`.
+    """
     with counting_progress(console, label, len(plan.images(run.dataset))) as on_images:
-        evaluation = evaluate(run, plan, on_images)
+        evaluation = evaluate(run, plan, on_images, ranks)
     write_json(run.folder.evaluation(plan.part(run.dataset)), asdict(evaluation))
     draw_gap(run)
     unfinished_evaluation(run, plan).unlink(missing_ok=True)  # last, so that nothing is done twice after a stop

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from budget import Case, hard_case
-from support.sharded import same_bits
+from support.sharded import model, same_bits
 
 import fastvae
 import fastvae.distributed
@@ -166,3 +166,16 @@ def test_one_process_pays_nothing() -> None:
     script += "print('torch.distributed.tensor' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_training_step_takes_a_wrapped_model(alone: None) -> None:
+    """With the options of VAE.forward, and without a CUDA graph, which cannot hold what the wrapper does."""
+    weights = []
+    for wrap in (lambda vae: vae, torch.nn.parallel.DistributedDataParallel):
+        vae = model(lambda encoder: fastvae.VampPrior(encoder, torch.rand(4, 6)))
+        step = fastvae.TrainingStep(wrap(vae), torch.optim.SGD(vae.parameters(), 0.1), num_samples=2, bound="iwae")
+        torch.manual_seed(1)
+        step(torch.linspace(0, 1, 18).reshape(3, 6))
+        weights.append(vae.encoder(torch.ones(1, 6))[0].detach())
+    assert torch.equal(*weights)
+    assert step.why_not_captured is not None and "DistributedDataParallel" in step.why_not_captured

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,10 +58,15 @@ def train(rank: int, folder: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
-def test_lightning_trains_as_one_process_does(tmp_path: object) -> None:
+def test_lightning_trains_as_one_process_does(tmp_path: Path) -> None:
+    assert_trained_as_one_process_does(train, tmp_path)
+
+
+def assert_trained_as_one_process_does(train_on: Callable[[int, str], dict[str, Tensor]], folder: Path) -> None:
+    """By the parameters that two ranks end with; train_on(rank, folder) is called on each."""
     ranks = Ranks(2)
     try:
-        first, second = ranks(train, str(tmp_path))
+        first, second = ranks(train_on, str(folder))
     finally:
         ranks.close()
     vae = model(lambda encoder: fastvae.ExemplarPrior(encoder, DATA))

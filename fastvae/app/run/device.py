@@ -9,6 +9,7 @@ import torch
 import fastvae
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.ranks import ALONE, Ranks
 from fastvae.app.user_errors import ConfigError
 from fastvae.backends import choose
 
@@ -27,20 +28,38 @@ def use_threads(count: int | None, config: TrainConfig, dataset: Dataset) -> Non
         torch.set_num_threads(count)
 
 
-def pick_device(name: str) -> str:
-    """Resolve auto, and check that the device is there.
+def pick_device(name: str, ranks: Ranks = ALONE) -> str:
+    """Resolve auto, and check that the device is there.  Of several ranks each takes a device of its own.
 
     Raises:
         ConfigError: it is not.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and name != "cpu":
+        _take_own(name, ranks)
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"--device {name}: is not here ({reason}); take cpu, or auto.") from error
     return name
+
+
+def _take_own(name: str, ranks: Ranks) -> None:
+    """Make the device of this rank's number PyTorch's current one, which `name` then means."""
+    if ":" in name:
+        raise ConfigError(
+            f"--device {name}: {ranks.size} processes need a device each; say {name.partition(':')[0]}, of which each "
+            "process takes its own."
+        )
+    there = torch.accelerator.device_count()
+    if ranks.on_machine >= there:
+        raise ConfigError(
+            f"--device {name}: there are {there} on this machine, too few for a process each; start fewer processes, "
+            "or say --device cpu."
+        )
+    torch.accelerator.set_device_index(ranks.on_machine)
 
 
 def use_kernels(

@@ -17,6 +17,7 @@ from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.gap import Gap, measure_gap
 from fastvae.app.run.measuring import VALIDATION_BATCH, batches, measure, with_fixed_prior
 from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.ranks import ALONE, Ranks
 from fastvae.app.run.trained import TrainedRun
 from fastvae.app.user_errors import RunError
 from fastvae.contracts import encode
@@ -25,6 +26,8 @@ ACTIVE = 0.01  # Burda, Grosse and Salakhutdinov (2016): a unit is active if Var
 BATCH = 50  # images whose log-likelihood is measured at once
 KEEP_EVERY = 60  # seconds between two writes of what an evaluation has done, for a process that is killed
 BOUND_SAMPLES = 10  # of z for each image: the sampling noise of the bound is then small beside its spread over images
+
+OnImages = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Evaluation:
 
 
 def evaluate(
-    run: TrainedRun, plan: EvaluationPlan, on_images: Callable[[int], None] = lambda count: None
+    run: TrainedRun, plan: EvaluationPlan, on_images: OnImages = lambda count: None, ranks: Ranks = ALONE
 ) -> Evaluation:
     """Measure a run's best model.
 
@@ -58,6 +61,7 @@ def evaluate(
         run: the run.
         plan: what to measure on, and how closely.
         on_images: told how many images have been done, after each batch of them.
+        ranks: those that measure together; the first one calls this function, and the others `log_likelihoods`.
 
     An evaluation that was stopped goes on where it was: the run's folder keeps what was done, until the caller has
     written the result and deletes it.
@@ -66,10 +70,8 @@ def evaluate(
         RunError: an image's log-likelihood is no finite number.
     """
     started = time.perf_counter()
-    x = plan.images(run.dataset).to(run.device)
-    y = run.y(plan.whole_set(run.dataset))
-    y = None if y is None else y[: len(x)]
-    log_likelihood = _log_likelihood(run, plan, x, y, on_images)
+    x, y = _images(run, plan)
+    log_likelihood = log_likelihoods(run, plan, on_images, ranks)
     reseed(run.config.seed, Stream.EVALUATE)
     several = len(x) > 1
     measures = measure(run.vae, x, num_samples=BOUND_SAMPLES, y=y)
@@ -90,41 +92,50 @@ def evaluate(
     )
 
 
-def _log_likelihood(
-    run: TrainedRun, plan: EvaluationPlan, x: Tensor, y: Tensor | None, on_images: Callable[[int], None]
-) -> Tensor:
-    """log p(x), or log p(x|y), of each image, float64 [N].
+def _images(run: TrainedRun, plan: EvaluationPlan) -> tuple[Tensor, Tensor | None]:
+    """(x [N, pixels], y [N] or None) to measure on."""
+    x, y = plan.images(run.dataset).to(run.device), run.y(plan.whole_set(run.dataset))
+    return x, None if y is None else y[: len(x)]
 
-    It takes minutes or hours, so what is done is kept for a later call.
+
+def log_likelihoods(
+    run: TrainedRun, plan: EvaluationPlan, on_images: OnImages = lambda count: None, ranks: Ranks = ALONE
+) -> Tensor:
+    """log p(x), or log p(x|y), of each image, float64 [N]; arguments as of `evaluate`.
+
+    It takes minutes or hours, so what is done is kept for a later call.  Each rank measures a batch at a time.
     """
-    vae, unfinished = with_fixed_prior(run.vae), unfinished_evaluation(run, plan)
+    (x, y), vae, unfinished = _images(run, plan), with_fixed_prior(run.vae), unfinished_evaluation(run, plan)
     identity = {
         "best_epoch": run.checkpoint["best_epoch"],
         "best_bound": run.checkpoint["best_bound"],
         "samples": plan.samples,
         "images": len(x),
     }
-    done = _read_unfinished(unfinished, identity)
+    ranks.check_same(identity)
+    done = ranks.gather(_read_unfinished(unfinished, identity))[0]
     on_images(len(done))
     kept = time.monotonic()
     try:
-        for start in range(len(done), len(x), BATCH):
+        while len(done) < len(x):
+            start = len(done) + BATCH * ranks.rank  # of the rank's batch, which may lie behind the last image
             reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
             some = slice(start, start + BATCH)
             values = vae.log_likelihood(x[some], plan.samples, y=None if y is None else y[some])
-            if not bool(values.isfinite().all()):
-                number = int(values.isfinite().logical_not().nonzero()[0])
+            together = torch.cat(ranks.gather(values.cpu()))
+            if not bool(together.isfinite().all()):
+                number = int(together.isfinite().logical_not().nonzero()[0])
                 raise RunError(
-                    f"{run.folder.path}: the log-likelihood of {plan.split} image {start + number} is "
-                    f"{float(values[number])}, no finite number; the model has diverged or is damaged."
+                    f"{run.folder.path}: the log-likelihood of {plan.split} image {len(done) + number} is "
+                    f"{float(together[number])}, no finite number; the model has diverged or is damaged."
                 )
-            done += values.tolist()
+            done += together.tolist()
             on_images(len(done))
             if time.monotonic() - kept > KEEP_EVERY:
-                write_json(unfinished, {**identity, "log_likelihood": done})
+                ranks.on_first(write_json, unfinished, {**identity, "log_likelihood": done})
                 kept = time.monotonic()
     finally:  # at the end too: what follows may be stopped as well
-        write_json(unfinished, {**identity, "log_likelihood": done})
+        ranks.on_first(write_json, unfinished, {**identity, "log_likelihood": done})
     return torch.tensor(done, dtype=torch.float64)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastvae import VAE, _capture
 from fastvae.app.run.checkpoint import Measures
+from fastvae.app.run.data_parallel import shared
+from fastvae.app.run.ranks import ALONE, Ranks
 from fastvae.vae import VAEOutput
 
 VALIDATION_BATCH = 1000  # images encoded at once
@@ -29,10 +31,11 @@ class Meter:
     """Measures a model as often as it is called; on a GPU by a CUDA graph for each size of a batch.
 
     The prior that a graph reads has the components of the last call.  So each call encodes them and copies them there.
+    Several ranks call it together, each with all images, and measure a share of them.
     """
 
-    def __init__(self, vae: VAE, num_samples: int = 1, bound: str = "elbo") -> None:
-        self._vae, self._num_samples, self._bound = vae, num_samples, bound
+    def __init__(self, vae: VAE, num_samples: int = 1, bound: str = "elbo", ranks: Ranks = ALONE) -> None:
+        self._vae, self._num_samples, self._bound, self._ranks = vae, num_samples, bound, ranks
         self._fixed: VAE | None = None
 
     @torch.no_grad()
@@ -42,8 +45,8 @@ class Meter:
         self._vae.eval()
         if self._fixed is None:
             self._fixed = fixed = with_fixed_prior(self._vae)
-            one_pass = partial(fixed, num_samples=self._num_samples, bound=self._bound)
-            capture = (_capture.why_not(fixed) or _capture.forbidden()) is None
+            one_pass = partial(shared(fixed, self._ranks), num_samples=self._num_samples, bound=self._bound)
+            capture = self._ranks.size == 1 and (_capture.why_not(fixed) or _capture.forbidden()) is None
             self._replays = _capture.Replays[VAEOutput](one_pass, fixed, capture=capture)
         else:
             self._fixed.prior.load_state_dict(self._vae.prior.snapshot().state_dict())
@@ -51,7 +54,7 @@ class Meter:
         for batch in batches(x, y, max(1, VALIDATION_BATCH // self._num_samples)):
             total.add(self._replays(*batch))
         self._vae.train(was_training)
-        return total.mean()
+        return total.of_all(self._ranks).mean()
 
 
 def measure(vae: VAE, x: Tensor, num_samples: int = 1, bound: str = "elbo", *, y: Tensor | None = None) -> Measures:
@@ -68,14 +71,21 @@ class Total:
     """Sums of what passes gave, over their images: on the device, so that no pass waits for another's numbers."""
 
     def __init__(self, device: torch.device) -> None:
-        self.count = 0
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def add(self, output: VAEOutput) -> None:
-        self.count += len(output.bound)
+        if not len(output.bound):
+            return  # the loss of no images is no number
         per_image = torch.stack((output.bound, output.reconstruction, output.kl)).detach()
         self._sums[:3] += per_image.sum(1, dtype=torch.float64)
         self._sums[3] += output.loss.detach()
+        self._sums[4] += len(output.bound)
+
+    def of_all(self, ranks: Ranks) -> Total:
+        """The sums of all ranks, added in their order: the same bits on all of them."""
+        total = Total(torch.device("cpu"))
+        total._sums = torch.stack(ranks.gather(self._sums.cpu())).sum(0)
+        return total
 
     @property
     def loss(self) -> float:
@@ -83,5 +93,5 @@ class Total:
         return float(self._sums[3])
 
     def mean(self) -> Measures:
-        bound, reconstruction, kl, _ = (self._sums / self.count).tolist()
+        bound, reconstruction, kl = (self._sums[:3] / self._sums[4]).tolist()
         return Measures(bound=bound, elbo=reconstruction - kl, reconstruction=reconstruction, kl=kl)

@@ -13,6 +13,7 @@ from fastvae.app.data.dataset import Dataset
 from fastvae.app.data.physical_memory import physical_memory
 from fastvae.app.run.config import TrainConfig
 from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.ranks import ALONE, PATIENCE, Ranks
 from fastvae.app.user_errors import ConfigError
 from fastvae.priors import Prior
 
@@ -47,8 +48,8 @@ class GivenLabel(nn.Module):
         return self.network(torch.cat([x, nn.functional.one_hot(y, self.classes).to(x)], -1))
 
 
-def build(config: TrainConfig, dataset: Dataset) -> VAE:
-    """Make the model that a run starts from; the same config and data give the same weights.
+def build(config: TrainConfig, dataset: Dataset, ranks: Ranks = ALONE) -> VAE:
+    """Make the model that a run starts from; the same config and data give the same weights, on any number of ranks.
 
     Raises:
         ConfigError: more pseudo-inputs are to start from training images, or more exemplars to be taken in a step,
@@ -83,15 +84,7 @@ def build(config: TrainConfig, dataset: Dataset) -> VAE:
             raise ConfigError(
                 f"--subset is {config.subset}; it should be 2 ... {len(dataset.train)}, the training images there are."
             )
-        prior = ExemplarPrior(
-            encoder,
-            dataset.train.x,
-            shared_variance=config.shared_variance,
-            subset=config.subset,
-            chunk_size=config.chunk_size or EXEMPLAR_CHUNK,
-            refresh=config.refresh,
-            neighbours=config.neighbours,
-        )
+        prior = _exemplar_prior(config, dataset, encoder, ranks)
     else:
         prior = VampPrior(
             encoder,
@@ -153,6 +146,35 @@ def _labels_and_weights(config: TrainConfig, dataset: Dataset) -> tuple[Tensor |
         )
     labels = torch.arange(config.components) % len(images_of)
     return labels, (images_of / labels.bincount())[labels]
+
+
+def _exemplar_prior(config: TrainConfig, dataset: Dataset, encoder: nn.Module, ranks: Ranks) -> Prior:
+    """The exemplars of all training images; with several ranks each encodes a share of them.
+
+    Those that a step draws or keeps, by `subset` or `refresh`, are the same on all ranks, and all encode all of them.
+    """
+    images, chunk_size = dataset.train.x, config.chunk_size or EXEMPLAR_CHUNK
+    if ranks.size > 1 and config.subset is None and config.refresh == 1:
+        from torch.distributed import new_group
+
+        from fastvae.distributed import ShardedExemplarPrior
+
+        return ShardedExemplarPrior(
+            encoder,
+            images[ranks.share(len(images))],
+            group=new_group(timeout=PATIENCE),  # its own, as gradients are exchanged in the same backward pass
+            shared_variance=config.shared_variance,
+            chunk_size=chunk_size,
+        )
+    return ExemplarPrior(
+        encoder,
+        images,
+        shared_variance=config.shared_variance,
+        subset=config.subset,
+        chunk_size=chunk_size,
+        refresh=config.refresh,
+        neighbours=config.neighbours,
+    )
 
 
 def _pseudo_inputs(config: TrainConfig, dataset: Dataset, labels: Tensor | None) -> Tensor:

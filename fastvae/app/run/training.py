@@ -27,14 +27,16 @@ from fastvae.app.run.checkpoint import (
     write_checkpoint,
     write_first_checkpoint,
 )
-from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.config import TrainConfig, option
+from fastvae.app.run.data_parallel import shared_training
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.measuring import Meter, Total
 from fastvae.app.run.networks import build
 from fastvae.app.run.optimizer import NormalizedAdam
 from fastvae.app.run.randomness import Stream, reseed
+from fastvae.app.run.ranks import ALONE, Ranks
 from fastvae.app.run.trained import versions, with_fingerprint
-from fastvae.app.user_errors import RunError
+from fastvae.app.user_errors import ConfigError, RunError
 from fastvae.backends import choose
 
 OnBatch = Callable[[int, int], None]
@@ -60,6 +62,7 @@ def train(
     overwrite: bool = False,
     device: str = "cpu",
     watchers: Watchers | None = None,
+    ranks: Ranks = ALONE,
 ) -> Checkpoint:
     """Train a model, keeping in `out` a checkpoint of the last finished epoch and of the best model.
 
@@ -76,6 +79,7 @@ def train(
         overwrite: replace the run in `out`, once the first epoch of the new one is finished.
         device: where to train, in torch's words.
         watchers: told how it goes.
+        ranks: those that train together, joined; each calls this function, with settings and data that are the same.
 
     Returns:
         The last checkpoint.
@@ -83,43 +87,45 @@ def train(
     Raises:
         RunError: `out` holds a run and neither `resume` nor `overwrite` was said, the run does not fit the settings, or
             the loss is no longer a finite number.
-        ConfigError: the data are not those that the settings have the fingerprint of.
+        ConfigError: the data are not those that the settings have the fingerprint of; there are more ranks than images
+            in a batch; the ranks' settings differ.
     """
     folder, watchers = RunFolder(out), watchers or Watchers()
     if not (resume or overwrite):
         folder.refuse_run()
     config = with_fingerprint(config, dataset)
-    vae = build(config, dataset).to(device)
+    earlier = read_checkpoint(folder, device) if resume and folder.holds_run() else None
+    _check_ranks(ranks, config, dataset, earlier)  # before anything else that they do together
+    vae = build(config, dataset, ranks).to(device)
     kind = NormalizedAdam if config.normalize_gradients else Adam
     optimizer = kind(vae.parameters(), lr=config.learning_rate, fused=True, capturable=device.startswith("cuda"))
-    state = _first(vae, optimizer)
-    if resume and folder.holds_run():
-        state = read_checkpoint(folder, device)
-        load_weights(vae, state["model"], folder)
-        load_optimizer(optimizer, state["optimizer"], folder)
+    state = earlier or _first(vae, optimizer)
+    if earlier is not None:
+        load_weights(vae, earlier["model"], folder)
+        load_optimizer(optimizer, earlier["optimizer"], folder)
     if finished(config, state):
-        write_json(folder.config, asdict(config))  # the data may have moved
+        ranks.on_first(write_json, folder.config, asdict(config))  # the data may have moved
     first = state["epoch"] + 1
     images, validation = dataset.train.x.to(device), dataset.validation.x.to(device)
     labels, held_out = (
         dataset.y(split).to(device) if config.conditional else None for split in (dataset.train, dataset.validation)
     )
     step = TrainingStep(
-        vae,
+        shared_training(vae, ranks, images, labels),
         optimizer,
         prepare=lambda rows: torch.bernoulli(images[rows]) if dataset.dynamic else images[rows],
         num_samples=config.num_samples,
         bound=config.bound,
         gradient=config.gradient,
     )
-    meter = Meter(vae, config.num_samples, config.bound)
+    meter = Meter(vae, config.num_samples, config.bound, ranks)
 
     while not finished(config, state):
         epoch = state["epoch"] + 1
         started = time.perf_counter()
         beta = min(1.0, epoch / config.warmup) if config.warmup else 1.0
         reseed(config.seed, Stream.TRAIN, epoch)
-        measured = _one_epoch(step, images, labels, config.batch_size, beta, epoch, watchers.batch)
+        measured = _one_epoch(step, images, labels, config.batch_size, beta, epoch, watchers.batch, ranks)
         seconds = time.perf_counter() - started
         # The same noise for every epoch: the bounds of two epochs then differ by their models alone.
         reseed(config.seed, Stream.VALIDATE)
@@ -127,13 +133,13 @@ def train(
         line = Epoch(epoch=epoch, beta=beta, train=measured, validation=validated, seconds=seconds)
         state = _next(state, line, vae, optimizer)
         if epoch == first:
-            out.mkdir(parents=True, exist_ok=True)
-            write_first_checkpoint(folder, config, state)
+            ranks.on_first(out.mkdir, parents=True, exist_ok=True)
+            ranks.on_first(write_first_checkpoint, folder, config, state)
         else:
-            write_checkpoint(folder, state)
+            ranks.on_first(write_checkpoint, folder, state)
         watchers.epoch(line)
 
-    write_json(folder.results, results(config, dataset, state, device))
+    ranks.on_first(write_json, folder.results, results(config, dataset, state, device, ranks))
     return state
 
 
@@ -143,7 +149,9 @@ def finished(config: TrainConfig, state: Checkpoint) -> bool:
     return state["epoch"] >= config.epochs or waited >= config.patience
 
 
-def results(config: TrainConfig, dataset: Dataset, state: Checkpoint, device: str) -> dict[str, object]:
+def results(
+    config: TrainConfig, dataset: Dataset, state: Checkpoint, device: str, ranks: Ranks = ALONE
+) -> dict[str, object]:
     """What a training run gave, ready for JSON."""
     seconds = [line["seconds"] for line in state["history"]]
     return {
@@ -160,11 +168,25 @@ def results(config: TrainConfig, dataset: Dataset, state: Checkpoint, device: st
         "seconds_per_epoch": median(seconds),
         "seconds": sum(seconds),
         "device": device,
+        "processes": ranks.size,
         "impl": choose(None, torch.device(device), precision=None),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "history": state["history"],
     }
+
+
+def _check_ranks(ranks: Ranks, config: TrainConfig, dataset: Dataset, earlier: Checkpoint | None) -> None:
+    settings = {option(name): value for name, value in asdict(config).items()}
+    ranks.check_same(settings | {"the last epoch": 0 if earlier is None else earlier["epoch"]})
+    rows = min(config.batch_size, len(dataset.train))
+    if ranks.size > rows:
+        raise ConfigError(
+            f"{ranks.size} processes cannot share batches of {rows} images; start fewer, or say a larger --batch-size "
+            f"({dataset.name} has {len(dataset.train)} training images)."
+        )
+    if ranks.size > 1 and config.neighbours:
+        raise ConfigError("--neighbours is for one process: each of several knows those of its own images alone.")
 
 
 def _first(vae: VAE, optimizer: Adam) -> Checkpoint:
@@ -205,6 +227,7 @@ def _one_epoch(
     beta: float,
     epoch: int,
     on_batch: OnBatch,
+    ranks: Ranks,
 ) -> Measures:
     step.vae.train()
     total = Total(images.device)
@@ -213,6 +236,7 @@ def _one_epoch(
         output = step(rows, None if labels is None else labels[rows], beta=beta, index=rows)
         total.add(output)
         on_batch(epoch, number)
+    total = total.of_all(ranks)
     if not math.isfinite(total.loss):
         raise _not_finite("training loss", total.loss, epoch)
     return total.mean()

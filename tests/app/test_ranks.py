@@ -1,0 +1,84 @@
+"""Which process of several this is, and what it has to do."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+
+import fastvae
+from fastvae._noise import PartOfBatch, rows_of_batch
+from fastvae.app.run.device import pick_device
+from fastvae.app.run.ranks import ALONE, Ranks, launched
+from fastvae.app.user_errors import ConfigError
+
+from .conftest import Cli
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_all_rows_in_order_and_nearly_equal(size: int) -> None:
+    for count in range(20):
+        shares = [list(range(count))[Ranks(rank, size).share(count)] for rank in range(size)]
+        assert list(chain(*shares)) == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_environment_tells_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert launched() == ALONE  # some set the size alone
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launched() == Ranks(rank=3, size=4, on_machine=1)
+    for wrong in ("4", "-1", "x", ""):
+        monkeypatch.setenv("RANK", wrong)
+        with pytest.raises(ConfigError, match=f"RANK is '{wrong}'"):
+            launched()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "composite", "reference"])
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_parts_of_a_batch_have_the_noise_of_the_whole(impl: str, num_samples: int | None) -> None:
+    """And so the same samples, densities and gradients."""
+    mu, logvar = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    means = torch.randn(4, 5, dtype=torch.float64)
+
+    def compute(rows: slice) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        q = mu[rows], logvar[rows]
+        z, log_q = fastvae.gaussian_rsample(*q, num_samples, path_derivative=True, impl=impl)
+        other_z, kl = fastvae.mixture_kl(*q, means, means.new_zeros(()), None, num_samples, impl=impl)
+        grads = torch.autograd.grad(z.square().sum() + log_q.sum() + kl.sum() + other_z.sum(), (mu, logvar))
+        return z.mT, log_q, other_z.mT, kl, *grads
+
+    whole, parts = compute(slice(None)), []
+    for rank in range(3):
+        share = Ranks(rank, 3).share(7)
+        with rows_of_batch(PartOfBatch(share.start, share.stop - share.start, 7)):
+            parts.append(compute(share))
+    for index, expected in enumerate(whole):
+        of_parts = [part[index] for part in parts]
+        together = sum(of_parts) if index >= 4 else torch.cat(of_parts, -1)
+        torch.testing.assert_close(together, expected)
+    with pytest.raises(ValueError, match=r"mu must be \[..., 2, D\]"), rows_of_batch(PartOfBatch(0, 2, 7)):
+        fastvae.gaussian_rsample(mu, logvar, impl=impl)
+
+
+def test_each_rank_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    monkeypatch.setattr("torch.accelerator.set_device_index", taken.append)
+    assert pick_device("cpu", Ranks(1, 2, 1)) == "cpu" and not taken
+    assert pick_device("meta", Ranks(3, 4, 1)) == "meta" and taken == [1]
+    with pytest.raises(ConfigError, match="there are 2 on this machine, too few for a process each"):
+        pick_device("meta", Ranks(2, 3, 2))
+    with pytest.raises(ConfigError, match="say cuda, of which each process takes its own"):
+        pick_device("cuda:0", Ranks(0, 2))
+
+
+def test_other_commands_run_in_one_process(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    monkeypatch.setattr("fastvae.app.commands.ranks", Ranks(0, 2))
+    for command in ("compare", "info", "reproduce", "sample"):
+        code, out, error = cli(command)
+        assert code == 1 and not out and f"fastvae {command} runs in one process, not in 2" in error
