@@ -237,21 +237,28 @@ class StreamedScores:
         whole = next(reads).arrived() if resident else None
         for start, stop in rows:
             z, exclude = next(reads).arrived()
-            merged = _Merged(z, self._with_score)
+            merged = Merged(z, self._with_score)
             for k, end in components:
                 mu, block_logvar, log_weights = whole if whole is not None else next(reads).arrived()
                 self._add(merged, z, mu, block_logvar, log_weights, exclude, k, end)
                 if self.on_pairs is not None:
                     self.on_pairs((stop - start) * (end - k))
-            result = merged.result(self.dtype)
-            del z, exclude, merged  # while the caller has the result, and until the next block is there
-            yield RowScores(start, stop, *result)
-            del result
+            log_prob, score = merged.result(self.dtype)
+            found = RowScores(start, stop, log_prob.cpu(), None if score is None else score.cpu())
+            del (
+                z,
+                exclude,
+                merged,
+                log_prob,
+                score,
+            )  # while the caller has the result, and until the next block is there
+            yield found
+            del found
 
     @torch.no_grad()
     def _add(
         self,
-        merged: _Merged,
+        merged: Merged,
         z: Tensor,
         mu: Tensor,
         logvar: Tensor,
@@ -360,7 +367,7 @@ class _Read:
         return self._tensors
 
 
-class _Merged:
+class Merged:
     """The logsumexp, and the score, of the blocks of components so far."""
 
     def __init__(self, z: Tensor, with_score: bool) -> None:
@@ -383,8 +390,8 @@ class _Merged:
         log_prob = torch.where(self._largest.isinf(), self._largest, self._largest + self._sum.log())
         score = None
         if self._weighted is not None:
-            score = self._weighted.div_(self._sum.masked_fill(self._sum == 0, 1.0)[:, None]).to("cpu", dtype)
-        return log_prob.to("cpu", dtype), score
+            score = self._weighted.div_(self._sum.masked_fill(self._sum == 0, 1.0)[:, None]).to(dtype)
+        return log_prob.to(dtype), score
 
 
 def _cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:

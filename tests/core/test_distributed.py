@@ -115,7 +115,8 @@ def random_case(rng: torch.Generator) -> tuple[Case, Sharding]:
     impl = ("cpu", "composite", "reference")[draw(0, 2)]
     if fastvae.info()["extension"] != "built" and impl == "cpu":
         impl = "composite"
-    return case, Sharding(parts(K, R, rng), rows, impl, bool(draw(0, 1)))
+    exchange = "ring" if rows is not None and draw(0, 2) else "gather"
+    return case, Sharding(parts(K, R, rng), rows, impl, bool(draw(0, 1)), exchange)
 
 
 def test_random_shardings(ranks: Ranks) -> None:
@@ -126,17 +127,24 @@ def test_random_shardings(ranks: Ranks) -> None:
 
 
 def test_the_same_bits_every_time(ranks: Ranks) -> None:
-    case, sharding = hard_case(40, 60, 5), Sharding([20, 0, 30, 10])
-    first, second = (together(case, sharding, ranks(run_on, case, sharding)) for _ in range(2))
-    assert all(map(same_bits, first, second))
+    case = hard_case(40, 60, 5)
+    for sharding in (Sharding([20, 0, 30, 10]), Sharding([20, 0, 30, 10], [9, 12, 0, 19], exchange="ring")):
+        first, second = (together(case, sharding, ranks(run_on, case, sharding)) for _ in range(2))
+        assert all(map(same_bits, first, second))
 
 
-@pytest.mark.parametrize("rows", [None, [3, 4, 0, 5]], ids=["replicated", "sharded"])
-def test_gradients_in_some_arguments(ranks: Ranks, rows: list[int] | None) -> None:
+EXCHANGES = pytest.mark.parametrize(
+    ("rows", "exchange"), [(None, "gather"), ([3, 9, 0, 5], "gather"), ([3, 9, 0, 5], "ring")],
+    ids=["replicated", "sharded", "ring"],
+)  # fmt: skip
+
+
+@EXCHANGES
+def test_gradients_in_some_arguments(ranks: Ranks, rows: list[int] | None, exchange: str) -> None:
     """No rank waits for a part of backward that the others have no need of; and a call of no rows is one, too."""
-    case = hard_case(12, 20, 3)
+    case = hard_case(17, 20, 3)
     case = replace(case, logvar=case.logvar[0].clone())
-    sharding = Sharding([9, 0, 1, 10], rows)
+    sharding = Sharding([9, 0, 1, 10], rows, exchange=exchange)
     whole = dict(zip(["z", "mu", "logvar", "log_weights"], run_alone(case), strict=True))
     for wanted in (["z"], ["mu"], ["logvar"], ["log_weights"], ["logvar", "z"], ["mu", "log_weights"]):
         of_ranks = ranks(some_gradients_on, case, sharding, wanted)
@@ -149,7 +157,7 @@ def test_gradients_in_some_arguments(ranks: Ranks, rows: list[int] | None) -> No
             scale = float(whole[name].abs().max())
             torch.testing.assert_close(got, whole[name], rtol=1e-3, atol=1e-5 * scale)
     nothing = replace(case, z=case.z[:0], grad=case.grad[:0])
-    of_ranks = ranks(run_on, nothing, Sharding([9, 0, 1, 10], None if rows is None else [0] * 4))
+    of_ranks = ranks(run_on, nothing, sharding._replace(rows=None if rows is None else [0] * 4))
     assert all(part.log_prob.shape == (0,) and not bool(part.dmu.any()) for part in of_ranks)
 
 
@@ -159,13 +167,13 @@ def run_alone(case: Case) -> list[torch.Tensor]:
     return list(torch.autograd.grad(fastvae.mixture_log_prob(*leaves, dense_backward=True), leaves, case.grad))
 
 
-@pytest.mark.parametrize("rows", [None, [3, 9, 0, 5]], ids=["replicated", "sharded"])
+@EXCHANGES
 @pytest.mark.parametrize("impl", [None, "composite", "reference"])
-def test_score(ranks: Ranks, impl: str | None, rows: list[int] | None) -> None:
+def test_score(ranks: Ranks, impl: str | None, rows: list[int] | None, exchange: str) -> None:
     """The gradient in z of the budget's case, with an upstream gradient of one."""
     case = replace(hard_case(17, 23, 4), grad=torch.ones(17), exclude=torch.arange(17) - 1)
     want, allowed = allowance(case, dense_backward=True)
-    of_ranks = ranks(score_on, case, Sharding([10, 0, 12, 1], rows, impl))
+    of_ranks = ranks(score_on, case, Sharding([10, 0, 12, 1], rows, impl, exchange=exchange))
     if rows is None:
         assert all(same_bits(score, of_ranks[0][1]) for _, score in of_ranks)
         log_prob, score = of_ranks[0]

@@ -38,6 +38,13 @@ class Sharding(NamedTuple):
     rows: list[int] | None = None  # how many each rank has; None where they are replicated
     impl: str | None = None
     dense: bool = False
+    exchange: str = "gather"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a call says of it."""
+        rows = "replicated" if self.rows is None else "sharded"
+        return {"rows": rows, "exchange": self.exchange, "impl": self.impl, "dense_backward": self.dense}
 
     def of(self, case: Case, rank: int) -> Case:
         """What a rank has of a case."""
@@ -73,9 +80,7 @@ def run_on_all(rank: int, case: Case, sharding: Sharding, group: Any = None) -> 
         *leaves,
         exclude=own.exclude,
         group=group,
-        rows="replicated" if sharding.rows is None else "sharded",
-        dense_backward=sharding.dense,
-        impl=sharding.impl,
+        **sharding.arguments,
     )
     grads = list(torch.autograd.grad(log_prob, [v for v in leaves if v is not None], own.grad))
     if own.log_weights is None:
@@ -108,8 +113,7 @@ def some_gradients_on(rank: int, case: Case, sharding: Sharding, wanted: list[st
     own = sharding.of(case, rank)
     leaves = {"z": own.z, "mu": own.mu, "logvar": own.logvar, "log_weights": own.log_weights}
     leaves = {name: v.clone().requires_grad_(name in wanted) for name, v in leaves.items()}
-    rows = "replicated" if sharding.rows is None else "sharded"
-    log_prob = fastvae.distributed.mixture_log_prob(**leaves, rows=rows)
+    log_prob = fastvae.distributed.mixture_log_prob(**leaves, **sharding.arguments)
     return list(torch.autograd.grad(log_prob, [leaves[name] for name in wanted], own.grad))
 
 
@@ -125,8 +129,7 @@ def score_on(rank: int, case: Case, sharding: Sharding) -> tuple[Tensor, Tensor]
         own.log_weights,
         exclude=own.exclude,
         group=group,
-        rows="replicated" if sharding.rows is None else "sharded",
-        impl=sharding.impl,
+        **sharding.arguments,
     )
 
 
