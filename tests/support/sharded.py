@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from budget import Case, Result
 from torch import Tensor
 
 import fastvae.distributed
+from fastvae.distributed.link import Link
 
 WORLD = 4
 
@@ -160,7 +162,9 @@ def on_mesh(rank: int, case: Case) -> list[Tensor]:
     return [log_prob.detach(), dz, *grads]
 
 
-def with_dtensors(rank: int, case: Case, two_dimensional: bool, z_placements: list[str], shared: bool) -> list[Tensor]:
+def with_dtensors(
+    rank: int, case: Case, two_dimensional: bool, z_placements: list[str], shared: bool, exchange: str
+) -> list[Tensor]:
     """log p(z), the score and all gradients as full tensors."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -179,10 +183,11 @@ def with_dtensors(rank: int, case: Case, two_dimensional: bool, z_placements: li
         )
     ]
     exclude = distribute_tensor(case.exclude, mesh, points)
-    log_prob = fastvae.distributed.mixture_log_prob(*placed, exclude=exclude)
+    log_prob = fastvae.distributed.mixture_log_prob(*placed, exclude=exclude, exchange=exchange)
     (log_prob * distribute_tensor(case.grad, mesh, points)).sum().backward()
-    again, score = fastvae.distributed.mixture_log_prob_and_score(*placed, exclude=exclude)
+    again, score = fastvae.distributed.mixture_log_prob_and_score(*placed, exclude=exclude, exchange=exchange)
     assert same_bits(again.to_local(), log_prob.to_local())
+    assert all(leaf.grad.placements == leaf.placements for leaf in placed)  # as an optimiser takes them
     return [value.detach().full_tensor() for value in (log_prob, score, *(leaf.grad for leaf in placed))]
 
 
@@ -199,14 +204,32 @@ def told(rank: int, calls: list[tuple[str, dict[str, Any]]]) -> str:
     return "no error"
 
 
-def die_after_forward(rank: int, case: Case, sharding: Sharding) -> str:
-    """The last rank ends between forward and backward; the error of the others."""
+def lose_a_rank(rank: int, case: Case, sharding: Sharding, how: str) -> str:
+    """The last rank ends, or answers no more; the error of the others.
+
+    Args:
+        how: "killed" or "silent", "before" or "in", "forward" or "backward".  In is with the first messages sent.
+    """
+    way, when, where = how.split()
+    group = dist.new_group(timeout=datetime.timedelta(seconds=3))  # the default group's is as long as starting takes
+
+    def end(*_: Any) -> None:
+        if way == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)  # until the test kills the process
+
+    def come_to(pass_: str) -> None:
+        if rank == len(sharding.components) - 1 and pass_ == where:
+            if when == "before":
+                end()
+            Link.finish = end  # type: ignore[method-assign]
+
     own = sharding.of(case, rank)
-    z = own.z.clone().requires_grad_()
-    loss = fastvae.distributed.mixture_log_prob(z, own.mu, own.logvar, own.log_weights).sum()
-    if rank == len(sharding.components) - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    z, mu = own.z.clone().requires_grad_(), own.mu.clone().requires_grad_()
     try:
+        come_to("forward")
+        loss = fastvae.distributed.mixture_log_prob(z, mu, own.logvar, group=group, **sharding.arguments).sum()
+        come_to("backward")
         loss.backward()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
