@@ -504,8 +504,9 @@ def plan_command(
         _say(f"The recorded times are within {rates.deviation:.0%} of what the plan computes for them.")
     if score:
         _say("The time of the score is not recorded, and not in the plan.")
-    for sharded in LAYOUTS:
-        _say(f"With {sharded} sharded, {limit(work, rates, sharded)}.")
+    names = {"rows": "the rows sharded", "components": "the components sharded", "mesh": "a mesh", "ring": "a ring"}
+    for layout in LAYOUTS:
+        _say(f"With {names[layout]}, {limit(work, rates, layout)}.")
 
 
 @app.command(

@@ -20,6 +20,7 @@ from support.sharded import (
     lose_a_rank,
     model,
     on_mesh,
+    received_on,
     run_on,
     run_on_all,
     same_bits,
@@ -157,6 +158,16 @@ def test_gradients_in_some_arguments(ranks: Ranks, rows: list[int] | None, excha
     nothing = replace(case, z=case.z[:0], grad=case.grad[:0])
     of_ranks = ranks(run_on, nothing, sharding._replace(rows=None if rows is None else [0] * 4))
     assert all(part.log_prob.shape == (0,) and not bool(part.dmu.any()) for part in of_ranks)
+
+
+def test_ranks_receive_what_is_planned(ranks: Ranks) -> None:
+    pytest.importorskip("tools")
+    from fastvae.app.planning.cost import bytes_received, bytes_received_in_ring
+
+    case = hard_case(17, 22, 3)
+    assert max(ranks(received_on, case, Sharding([6, 6, 5, 5]))) == bytes_received(17, 3, WORLD)
+    ring = Sharding([6, 6, 5, 5], [5, 4, 4, 4], exchange="ring")
+    assert max(ranks(received_on, case, ring)) == bytes_received_in_ring(22, 3, WORLD)
 
 
 def run_alone(case: Case) -> list[torch.Tensor]:

@@ -110,6 +110,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.125), b.nan_to_num(0.125))
 
 
+def received_on(rank: int, case: Case, sharding: Sharding) -> int:
+    """The bytes of floating numbers that reach the rank in a call without gradients."""
+    from tools.experiments.ranks_check import received_by
+
+    own = sharding.of(case, rank)
+    mixture = own.z, own.mu, own.logvar, own.log_weights
+    return received_by(lambda: fastvae.distributed.mixture_log_prob(*mixture, **sharding.arguments))
+
+
 def some_gradients_on(rank: int, case: Case, sharding: Sharding, wanted: list[str]) -> list[Tensor]:
     """The gradients in some of the arguments, in the order of their names; the others need none."""
     own = sharding.of(case, rank)

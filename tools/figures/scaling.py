@@ -20,7 +20,7 @@ MOST = 1024
 
 
 def scaling(devices: dict[str, Rates]) -> Figure:
-    """Seconds against the number of devices, for rows sharded and for components sharded over several networks."""
+    """Seconds against the number of devices: rows sharded, components sharded over several networks, a ring."""
     figure = Figure(figsize=(5.2 * len(devices), 4.2), layout="constrained")
     for axes, (name, rates) in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices.items(), strict=True):
         rows = [(n, c.seconds) for n, c in growth(WORK, rates, "rows", MOST)]
@@ -30,6 +30,11 @@ def scaling(devices: dict[str, Rates]) -> Figure:
             points = [(n, c.seconds) for n, c in growth(work, rates, "components", MOST)]
             label = f"components sharded, {network} GB/s"
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
+        for network, colour in zip(NETWORKS[:1], (PALETTE[1],), strict=True):
+            work = replace(WORK, network=network * 1e9)
+            points = [(n, c.seconds) for n, c in growth(work, rates, "ring", MOST)]
+            label = f"both sharded, in a ring, {network} GB/s"
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, linestyle="--", label=label)
         axes.set(xscale="log", yscale="log", xlabel="devices")
         title = f"seconds on {name}; M = {WORK.rows:,}, K = {WORK.components:,}, D = {WORK.dims}"
         axes.set_title(title, loc="left", color=INK, fontsize=10)
