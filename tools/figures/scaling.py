@@ -30,11 +30,10 @@ def scaling(devices: dict[str, Rates]) -> Figure:
             points = [(n, c.seconds) for n, c in growth(work, rates, "components", MOST)]
             label = f"components sharded, {network} GB/s"
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
-        for network, colour in zip(NETWORKS[:1], (PALETTE[1],), strict=True):
-            work = replace(WORK, network=network * 1e9)
-            points = [(n, c.seconds) for n, c in growth(work, rates, "ring", MOST)]
-            label = f"both sharded, in a ring, {network} GB/s"
-            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, linestyle="--", label=label)
+        work = replace(WORK, network=NETWORKS[0] * 1e9)
+        ring = [(n, c.seconds) for n, c in growth(work, rates, "ring", MOST)]
+        label = f"both sharded, in a ring, {NETWORKS[0]} GB/s"
+        axes.plot(*zip(*ring, strict=True), color=PALETTE[1], linewidth=1.6, linestyle="--", label=label)
         axes.set(xscale="log", yscale="log", xlabel="devices")
         title = f"seconds on {name}; M = {WORK.rows:,}, K = {WORK.components:,}, D = {WORK.dims}"
         axes.set_title(title, loc="left", color=INK, fontsize=10)
