@@ -152,14 +152,15 @@ def _log_prob_and_score(
 
 def _in_a_ring(call: _Agreed, options: _Options, with_score: bool) -> tuple[Tensor, Tensor]:
     """The components travel."""
-    link, ranks, z, exclude = call.link, call.ranks, call.z, call.exclude
+    link, ranks, z = call.link, call.ranks, call.z
     mu, logvar, log_weights = _checks.components(call.mu, call.logvar, call.log_weights, z.dtype)
     assert log_weights is not None
-    K, shared = ranks[link.rank].K, _is_shared(ranks)
+    K, shared = ranks[link.rank].K, _is_shared(ranks)  # a shard of no components stands here as one that is not there
     backend = choose(options.impl, z.device, z.dtype, options.precision)
     ring = Ring(link, [rank.K for rank in ranks], shared, with_score, dense(options.dense_backward), backend)
-    own = mu[:K], logvar if shared else logvar.expand_as(mu)[:K], log_weights[:K]
-    log_prob, score = ring.log_prob_and_score(_checks.rows(z), *own, None if exclude is None else exclude.flatten())
+    own = mu[:K], logvar.contiguous() if shared else logvar.expand_as(mu)[:K], log_weights[:K]
+    rows = None if call.exclude is None else call.exclude.reshape(-1).contiguous()
+    log_prob, score = ring.log_prob_and_score(_checks.rows(z), *own, rows)
     return log_prob.reshape(z.shape[:-1]), score.reshape(z.shape) if with_score else score
 
 
@@ -415,8 +416,9 @@ def mixture_log_prob(
 
     Raises:
         TypeError, ValueError: as of :func:`fastvae.mixture_log_prob`, on all ranks if one has given such arguments.
-        ValueError: the ranks have not made the same call: they differ in the function, the shape of z, the dtype, in
-            which arguments they gave or in which they want gradients; replicated rows or a shared logvar that are not
+        ValueError: exchange="ring" with replicated rows; the ranks have not made the same call: they differ in the
+            function, the shape of z, the dtype, `rows`, `exchange`, in which arguments they gave or in which they want
+            gradients; replicated rows or a shared logvar that are not
             the same (on the CPU, where their values are looked at).
         RuntimeError: there is no process group; a rank has ended, or did not call within the group's time-out.
 

@@ -96,8 +96,8 @@ class ResumableArrays:
         self.finished = list(finished)
         try:
             own = self._journal if self._rank == 0 else self._journal.with_name(f"{self._journal.name}.{self._rank}")
-            there = [part for part in self._parts if part.exists()]  # else it was put in its place before a kill
-            for path, mode in [*((part, "r+b") for part in there), (own, "ab")]:
+            parts = self._parts if self.unfinished() else []  # some may be in their places, put there before a kill
+            for path, mode in [*((part, "r+b") for part in parts), (own, "ab")]:
                 self._opened.append(self._files.enter_context(open(path, mode)))  # noqa: SIM115  see close
         except OSError as error:
             raise FileError(f"{self._paths[0]}: cannot be written ({error.strerror}).") from error

@@ -68,7 +68,7 @@ def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> 
     with ranks_of_torchrun() as ranks, ExitStack() as locks:
         if ranks.rank > 0:
             console = Console(quiet=True)
-        inputs = ranks.each(lambda: _Inputs(console, job))
+        inputs = ranks.each(lambda: _Inputs(job))
         parts = ranks.each(lambda: _stream(job, inputs, ranks.device(device)))
         outputs = [job.out] if job.score is None else [job.out, job.score]
         shapes = [(parts.M,), (parts.M, parts.D)][: len(outputs)]
@@ -122,7 +122,7 @@ def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> 
 class _Inputs:
     """The files of a job, and what they held when they were looked at."""
 
-    def __init__(self, console: Console, job: Job) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
         self.points, self.mixture = open_points(job.points), open_mixture(job.mixture)
         self.stamps = self._stamps()
