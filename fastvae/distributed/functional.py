@@ -418,8 +418,8 @@ def mixture_log_prob(
         TypeError, ValueError: as of :func:`fastvae.mixture_log_prob`, on all ranks if one has given such arguments.
         ValueError: exchange="ring" with replicated rows; the ranks have not made the same call: they differ in the
             function, the shape of z, the dtype, `rows`, `exchange`, in which arguments they gave or in which they want
-            gradients; replicated rows or a shared logvar that are not
-            the same (on the CPU, where their values are looked at).
+            gradients; replicated rows or a shared logvar that are not the same (on the CPU, where their values are
+            looked at).
         RuntimeError: there is no process group; a rank has ended, or did not call within the group's time-out.
 
     Equals, on all the ranks' components in one::

@@ -46,7 +46,7 @@ class Ring(NamedTuple):
     def log_prob_and_score(
         self, z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(log p(z) [M], score [M, D]; the latter without elements where it is not asked for).
+        """(log p(z) [M], score [M, D]); the latter means nothing where it is not asked for.
 
         Args:
             z: [M, D], the rank's rows.
@@ -104,14 +104,13 @@ class _RingLogProb(torch.autograd.Function):
             merged.add(log_prob, score)
             if of_owners is not None:
                 of_owners[owner] = log_prob
-        log_prob, score = merged.result(z.dtype)
-        ctx.save_for_backward(
-            z, mu, logvar, log_weights, exclude, log_prob, of_owners, score if ctx.z_alone else None
-        )  # fmt: skip
+        # In float64 for backward too: a rounding of l, of many nats, is one of all weights.
+        log_prob, score = merged.result(torch.float64)
+        score = z.new_empty(0) if score is None else score.to(z.dtype)
+        ctx.save_for_backward(z, mu, logvar, log_weights, exclude, log_prob, of_owners, score if ctx.z_alone else None)
         ctx.ring = ring
-        score = score if score is not None and ring.with_score else z.new_empty(0)
         ctx.mark_non_differentiable(score)
-        return log_prob, score
+        return log_prob.to(z.dtype), score
 
     @staticmethod
     @differentiable_once
@@ -128,7 +127,7 @@ class _RingLogProb(torch.autograd.Function):
         for owner, components in ring.passing_by(mu, logvar, log_weights):
             parts: Sequence[Tensor] = components
             if ring.counts[owner]:
-                weight = torch.exp(of_owners[owner] - log_prob).masked_fill(log_prob == -torch.inf, 0.0)
+                weight = torch.exp(of_owners[owner] - log_prob).masked_fill(log_prob == -torch.inf, 0.0).to(z.dtype)
                 weight = weight if ring.dense else without_traces(weight)
                 mixture = z, *components, ring.exclude(exclude, owner)
                 dz, *parts = _gradients(ring, grad * weight, of_owners[owner], mixture, need)
