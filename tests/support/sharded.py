@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 # Imported when first used, each rank by itself, unless they are here before the ranks are forked.
+import torch._dynamo
+import torch.distributed as dist
 import torch.distributed.tensor
 import torch.fx.experimental.symbolic_shapes
 from budget import Case, Result
