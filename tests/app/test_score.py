@@ -379,12 +379,21 @@ def test_a_step_that_fails_in_one_process_ends_all(monkeypatch: pytest.MonkeyPat
     def fail() -> None:
         raise DataError("no such file")
 
-    others = [False]
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, *others])
+    failed = [False, False]
+
+    def gather(self: Ranks, value: bool) -> list[bool]:
+        return [value if rank == self.rank else other for rank, other in enumerate(failed)]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    assert Ranks(1, 2).each(lambda: 3) == 3
+    for rank in (0, 1):
+        with pytest.raises(DataError):
+            Ranks(rank, 2).each(fail)
+    failed = [True, True]
     with pytest.raises(DataError):
         Ranks(0, 2).each(fail)
-    assert Ranks(1, 2).each(lambda: 3) == 3
-    others = [True]
+    with pytest.raises(SystemExit):  # the first says why
+        Ranks(1, 2).each(fail)
     with pytest.raises(SystemExit):
         Ranks(1, 2).each(lambda: 3)
     with pytest.raises(SystemExit):

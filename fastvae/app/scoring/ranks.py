@@ -30,14 +30,15 @@ class Ranks:
         """Take a step, and go on once all processes have taken it.
 
         Raises:
-            what the step raises; SystemExit where it has failed in another process, which says why.
+            what the step raises, in the first process where it does; SystemExit in the others.
         """
         if self.size == 1:
             return step()
         try:
             done = step()
         except Exception:
-            self.gather(True)
+            if any(self.gather(True)[: self.rank]):
+                raise SystemExit(1) from None
             raise
         if any(self.gather(False)):
             raise SystemExit(1)
