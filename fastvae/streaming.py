@@ -157,8 +157,9 @@ class StreamedScores:
         M, K, D: the sizes.
         dtype: of the results.
         blocks: rows and components of a block.
-        bytes_read: what reading from the first row on takes in all, in bytes of the arguments.
-        first_row: where to begin; may be set before the iteration.
+        row_blocks: (start, stop) of each block of rows, in order; may be replaced before the iteration, as where some
+            are done already, or others do some.
+        bytes_read: what reading for these takes in all, in bytes of the arguments.
         on_pairs: is called with the number of pairs of a row and a component that were done since the last call.
     """
 
@@ -196,7 +197,7 @@ class StreamedScores:
         self.dtype = of_z.dtype if dtype is None else dtype
         self.M, (self.K, self.D) = self._z.shape[0], self._mu.shape
         self.blocks = blocks(self.M, self.K, self.D, itemsize=self.dtype.itemsize, score=score, memory=memory)
-        self.first_row = 0
+        self.row_blocks = _cut(0, self.M, self.blocks.rows)
         self.on_pairs: Callable[[int], None] | None = None
         # logvar has a row for each component, or is the same for all and small.
         self._shared_logvar = len(self._logvar.shape) < 2 or self._logvar.shape[0] == 1
@@ -213,10 +214,11 @@ class StreamedScores:
         of_components = [self._mu] if self._shared_logvar else [self._mu, self._logvar]
         of_components += [] if self._log_weights is None else [self._log_weights]
         row_bytes, component_bytes = (sum(s.row_bytes for s in sources) for sources in (of_rows, of_components))
-        return self.blocks.bytes_read(self.M - self.first_row, self.K, row_bytes, component_bytes)
+        passes = min(1, len(self.row_blocks)) if self.blocks.components >= self.K else len(self.row_blocks)
+        return sum(stop - start for start, stop in self.row_blocks) * row_bytes + passes * self.K * component_bytes
 
     def __iter__(self) -> Iterator[RowScores]:
-        rows = _cut(self.first_row, self.M, self.blocks.rows)
+        rows = self.row_blocks
         components = _cut(0, self.K, self.blocks.components)
         if not rows:
             return
@@ -237,21 +239,28 @@ class StreamedScores:
         whole = next(reads).arrived() if resident else None
         for start, stop in rows:
             z, exclude = next(reads).arrived()
-            merged = _Merged(z, self._with_score)
+            merged = Merged(z, self._with_score)
             for k, end in components:
                 mu, block_logvar, log_weights = whole if whole is not None else next(reads).arrived()
                 self._add(merged, z, mu, block_logvar, log_weights, exclude, k, end)
                 if self.on_pairs is not None:
                     self.on_pairs((stop - start) * (end - k))
-            result = merged.result(self.dtype)
-            del z, exclude, merged  # while the caller has the result, and until the next block is there
-            yield RowScores(start, stop, *result)
-            del result
+            log_prob, score = merged.result(self.dtype)
+            found = RowScores(start, stop, log_prob.cpu(), None if score is None else score.cpu())
+            del (
+                z,
+                exclude,
+                merged,
+                log_prob,
+                score,
+            )  # while the caller has the result, and until the next block is there
+            yield found
+            del found
 
     @torch.no_grad()
     def _add(
         self,
-        merged: _Merged,
+        merged: Merged,
         z: Tensor,
         mu: Tensor,
         logvar: Tensor,
@@ -360,7 +369,7 @@ class _Read:
         return self._tensors
 
 
-class _Merged:
+class Merged:
     """The logsumexp, and the score, of the blocks of components so far."""
 
     def __init__(self, z: Tensor, with_score: bool) -> None:
@@ -383,8 +392,8 @@ class _Merged:
         log_prob = torch.where(self._largest.isinf(), self._largest, self._largest + self._sum.log())
         score = None
         if self._weighted is not None:
-            score = self._weighted.div_(self._sum.masked_fill(self._sum == 0, 1.0)[:, None]).to("cpu", dtype)
-        return log_prob.to("cpu", dtype), score
+            score = self._weighted.div_(self._sum.masked_fill(self._sum == 0, 1.0)[:, None]).to(dtype)
+        return log_prob.to(dtype), score
 
 
 def _cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -452,7 +452,8 @@ def score_command(
     """Score points against a mixture of Gaussians from files that may be larger than memory.
 
     Rows are written block by block into a hidden file beside --out, which appears once all are done. After Ctrl-C or
-    a kill the same command goes on with the next block.
+    a kill the same command goes on with the next block. Under torchrun each process scores a share of the rows:
+    torchrun --nproc-per-node 4 --no-python fastvae score ...
     """
     if dtype not in (None, "float32", "float64"):
         raise ConfigError(f"--dtype is {dtype!r}; it can be float32 or float64.")
@@ -473,9 +474,12 @@ def score_command(
         job = Job(points, mixture, out, score, dtype, memory << 20, precision, impl)
         with use_kernels(device, impl, precision):
             done = score_files(console, job, device, overwrite=overwrite)
+    if done.rank > 0:
+        return
     resumed = f", {done.resumed_rows:,} of them by an earlier run" if done.resumed_rows else ""
+    shared = f", by {done.processes:,} processes" if done.processes > 1 else ""
     _say(
-        f"{done.rows:,} rows against {done.components:,} components{resumed}; "
+        f"{done.rows:,} rows against {done.components:,} components{resumed}{shared}; "
         f"{done.bytes_read / 1e6:,.1f} MB were read to compute them."
     )
     _name_files([out] if score is None else [out, score])
@@ -528,8 +532,9 @@ def plan_command(
         _say(f"The recorded times are within {rates.deviation:.0%} of what the plan computes for them.")
     if score:
         _say("The time of the score is not recorded, and not in the plan.")
-    for sharded in LAYOUTS:
-        _say(f"With {sharded} sharded, {limit(work, rates, sharded)}.")
+    names = {"rows": "the rows sharded", "components": "the components sharded", "mesh": "a mesh", "ring": "a ring"}
+    for layout in LAYOUTS:
+        _say(f"With {names[layout]}, {limit(work, rates, layout)}.")
 
 
 @app.command(

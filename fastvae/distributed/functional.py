@@ -1,7 +1,8 @@
 """The operations on a mixture whose components are sharded over the processes of a group.
 
 The functions have the names of those of :mod:`fastvae.functional`, and each rank calls them with its own components.
-A rank computes l_r, the log density of its share, by the usual kernels.  With l = logsumexp_r l_r and the rank's weight
+With exchange="ring" the components travel, see :mod:`fastvae.distributed.ring`; else all ranks have all rows.  A rank
+then computes l_r, the log density of its share, by the usual kernels.  With l = logsumexp_r l_r and the rank's weight
 w_r = exp(l_r - l), the share of the density at z that its components hold:
 
     dL/dmu_k = w_r g dl_r/dmu_k,  component k on rank r      dL/dz = sum_r w_r g dl_r/dz      score = sum_r w_r score_r
@@ -13,7 +14,6 @@ nothing of other ranks but w_r.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,9 +28,12 @@ from fastvae.backends.choice import choose, dense
 from fastvae.backends.registry import PRECISIONS, check_name
 from fastvae.distributed.dtensors import is_dtensor, to_local
 from fastvae.distributed.link import Link, Told, agree, link_to
+from fastvae.distributed.ring import Ring, without_traces
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from fastvae.backends import BackendOptions
 
 
 class _Replicated(torch.autograd.Function):
@@ -100,68 +103,117 @@ class _Merged(torch.autograd.Function):
         if grad is None:
             return None, None, None
         _, weight = ctx.saved_tensors
-        if not ctx.dense:
-            # Of a row that other ranks hold, what is left are subnormal numbers, which take a CPU many times longer.
-            # The root of the smallest normal number leaves the kernels' responsibilities room above these.
-            weight = weight.masked_fill(weight < torch.finfo(weight.dtype).tiny ** 0.5, 0.0)
-        return grad * weight, None, None
+        return grad * (weight if ctx.dense else without_traces(weight)), None, None
 
 
-class _Shard(NamedTuple):
-    """A rank's arguments in the form that the functions of one process take, and the way back from their results."""
+class _Options(NamedTuple):
+    """The arguments of a call that are no tensors."""
+
+    group: ProcessGroup | None
+    rows: str
+    exchange: str
+    dense_backward: bool | None
+    precision: str | None
+    impl: str | None
+
+
+class _Agreed(NamedTuple):
+    """A rank's arguments in the dtype of the computation, and what all ranks told of theirs."""
 
     link: Link
-    rows: list[int] | None  # how many rows each rank has; None where all have the same ones
-    shape: tuple[int, ...]  # of the rank's own z
-    dense: bool
-    z: Tensor  # [..., D], or of all ranks [M, D]
-    mu: Tensor
+    ranks: list[Told]
+    z: Tensor  # [..., D], the rank's own
+    mu: Tensor  # a shard of no components stands here as one component that is not there
     logvar: Tensor
     log_weights: Tensor
-    exclude: Tensor | None  # by the numbers of the rank's components
-    like_z: Callable[[Tensor], Tensor]  # a result as a DTensor, where z was one
+    exclude: Tensor | None  # counted over the components of all ranks
 
-    @property
-    def mixture(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.z, self.mu, self.logvar, self.log_weights
 
-    def log_prob(self, of_rank: Tensor) -> tuple[Tensor, Tensor]:
-        """(log p(z) [...] of the rank's own rows, w_r of all rows), of the l_r of all rows."""
-        log_prob, weight = _Merged.apply(of_rank, self.link, self.dense)
-        if self.rows is not None:
-            log_prob = _OwnRows.apply(log_prob, self.link, self.rows).reshape(self.shape[:-1])
-        return log_prob, weight
+def _log_prob_and_score(
+    what: str,
+    with_score: bool,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """(log p(z) [...], score [..., D]); the latter means nothing where it is not asked for."""
+    z, mu, logvar, log_weights, exclude, group, rows, like_z = to_local(
+        z, mu, logvar, log_weights, exclude, options.group, options.rows
+    )
+    options = options._replace(group=group, rows=rows)
+    agreed = _checked(what, z, mu, logvar, log_weights, exclude, options)
+    compute = _in_a_ring if options.exchange == "ring" else _by_gathering
+    log_prob, score = compute(agreed, options, with_score)
+    return like_z(log_prob), like_z(score) if with_score else score
 
-    def score(self, of_rank: Tensor, weight: Tensor) -> Tensor:
-        """The score [..., D] of the rank's own rows, of the scores of its components at all rows."""
+
+def _in_a_ring(call: _Agreed, options: _Options, with_score: bool) -> tuple[Tensor, Tensor]:
+    """The components travel."""
+    link, ranks, z = call.link, call.ranks, call.z
+    mu, logvar, log_weights = _checks.components(call.mu, call.logvar, call.log_weights, z.dtype)
+    assert log_weights is not None
+    K, shared = ranks[link.rank].K, _is_shared(ranks)  # a shard of no components stands here as one that is not there
+    backend = choose(options.impl, z.device, z.dtype, options.precision)
+    ring = Ring(link, [rank.K for rank in ranks], shared, with_score, dense(options.dense_backward), backend)
+    own = mu[:K], logvar.contiguous() if shared else logvar.expand_as(mu)[:K], log_weights[:K]
+    rows = None if call.exclude is None else call.exclude.reshape(-1).contiguous()
+    log_prob, score = ring.log_prob_and_score(_checks.rows(z), *own, rows)
+    return log_prob.reshape(z.shape[:-1]), score.reshape(z.shape) if with_score else score
+
+
+def _by_gathering(call: _Agreed, options: _Options, with_score: bool) -> tuple[Tensor, Tensor]:
+    """All ranks have all rows, and what travels is the density of each rank's components at them."""
+    link, ranks, z, mu, logvar, log_weights, exclude = call
+    shape, counts = z.shape, None
+    if options.rows == "sharded":
+        counts = [rank.M for rank in ranks]
+        z = _AllRows.apply(_checks.rows(z), link, counts)
+        exclude = None if exclude is None else link.all_rows(exclude.flatten(), counts)
+    else:
+        z = _Replicated.apply(z, link)
+        if _is_shared(ranks):
+            logvar = _Replicated.apply(_checks.cast(logvar, z.dtype), link)
+    if exclude is not None:  # by the numbers of the rank's components
+        exclude = exclude - sum(rank.K for rank in ranks[: link.rank])
+        exclude = exclude.masked_fill((exclude < 0) | (exclude >= ranks[link.rank].K), -1)
+    backend: BackendOptions = {
+        "dense_backward": options.dense_backward, "precision": options.precision, "impl": options.impl,
+    }  # fmt: skip
+    score = z
+    if with_score:
+        of_rank, score = F.mixture_log_prob_and_score(z, mu, logvar, log_weights, exclude=exclude, **backend)
+    else:
+        of_rank = F.mixture_log_prob(z, mu, logvar, log_weights, exclude=exclude, **backend)
+    log_prob, weight = _Merged.apply(of_rank, link, dense(options.dense_backward))
+    if counts is not None:
+        log_prob = _OwnRows.apply(log_prob, link, counts).reshape(shape[:-1])
+    if with_score:
         weight = weight[..., None]
-        score = self.link.all_reduce((of_rank * weight).masked_fill(weight == 0, 0.0))
-        return score if self.rows is None else self.link.own_rows(score, self.rows).reshape(self.shape)
+        score = link.all_reduce((score * weight).masked_fill(weight == 0, 0.0))
+        score = score if counts is None else link.own_rows(score, counts).reshape(shape)
+    return log_prob, score
 
 
-def _shard(
+def _checked(
     what: str,
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
     log_weights: Tensor | None,
     exclude: Tensor | None,
-    group: ProcessGroup | None,
-    rows: str,
-    dense_backward: bool | None,
-    precision: str | None,
-    impl: str | None,
-) -> _Shard:
+    options: _Options,
+) -> _Agreed:
     """The arguments, checked on all ranks."""
-    z, mu, logvar, log_weights, exclude, group, rows, like_z = to_local(
-        z, mu, logvar, log_weights, exclude, group, rows
-    )
-    link = link_to(what, group)
+    link = link_to(what, options.group)
+    rows, exchange = options.rows, options.exchange
     sharded_rows = rows == "sharded"
 
     def check() -> tuple[str, Told, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        _check_rows(rows)
-        check_name("precision", precision, PRECISIONS)
+        _check_rows(rows, exchange)
+        check_name("precision", options.precision, PRECISIONS)
         named = {"z": z, "mu": mu, "logvar": logvar, "log_weights": log_weights}
         for name, value in named.items():
             if value is not None or name != "log_weights":
@@ -173,9 +225,9 @@ def _shard(
             _checks.excluded(exclude, z.shape, z.device, None)  # the range needs the K of all ranks
             if exclude.device.type == "cpu" and exclude.numel():
                 low, high = (int(v) for v in exclude.aminmax())
-        choose(impl, z.device, wide.dtype, precision)
+        choose(options.impl, z.device, wide.dtype, options.precision)
         words = (
-            f"{what}(z {_shape_in_words(z, rows)}, rows={rows!r}) in {wide.dtype}, "
+            f"{what}(z {_shape_in_words(z, rows)}, rows={rows!r}, {_exchange_in_words(options)}) in {wide.dtype}, "
             f"{_given('log_weights', log_weights)}, {_given('exclude', exclude)}, {_wanted(named)}"
         )
         told = Told(
@@ -195,21 +247,7 @@ def _shard(
     _check_together(what, ranks, K, sharded_rows)
     if own_log_weights is None:
         own_log_weights = own_z.new_full((len(own_mu),), -math.log(K))
-    counts = None
-    if sharded_rows:
-        counts = [rank.M for rank in ranks]
-        own_z = _AllRows.apply(_checks.rows(own_z), link, counts)
-        exclude = None if exclude is None else link.all_rows(exclude.flatten(), counts)
-    else:
-        own_z = _Replicated.apply(own_z, link)
-        if _is_shared(ranks):
-            own_logvar = _Replicated.apply(_checks.cast(own_logvar, own_z.dtype), link)
-    if exclude is not None:  # by the numbers of the rank's components
-        exclude = exclude - sum(rank.K for rank in ranks[: link.rank])
-        exclude = exclude.masked_fill((exclude < 0) | (exclude >= len(mu)), -1)
-    return _Shard(
-        link, counts, z.shape, dense(dense_backward), own_z, own_mu, own_logvar, own_log_weights, exclude, like_z
-    )
+    return _Agreed(link, ranks, own_z, own_mu, own_logvar, own_log_weights, exclude)
 
 
 def _filled(mu: Tensor, logvar: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -302,9 +340,19 @@ def _check_same(what: str, names: str, ranks: list[Told]) -> None:
         )
 
 
-def _check_rows(rows: str) -> None:
+def _check_rows(rows: str, exchange: str) -> None:
     if rows not in ("replicated", "sharded"):
         raise ValueError(f"rows must be 'replicated' or 'sharded', not {rows!r}")
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f"exchange must be 'gather' or 'ring', not {exchange!r}")
+    if exchange == "ring" and rows != "sharded":
+        raise ValueError("exchange='ring' is for rows='sharded': where the rows are replicated, no components travel")
+
+
+def _exchange_in_words(options: _Options) -> str:
+    """Of how the ranks communicate, what is to be the same on all: in a ring, a dense backward goes round always."""
+    is_dense = f", dense_backward={dense(options.dense_backward)}" if options.exchange == "ring" else ""
+    return f"exchange={options.exchange!r}{is_dense}"
 
 
 def _is_shared(ranks: list[Told]) -> bool:
@@ -326,6 +374,7 @@ def mixture_log_prob(
     *,
     group: ProcessGroup | None = None,
     rows: str = "replicated",
+    exchange: str = "gather",
     exclude: Tensor | None = None,
     dense_backward: bool | None = None,
     precision: str | None = None,
@@ -347,6 +396,9 @@ def mixture_log_prob(
         group: the process group; None is the default one.
         rows: "replicated", all ranks give the same z and get the same result; "sharded", each rank gives rows of its
             own, as many as it has, and gets theirs.
+        exchange: what travels where the rows are sharded.  "gather", the rows: each rank computes its components' part
+            of the density of all rows, and so holds these.  "ring", the components: each rank keeps its rows, and the
+            components pass by, one rank's after the other's.
         exclude: int64 [...], for each row the index of a component, counted over all ranks, or -1.
         dense_backward, precision, impl: as of :func:`fastvae.mixture_log_prob`.
 
@@ -364,22 +416,18 @@ def mixture_log_prob(
 
     Raises:
         TypeError, ValueError: as of :func:`fastvae.mixture_log_prob`, on all ranks if one has given such arguments.
-        ValueError: the ranks have not made the same call: they differ in the function, the shape of z, the dtype, in
-            which arguments they gave or in which they want gradients; replicated rows or a shared logvar that are not
-            the same (on the CPU, where their values are looked at).
+        ValueError: exchange="ring" with replicated rows; the ranks have not made the same call: they differ in the
+            function, the shape of z, the dtype, `rows`, `exchange`, in which arguments they gave or in which they want
+            gradients; replicated rows or a shared logvar that are not the same (on the CPU, where their values are
+            looked at).
         RuntimeError: there is no process group; a rank has ended, or did not call within the group's time-out.
 
     Equals, on all the ranks' components in one::
 
         fastvae.mixture_log_prob(z, mu, logvar, log_weights)
     """
-    shard = _shard(
-        "mixture_log_prob", z, mu, logvar, log_weights, exclude, group, rows, dense_backward, precision, impl
-    )
-    of_rank = F.mixture_log_prob(
-        *shard.mixture, exclude=shard.exclude, dense_backward=dense_backward, precision=precision, impl=impl
-    )
-    return shard.like_z(shard.log_prob(of_rank)[0])
+    options = _Options(group, rows, exchange, dense_backward, precision, impl)
+    return _log_prob_and_score("mixture_log_prob", False, z, mu, logvar, log_weights, exclude, options)[0]
 
 
 @_torch_compat.not_traced  # what the ranks told each other is true of one call
@@ -391,6 +439,7 @@ def mixture_log_prob_and_score(
     *,
     group: ProcessGroup | None = None,
     rows: str = "replicated",
+    exchange: str = "gather",
     exclude: Tensor | None = None,
     dense_backward: bool | None = None,
     precision: str | None = None,
@@ -403,13 +452,8 @@ def mixture_log_prob_and_score(
     Returns:
         (log_prob [...], score [..., D]).  log_prob is differentiable as usual, the score is a constant to autograd.
     """
-    what = "mixture_log_prob_and_score"
-    shard = _shard(what, z, mu, logvar, log_weights, exclude, group, rows, dense_backward, precision, impl)
-    of_rank, score = F.mixture_log_prob_and_score(
-        *shard.mixture, exclude=shard.exclude, dense_backward=dense_backward, precision=precision, impl=impl
-    )
-    log_prob, weight = shard.log_prob(of_rank)
-    return shard.like_z(log_prob), shard.like_z(shard.score(score, weight))
+    options = _Options(group, rows, exchange, dense_backward, precision, impl)
+    return _log_prob_and_score("mixture_log_prob_and_score", True, z, mu, logvar, log_weights, exclude, options)
 
 
 @_torch_compat.not_traced  # what the ranks told each other is true of one call
@@ -423,6 +467,7 @@ def mixture_kl(
     *,
     group: ProcessGroup | None = None,
     rows: str = "replicated",
+    exchange: str = "gather",
     generator: torch.Generator | None = None,
     path_derivative: bool = False,
     exclude: Tensor | None = None,
@@ -435,7 +480,7 @@ def mixture_kl(
     Args:
         mu, logvar: [..., D], the posterior: the same on all ranks, or of each rank its own, see `rows`.
         prior_mu, prior_logvar, log_weights: the rank's own components, see :func:`mixture_log_prob` for these, `group`,
-            `rows` and `exclude`.  With replicated rows, `exclude` is [...] of the posterior.
+            `rows`, `exchange` and `exclude`.  With replicated rows, `exclude` is [...] of the posterior.
         num_samples, generator, path_derivative: as of :func:`fastvae.gaussian_rsample`.  With replicated rows all ranks
             draw the noise of the group's first rank.
         dense_backward, precision, impl: as of :func:`fastvae.mixture_log_prob`.
@@ -449,7 +494,7 @@ def mixture_kl(
     link = link_to("mixture_kl", group)
 
     def check() -> tuple[str, Told, tuple[torch.dtype, Tensor, Tensor]]:
-        _check_rows(rows)
+        _check_rows(rows, exchange)
         named = {"mu": mu, "logvar": logvar, "prior_mu": prior_mu, "prior_logvar": prior_logvar}
         for name, value in named.items():
             if is_dtensor(value):
@@ -478,7 +523,7 @@ def mixture_kl(
         q_mu, q_logvar, num_samples, generator=generator, path_derivative=path_derivative, impl=impl
     )
     log_p = mixture_log_prob(
-        z, prior_mu, prior_logvar, log_weights, group=group, rows=rows,
+        z, prior_mu, prior_logvar, log_weights, group=group, rows=rows, exchange=exchange,
         exclude=None if exclude is None else exclude.expand(z.shape[:-1]),
         dense_backward=dense_backward, precision=precision, impl=impl,
     )  # fmt: skip

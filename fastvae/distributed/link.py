@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvae import _torch_compat
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 Checked = TypeVar("Checked")
 
@@ -63,6 +63,25 @@ class Link(NamedTuple):
         padded[: len(value)] = value.detach()
         of_ranks = self.all_gather(padded)
         return torch.cat([part[:count] for part, count in zip(of_ranks, rows, strict=True)])
+
+    def start_shift(self, sent: Tensor, received: Tensor) -> list[Work]:
+        """Begin to send to the next rank and to receive from the one before, in a ring; see :meth:`finish`.
+
+        Until then, `sent` must not be changed, nor `received` be looked at.  What has no elements does not travel.
+        """
+        if self.size == 1:
+            received.copy_(sent)
+            return []
+        ways = (dist.isend, sent, (self.rank + 1) % self.size), (dist.irecv, received, (self.rank - 1) % self.size)
+        with self._told():
+            operations = [dist.P2POp(way, v, group=self.group, group_peer=peer) for way, v, peer in ways if v.numel()]
+            return dist.batch_isend_irecv(operations) if operations else []
+
+    def finish(self, underway: list[Work]) -> None:
+        """Wait until what was sent and received has arrived."""
+        with self._told():
+            for work in underway:
+                work.wait()
 
     def own_rows(self, value: Tensor, rows: list[int]) -> Tensor:
         """Those of the rows of all ranks that are this rank's."""

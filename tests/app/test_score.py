@@ -14,7 +14,9 @@ import torch
 
 import fastvae
 from fastvae.app.scoring import arrays, resumable
+from fastvae.app.scoring.ranks import Ranks
 from fastvae.app.scoring.resumable import ResumableArrays
+from fastvae.app.scoring.score import _share
 from fastvae.app.user_errors import DataError, RunError
 
 from .conftest import Cli
@@ -166,7 +168,7 @@ def test_another_job_is_not_mixed_with_what_was_begun(
     assert code == 0 and np.allclose(np.load(tmp_path / "out.npy"), wanted(inputs)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("cut", range(1, 8))
+@pytest.mark.parametrize("cut", [1, 3, 7, 8, 9, 12, 15])
 def test_a_torn_journal_is_read_up_to_its_last_whole_line(
     cli: Cli, tmp_path: Path, inputs: tuple[Path, Path], stopped: list[Any], cut: int
 ) -> None:
@@ -175,7 +177,7 @@ def test_a_torn_journal_is_read_up_to_its_last_whole_line(
     journal.write_bytes(journal.read_bytes()[:-cut])
     code, text, error = cli(*stopped)
     assert code == 0, error
-    assert ("150" if cut <= 4 else "100") + " of them by an earlier run" in text
+    assert ("150" if cut <= 8 else "100") + " of them by an earlier run" in text
     assert np.allclose(np.load(tmp_path / "out.npy"), wanted(inputs)[0], atol=1e-5)
 
 
@@ -185,6 +187,7 @@ def test_a_torn_line_does_not_run_into_the_next(tmp_path: Path) -> None:
     def go_on() -> ResumableArrays:
         results = ResumableArrays([tmp_path / "a.npy"], [(1000,)], "float32")
         results.open({"job": "1"}, overwrite=False)
+        results.join(results.finished)
         return results
 
     go_on().write(0, [np.zeros(150, np.float32)])
@@ -198,7 +201,12 @@ def test_a_torn_line_does_not_run_into_the_next(tmp_path: Path) -> None:
 
 def test_a_damaged_journal_is_told(cli: Cli, tmp_path: Path, stopped: list[Any]) -> None:
     journal = tmp_path / ".out.npy.journal"
-    for damaged in (b"\x00\x00\n100\n", b"[]\n100\n", journal.read_bytes() + b"501\n", journal.read_bytes() + b"x\n"):
+    good = journal.read_bytes()
+    for damaged in (
+        b"\x00\x00\n0 9\n",
+        b"[]\n0 9\n",
+        *(good + line for line in (b"9 501\n", b"9 8\n", b"9\n", b"x\n")),
+    ):
         journal.write_bytes(damaged)
         code, _, error = cli(*stopped)
         assert code == 1 and "journal: is damaged. Say --overwrite" in error
@@ -217,7 +225,7 @@ def test_a_kill_at_every_step_of_the_end(
         calls = itertools.count()
 
         def stop_renaming(*paths: Path, calls: Any = calls, step: int = step) -> None:
-            if next(calls) == step:
+            if paths[1].suffix == ".npy" and next(calls) == step:
                 raise KeyboardInterrupt  # nothing after it runs, as after a kill
             replace(*paths)
 
@@ -323,6 +331,75 @@ def test_a_second_process_is_refused(cli: Cli, tmp_path: Path, inputs: tuple[Pat
     assert code == 1 and "is being written by another process" in error
 
 
+def test_journals_of_several_processes_are_one_job(tmp_path: Path) -> None:
+    """Three begin, two go on, one ends: each journal counts, and none is left."""
+    values = np.arange(100, dtype=np.float32)
+
+    def processes(count: int) -> list[ResumableArrays]:
+        joined = [ResumableArrays([tmp_path / "a.npy"], [(100,)], "float32", rank) for rank in range(count)]
+        joined[0].open({"job": "1"}, overwrite=False)
+        for each in joined:
+            each.join(joined[0].finished)
+        return joined
+
+    def write(each: ResumableArrays, start: int, stop: int) -> None:
+        each.write(start, [values[start:stop]])
+
+    three = processes(3)
+    write(three[0], 0, 10), write(three[1], 10, 20), write(three[2], 70, 80)
+    write(three[0], 30, 40)
+    assert left(tmp_path) == [".a.npy.journal", ".a.npy.journal.1", ".a.npy.journal.2", ".a.npy.part"]
+    two = processes(2)
+    assert two[1].finished == [(0, 20), (30, 40), (70, 80)] and two[1].finished_rows == 40
+    assert two[0].unfinished() == [(20, 30), (40, 70), (80, 100)]
+    write(three[1], 20, 30)  # by a process that outlived its job: into the same file, and into no journal that counts
+    two = processes(2)
+    assert two[0].finished == two[1].finished == [(0, 20), (30, 40), (70, 80)]
+    write(two[0], 20, 70), write(two[1], 80, 100)
+    with pytest.raises(RunError, match="does not have all rows"):
+        ResumableArrays([tmp_path / "a.npy"], [(101,)], "float32").finish()
+    last = processes(1)[0]
+    assert last.unfinished() == []
+    last.finish()
+    assert np.array_equal(np.load(tmp_path / "a.npy"), values) and left(tmp_path) == ["a.npy"]
+
+
+def test_each_process_has_about_as_many_rows() -> None:
+    for unfinished in ([(0, 1000)], [(0, 3), (10, 400), (500, 501)], []):
+        for count, most in ((1, 300), (3, 300), (4, 7), (7, 10**6)):
+            shares = [_share(unfinished, most, Ranks(rank, count)) for rank in range(count)]
+            rows = sorted(row for share in shares for block in share for row in range(*block))
+            assert rows == [row for block in unfinished for row in range(*block)]
+            assert all(stop - start <= most for share in shares for start, stop in share)
+            each = [sum(stop - start for start, stop in share) for share in shares]
+            assert max(each) - min(each) <= max((stop - start for share in shares for start, stop in share), default=0)
+
+
+def test_a_step_that_fails_in_one_process_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise DataError("no such file")
+
+    failed = [False, False]
+
+    def gather(self: Ranks, value: bool) -> list[bool]:
+        return [value if rank == self.rank else other for rank, other in enumerate(failed)]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    assert Ranks(1, 2).each(lambda: 3) == 3
+    for rank in (0, 1):
+        with pytest.raises(DataError):
+            Ranks(rank, 2).each(fail)
+    failed = [True, True]
+    with pytest.raises(DataError):
+        Ranks(0, 2).each(fail)
+    with pytest.raises(SystemExit):  # the first says why
+        Ranks(1, 2).each(fail)
+    with pytest.raises(SystemExit):
+        Ranks(1, 2).each(lambda: 3)
+    with pytest.raises(SystemExit):
+        Ranks(1, 2).first(fail)  # which is not called here
+
+
 def broken(tmp_path: Path, name: str, value: Any) -> Path:
     path = tmp_path / name
     if name.endswith(".npz"):
@@ -342,7 +419,7 @@ MIXTURE = {"mu": np.zeros((5, 3), np.float32), "logvar": np.zeros(3, np.float32)
         (np.zeros((4, 2), np.float32), MIXTURE, "z must be [..., 3] to match mu [5, 3], not [4, 2]"),
         (np.zeros(4, np.float32), MIXTURE, "z must be [M, D], not [4]"),
         (np.zeros((4, 3), np.int32), MIXTURE, "z must be a floating tensor, not torch.int32"),
-        (np.zeros((4, 3), "U2"), MIXTURE, "z cannot be read as a tensor"),
+        (np.zeros((4, 3), "U2"), MIXTURE, "z.npy: cannot be read as a tensor"),
         (np.asfortranarray(np.zeros((4, 3))), MIXTURE, "numpy.ascontiguousarray"),
         (np.array([[0, 0, 0], [0, np.nan, 0]]), MIXTURE, "z holds NaN or infinity, first at index 1."),
         (np.array([[0, 0, 0], [0, 0, 0], [np.inf, 0, 0]]), MIXTURE, "z holds NaN or infinity, first at index 2."),
@@ -403,6 +480,24 @@ def test_a_folder_that_takes_no_files_is_told(cli: Cli, inputs: tuple[Path, Path
     assert code == 1 and "/proc/out.npy: cannot be written" in error
 
 
+def test_a_block_of_a_file_is_in_memory_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The kernels are given the very memory that was read into."""
+    np.save(tmp_path / "z.npy", np.zeros((500, 3), np.float32))
+    read: list[np.ndarray] = []
+    fromfile, score = np.fromfile, fastvae.streaming.mixture_log_prob
+    monkeypatch.setattr(np, "fromfile", lambda *a, **k: read.append(fromfile(*a, **k)) or read[-1])
+    given: list[int] = []
+
+    def looking(z: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        given.append(z.data_ptr())
+        return score(z, *arguments, **options)
+
+    monkeypatch.setattr("fastvae.streaming.mixture_log_prob", looking)
+    z = arrays.open_points(tmp_path / "z.npy").arrays["z"]
+    fastvae.streamed_log_prob(z, torch.zeros(4, 3), torch.zeros(()))
+    assert given and set(given) <= {block.ctypes.data for block in read}
+
+
 def test_the_whole_of_an_array_is_looked_at_in_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     z = np.random.default_rng(0).standard_normal((1000, 3))
     np.save(tmp_path / "z.npy", z)
@@ -423,6 +518,7 @@ def test_two_jobs_with_a_second_file_of_the_same_name_do_not_mix(tmp_path: Path)
     other = ResumableArrays([tmp_path / "b.npy", tmp_path / "score.npy"], shapes, "float32")
     for results, factor in ((first, 1), (other, 2)):
         results.open({"job": "1"}, overwrite=False)
+        results.join(results.finished)
         results.write(0, [factor * block for block in blocks])
     first.write(4, [np.arange(6, dtype=np.float32), np.ones((6, 2), np.float32)])
     first.finish()
@@ -433,6 +529,7 @@ def test_a_journal_without_its_part_begins_anew(tmp_path: Path) -> None:
     def begun() -> ResumableArrays:
         results = ResumableArrays([tmp_path / "a.npy"], [(10,)], "float32")
         results.open({"job": "1"}, overwrite=False)
+        results.join(results.finished)
         return results
 
     results = begun()

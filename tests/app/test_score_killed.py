@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from .conftest import ENVIRONMENT
+import fastvae.streaming
+from fastvae.app.scoring.resumable import ResumableArrays
+
+from .conftest import ENVIRONMENT, Cli
 from .test_score import inputs, left, options, wanted  # noqa: F401  a fixture among them
 
-# Tells the rows that it writes on stdout, and after so many blocks waits to be killed.
+# Tells the rows that it writes on stdout, and after so many blocks waits to be killed; the second of the processes of
+# torchrun kills itself then.
 TELLING = """
-import itertools, sys, time
+import itertools, os, signal, sys, time
 from fastvae import streaming
 from fastvae.app.cli import main
 from fastvae.app.scoring.resumable import ResumableArrays
@@ -24,7 +29,9 @@ last, blocks, write = int(sys.argv.pop(1)), itertools.count(1), ResumableArrays.
 def told(self, start, blocks_of_rows):
     write(self, start, blocks_of_rows)
     print("rows", start, start + len(blocks_of_rows[0]), flush=True)
-    if next(blocks) == last:
+    if next(blocks) == last and os.environ.get("RANK") != "0":
+        if "RANK" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
 ResumableArrays.write = told
 main()
@@ -57,4 +64,50 @@ def test_kill_9_loses_nothing_and_nothing_is_done_twice(tmp_path: Path, inputs: 
     want = wanted(inputs)
     assert np.array_equal(np.load(tmp_path / "log_prob.npy"), want[0])
     assert np.array_equal(np.load(tmp_path / "score.npy"), want[1])
+    assert left(tmp_path) == ["log_prob.npy", "score.npy"]
+
+
+def test_processes_of_torchrun_share_the_rows_and_one_that_is_killed_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    cli: Cli,
+    tmp_path: Path,
+    inputs: tuple[Path, Path],  # noqa: F811
+) -> None:
+    """Two processes begin, one goes on, and two end it."""
+    out, score = tmp_path / "log_prob.npy", tmp_path / "score.npy"
+    arguments = [*options(inputs, out), "--score", score]
+
+    def by_two(kill_after: int) -> tuple[list[tuple[int, int]], subprocess.CompletedProcess[str]]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+        command = [*torchrun, sys.executable, "-c", TELLING, str(kill_after), *map(str, arguments)]
+        run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        lines = [line.split() for line in run.stdout.splitlines() if line.startswith("rows")]
+        return [(int(start), int(stop)) for _, start, stop in lines], run
+
+    told, run = by_two(kill_after=2)
+    assert run.returncode != 0 and "Signal 9 (SIGKILL)" in run.stderr
+    assert not out.exists() and (tmp_path / ".log_prob.npy.journal.1").exists()
+    assert {(50, 100), (150, 200)} <= set(told)  # of the second process
+
+    write = ResumableArrays.write
+
+    def one_block(self: ResumableArrays, start: int, blocks: list[np.ndarray]) -> None:
+        if self.finished_rows > 50 * len(told):
+            raise KeyboardInterrupt
+        write(self, start, blocks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastvae.streaming.blocks", lambda M, K, D, **_: fastvae.streaming.Blocks(50, K))
+        patch.setattr(ResumableArrays, "write", one_block)
+        code, _, _ = cli(*arguments)
+    assert code == 130 and not out.exists()
+
+    more, run = by_two(kill_after=0)
+    assert run.returncode == 0, run.stderr
+    rows = [row for start, stop in [*told, *more] for row in range(start, stop)]
+    assert len(rows) == len(set(rows)) == 450  # 50 by the one process
+    assert f"40 components, {50 * len(told) + 50} of them by an earlier run, by 2 processes" in run.stdout
+    assert run.stdout.count("500 rows against") == 1
+    want = wanted(inputs)
+    assert np.array_equal(np.load(out), want[0]) and np.array_equal(np.load(score), want[1])
     assert left(tmp_path) == ["log_prob.npy", "score.npy"]

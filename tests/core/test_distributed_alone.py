@@ -30,15 +30,18 @@ def arguments(case: Case) -> list[torch.Tensor]:
     return [v.clone().requires_grad_() for v in (case.z, case.mu, case.logvar, case.log_weights)]
 
 
-@pytest.mark.parametrize("rows", ["replicated", "sharded"])
+WAYS = [{"rows": "replicated"}, {"rows": "sharded"}, {"rows": "sharded", "exchange": "ring"}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["replicated", "sharded", "ring"])
 @pytest.mark.parametrize("impl", ["composite", "cpu", "reference"])
-def test_the_same_bits_as_without_a_group(alone: None, impl: str, rows: str) -> None:
+def test_the_same_bits_as_without_a_group(alone: None, impl: str, way: dict[str, str]) -> None:
     if impl == "cpu" and fastvae.info()["extension"] != "built":
         pytest.skip("the extension is not built")
     case = hard_case(9, 20, 3)
     exclude = torch.arange(9) - 1
     results = []
-    for module, options in ((fastvae, {}), (fastvae.distributed, {"rows": rows})):
+    for module, options in ((fastvae, {}), (fastvae.distributed, way)):
         leaves = arguments(case)
         log_prob = module.mixture_log_prob(*leaves, exclude=exclude, impl=impl, **options)
         both = module.mixture_log_prob_and_score(*leaves, exclude=exclude, impl=impl, **options)
@@ -52,14 +55,14 @@ def test_dtypes_and_shapes(alone: None, dtype: torch.dtype) -> None:
     mu, logvar = torch.randn(7, 4, dtype=dtype), torch.zeros((), dtype=dtype)
     for z in (torch.randn(2, 3, 4), torch.randn(4, 5).T, torch.randn(0, 4), torch.randn(4)):
         z = z.to(dtype)
-        for rows in ("replicated", "sharded"):
-            got = fastvae.distributed.mixture_log_prob(z, mu, logvar, rows=rows)
+        for way in WAYS:
+            got = fastvae.distributed.mixture_log_prob(z, mu, logvar, **way)
             want = fastvae.mixture_log_prob(z, mu, logvar)
             assert got.dtype == want.dtype and got.shape == want.shape
             torch.testing.assert_close(got, want)
-            _, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar, rows=rows)
+            _, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar, **way)
             assert score.shape == z.shape
-            sampled, kl = fastvae.distributed.mixture_kl(z, logvar, mu, logvar, num_samples=2, rows=rows)
+            sampled, kl = fastvae.distributed.mixture_kl(z, logvar, mu, logvar, num_samples=2, **way)
             assert sampled.dtype == dtype and sampled.shape == (2, *z.shape) and kl.shape == (2, *z.shape[:-1])
 
 
@@ -73,10 +76,11 @@ def test_rows_of_its_own_draw_the_noise_of_mixture_kl(alone: None) -> None:
     torch.testing.assert_close(draws[0][1], draws[1][1])
 
 
+@pytest.mark.parametrize("way", WAYS[1:], ids=["sharded", "ring"])
 @pytest.mark.parametrize("impl", ["composite", "reference"])
-def test_gradients_have_no_gradients(alone: None, impl: str) -> None:
+def test_gradients_have_no_gradients(alone: None, impl: str, way: dict[str, str]) -> None:
     z = torch.randn(3, 2, requires_grad=True)
-    log_prob = fastvae.distributed.mixture_log_prob(z, torch.randn(4, 2), torch.zeros(()), impl=impl)
+    log_prob = fastvae.distributed.mixture_log_prob(z, torch.randn(4, 2), torch.zeros(()), impl=impl, **way)
     (dz,) = torch.autograd.grad(log_prob.sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         dz.square().sum().backward()
@@ -105,12 +109,13 @@ def test_within_a_transform(alone: None) -> None:
 
 def test_without_gradients(alone: None) -> None:
     z, mu, logvar = torch.randn(4, 2), torch.randn(5, 2).requires_grad_(), torch.zeros(2)
-    for mode in (torch.no_grad(), torch.inference_mode()):
-        with mode:
-            log_prob, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar)
-        assert not log_prob.requires_grad and not score.requires_grad
-    log_prob, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar)
-    assert log_prob.requires_grad and not score.requires_grad
+    for way in WAYS:
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                log_prob, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar, **way)
+            assert not log_prob.requires_grad and not score.requires_grad
+        log_prob, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar, **way)
+        assert log_prob.requires_grad and not score.requires_grad
 
 
 @pytest.mark.parametrize(

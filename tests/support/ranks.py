@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
+import os
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -56,14 +59,16 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")  # it imports PyTorch once, before it forks the ranks
         context.set_forkserver_preload(["support.sharded"])
         self.orders, self.processes = [], []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            arguments = rank, size, self._folder.name, timeout, theirs
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self.orders.append(ours)
-            self.processes.append(process)
+        # Before Python 3.12.4 that process does not have sys.path, and passes over what it does not find.
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                arguments = rank, size, self._folder.name, timeout, theirs
+                process = context.Process(target=_serve, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self.orders.append(ours)
+                self.processes.append(process)
 
     def start(self, function: Callable[..., Any], *arguments: Any, on: list[int] | None = None) -> None:
         """Let the ranks, all or those named, run function(rank, *arguments), which they import by its name."""

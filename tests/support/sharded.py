@@ -5,19 +5,22 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 # Imported when first used, each rank by itself, unless they are here before the ranks are forked.
+import torch._dynamo
+import torch.distributed as dist
 import torch.distributed.tensor
 import torch.fx.experimental.symbolic_shapes
 from budget import Case, Result
 from torch import Tensor
 
 import fastvae.distributed
+from fastvae.distributed.link import Link
 
 WORLD = 4
 
@@ -38,6 +41,13 @@ class Sharding(NamedTuple):
     rows: list[int] | None = None  # how many each rank has; None where they are replicated
     impl: str | None = None
     dense: bool = False
+    exchange: str = "gather"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a call says of it."""
+        rows = "replicated" if self.rows is None else "sharded"
+        return {"rows": rows, "exchange": self.exchange, "impl": self.impl, "dense_backward": self.dense}
 
     def of(self, case: Case, rank: int) -> Case:
         """What a rank has of a case."""
@@ -73,9 +83,7 @@ def run_on_all(rank: int, case: Case, sharding: Sharding, group: Any = None) -> 
         *leaves,
         exclude=own.exclude,
         group=group,
-        rows="replicated" if sharding.rows is None else "sharded",
-        dense_backward=sharding.dense,
-        impl=sharding.impl,
+        **sharding.arguments,
     )
     grads = list(torch.autograd.grad(log_prob, [v for v in leaves if v is not None], own.grad))
     if own.log_weights is None:
@@ -103,13 +111,21 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.125), b.nan_to_num(0.125))
 
 
+def received_on(rank: int, case: Case, sharding: Sharding) -> int:
+    """The bytes of floating numbers that reach the rank in a call without gradients."""
+    from tools.experiments.ranks_check import received_by
+
+    own = sharding.of(case, rank)
+    mixture = own.z, own.mu, own.logvar, own.log_weights
+    return received_by(lambda: fastvae.distributed.mixture_log_prob(*mixture, **sharding.arguments))
+
+
 def some_gradients_on(rank: int, case: Case, sharding: Sharding, wanted: list[str]) -> list[Tensor]:
     """The gradients in some of the arguments, in the order of their names; the others need none."""
     own = sharding.of(case, rank)
     leaves = {"z": own.z, "mu": own.mu, "logvar": own.logvar, "log_weights": own.log_weights}
     leaves = {name: v.clone().requires_grad_(name in wanted) for name, v in leaves.items()}
-    rows = "replicated" if sharding.rows is None else "sharded"
-    log_prob = fastvae.distributed.mixture_log_prob(**leaves, rows=rows)
+    log_prob = fastvae.distributed.mixture_log_prob(**leaves, **sharding.arguments)
     return list(torch.autograd.grad(log_prob, [leaves[name] for name in wanted], own.grad))
 
 
@@ -125,8 +141,7 @@ def score_on(rank: int, case: Case, sharding: Sharding) -> tuple[Tensor, Tensor]
         own.log_weights,
         exclude=own.exclude,
         group=group,
-        rows="replicated" if sharding.rows is None else "sharded",
-        impl=sharding.impl,
+        **sharding.arguments,
     )
 
 
@@ -157,7 +172,9 @@ def on_mesh(rank: int, case: Case) -> list[Tensor]:
     return [log_prob.detach(), dz, *grads]
 
 
-def with_dtensors(rank: int, case: Case, two_dimensional: bool, z_placements: list[str], shared: bool) -> list[Tensor]:
+def with_dtensors(
+    rank: int, case: Case, two_dimensional: bool, z_placements: list[str], shared: bool, exchange: str
+) -> list[Tensor]:
     """log p(z), the score and all gradients as full tensors."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -176,10 +193,11 @@ def with_dtensors(rank: int, case: Case, two_dimensional: bool, z_placements: li
         )
     ]
     exclude = distribute_tensor(case.exclude, mesh, points)
-    log_prob = fastvae.distributed.mixture_log_prob(*placed, exclude=exclude)
+    log_prob = fastvae.distributed.mixture_log_prob(*placed, exclude=exclude, exchange=exchange)
     (log_prob * distribute_tensor(case.grad, mesh, points)).sum().backward()
-    again, score = fastvae.distributed.mixture_log_prob_and_score(*placed, exclude=exclude)
+    again, score = fastvae.distributed.mixture_log_prob_and_score(*placed, exclude=exclude, exchange=exchange)
     assert same_bits(again.to_local(), log_prob.to_local())
+    assert all(leaf.grad.placements == leaf.placements for leaf in placed)  # as an optimiser takes them
     return [value.detach().full_tensor() for value in (log_prob, score, *(leaf.grad for leaf in placed))]
 
 
@@ -196,14 +214,32 @@ def told(rank: int, calls: list[tuple[str, dict[str, Any]]]) -> str:
     return "no error"
 
 
-def die_after_forward(rank: int, case: Case, sharding: Sharding) -> str:
-    """The last rank ends between forward and backward; the error of the others."""
+def lose_a_rank(rank: int, case: Case, sharding: Sharding, how: str) -> str:
+    """The last rank ends, or answers no more; the error of the others.
+
+    Args:
+        how: "killed" or "silent", "before" or "in", "forward" or "backward".  In is with the first messages sent.
+    """
+    way, when, where = how.split()
+    group = dist.new_group(timeout=datetime.timedelta(seconds=3))  # the default group's is as long as starting takes
+
+    def end(*_: Any) -> None:
+        if way == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)  # until the test kills the process
+
+    def come_to(pass_: str) -> None:
+        if rank == len(sharding.components) - 1 and pass_ == where:
+            if when == "before":
+                end()
+            Link.finish = end  # type: ignore[method-assign]
+
     own = sharding.of(case, rank)
-    z = own.z.clone().requires_grad_()
-    loss = fastvae.distributed.mixture_log_prob(z, own.mu, own.logvar, own.log_weights).sum()
-    if rank == len(sharding.components) - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    z, mu = own.z.clone().requires_grad_(), own.mu.clone().requires_grad_()
     try:
+        come_to("forward")
+        loss = fastvae.distributed.mixture_log_prob(z, mu, own.logvar, group=group, **sharding.arguments).sum()
+        come_to("backward")
         loss.backward()
     except Exception as error:
         return f"{type(error).__name__}: {error}"

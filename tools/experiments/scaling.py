@@ -1,21 +1,23 @@
-"""Components sharded over up to 1,024 ranks in one process: what they exchange, beside what the plan says of it.
+"""Mixtures sharded over up to 1,024 ranks in one process: what they exchange, beside what the plan says of it.
 
     python -m tools.experiments.scaling [--out FILE.json]
 
-Every rank scores all rows against its share of the components.  The group that the ranks exchange their results by
-counts the bytes that each of them receives.
+With the components sharded, every rank scores all rows against its share.  On a mesh, a rank scores its share of the
+rows against its share of the components.  In a ring, a rank scores its share of the rows against the components that
+pass by.  The group that the ranks exchange by counts the bytes that each of them receives.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastvae
-from fastvae.app.planning.cost import bytes_received
+from fastvae.app.planning.cost import bytes_received, bytes_received_in_ring
 from fastvae.benchmarks import formatting
 
 from . import command
@@ -37,6 +39,13 @@ class CountingGroup:
             self.received[rank] += total - value.nbytes
         return torch.stack(of_ranks)
 
+    def shift(self, of_ranks: list[Tensor]) -> list[Tensor]:
+        """What each rank then has: that of the one before it."""
+        shifted = of_ranks[-1:] + of_ranks[:-1]
+        for rank, value in enumerate(shifted):
+            self.received[rank] += value.nbytes
+        return shifted
+
     def all_reduce(self, of_ranks: list[Tensor]) -> Tensor:
         """The sum, by a ring: each rank receives one part of N at each of its 2 (N - 1) steps."""
         N, flat = len(of_ranks), torch.stack(of_ranks).flatten(1)
@@ -49,11 +58,25 @@ class CountingGroup:
         return torch.cat(parts).reshape(of_ranks[0].shape)
 
 
+class Mixture(NamedTuple):
+    """The rows and components of a simulation."""
+
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+    log_weights: Tensor
+
+    @staticmethod
+    def of(M: int, K: int, D: int) -> Mixture:
+        rng = torch.Generator().manual_seed(0)
+        z, mu = torch.randn(M, D, generator=rng), torch.randn(K, D, generator=rng)
+        logvar, log_weights = 0.3 * torch.randn(K, D, generator=rng), torch.randn(K, generator=rng).log_softmax(0)
+        return Mixture(z, mu, logvar, log_weights)
+
+
 def simulate(ranks: int, M: int = ROWS, K: int = COMPONENTS, D: int = DIMS) -> dict[str, Any]:
     """Bytes that a rank receives, counted and planned, and how far the result is from that of one rank."""
-    rng = torch.Generator().manual_seed(0)
-    z, mu = torch.randn(M, D, generator=rng), torch.randn(K, D, generator=rng)
-    logvar, log_weights = 0.3 * torch.randn(K, D, generator=rng), torch.randn(K, generator=rng).log_softmax(0)
+    mixture = z, mu, logvar, log_weights = Mixture.of(M, K, D)
     group, shares = CountingGroup(ranks), torch.arange(K).tensor_split(ranks)
     found = [
         fastvae.mixture_log_prob_and_score(z, mu[own], logvar[own], log_weights[own])
@@ -64,7 +87,7 @@ def simulate(ranks: int, M: int = ROWS, K: int = COMPONENTS, D: int = DIMS) -> d
     log_prob = torch.logsumexp(group.all_gather([each for each, _ in found]).double(), 0)
     densities = group.received.copy()
     score = group.all_reduce([(each - log_prob).exp()[:, None].float() * own for each, own in found])
-    want, want_score = fastvae.mixture_log_prob_and_score(z, mu, logvar, log_weights)
+    want, want_score = fastvae.mixture_log_prob_and_score(*mixture)
     return {
         "ranks": ranks,
         "received": max(densities),
@@ -76,9 +99,43 @@ def simulate(ranks: int, M: int = ROWS, K: int = COMPONENTS, D: int = DIMS) -> d
     }
 
 
+def simulate_mesh(ranks: int, M: int = ROWS, K: int = COMPONENTS, D: int = DIMS) -> dict[str, Any]:
+    """As `simulate`, on a mesh with half of the factors of two in each dimension."""
+    columns = 2 ** (ranks.bit_length() // 2)
+    found = simulate(columns, ceil(M / (ranks // columns)), K, D)  # of the ranks that have the first rows
+    return {"mesh": [ranks // columns, columns], **{name: found[name] for name in ("received", "planned")}}
+
+
+def simulate_ring(ranks: int, M: int = ROWS, K: int = COMPONENTS, D: int = DIMS) -> dict[str, Any]:
+    """As `simulate`, with rows and components sharded, and the components travelling."""
+    mixture = z, mu, logvar, log_weights = Mixture.of(M, K, D)
+    group, counts = CountingGroup(ranks), [len(own) for own in torch.arange(K).tensor_split(ranks)]
+    packed = torch.cat([mu, logvar, log_weights[:, None]], 1)
+    here, rows = list(packed.split(counts)), z.tensor_split(ranks)
+    of_steps = []
+    for step in range(ranks):
+        of_steps.append(torch.cat([_density(own, part) for own, part in zip(rows, here, strict=True)]))
+        if step < ranks - 1:
+            here = group.shift(here)
+    log_prob = torch.logsumexp(torch.stack(of_steps).double(), 0)
+    return {
+        "received": max(group.received),
+        "planned": bytes_received_in_ring(K, D, ranks),
+        "largest_difference": float((log_prob - fastvae.mixture_log_prob(*mixture)).abs().max()),
+    }
+
+
+def _density(z: Tensor, packed: Tensor) -> Tensor:
+    if not len(z) or not len(packed):
+        return z.new_full((len(z),), -torch.inf)
+    D = z.shape[1]
+    return fastvae.mixture_log_prob(z, packed[:, :D], packed[:, D : 2 * D], packed[:, -1])
+
+
 def measure() -> dict[str, Any]:
     """The record."""
-    return {"M": ROWS, "K": COMPONENTS, "D": DIMS, "rows": [simulate(ranks) for ranks in RANKS]}
+    rows = [{**simulate(ranks), "mesh": simulate_mesh(ranks), "ring": simulate_ring(ranks)} for ranks in RANKS]
+    return {"M": ROWS, "K": COMPONENTS, "D": DIMS, "rows": rows}
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -86,16 +143,23 @@ def markdown(content: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['ranks']:,}",
-            f"{row['received']:,}",
-            f"{row['planned']:,}",
-            f"{row['received_with_score']:,}",
-            f"{row['planned_with_score']:,}",
-            formatting.error(row["largest_difference"]),
+            f"{row['received']:,} / {row['planned']:,}",
+            f"{row['received_with_score']:,} / {row['planned_with_score']:,}",
+            "{} x {}: {received:,} / {planned:,}".format(*row["mesh"]["mesh"], **row["mesh"]),
+            "{received:,} / {planned:,}".format(**row["ring"]),
+            formatting.error(max(row["largest_difference"], row["ring"]["largest_difference"])),
         ]
         for row in content["rows"]
     ]
     job = f"M = {content['M']}, K = {content['K']:,}, D = {content['D']}"
-    headings = [f"ranks ({job})", "bytes received", "planned", "with the score", "planned", "largest difference, nats"]
+    headings = [
+        f"ranks ({job})",
+        "components sharded: bytes received / planned",
+        "with the score",
+        "on a mesh",
+        "in a ring",
+        "largest difference, nats",
+    ]
     return formatting.markdown(headings, rows, left=0)
 
 

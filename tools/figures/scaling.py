@@ -20,7 +20,7 @@ MOST = 1024
 
 
 def scaling(devices: dict[str, Rates]) -> Figure:
-    """Seconds against the number of devices, for rows sharded and for components sharded over several networks."""
+    """Seconds against the number of devices: rows sharded, components sharded over several networks, a ring."""
     figure = Figure(figsize=(5.2 * len(devices), 4.2), layout="constrained")
     for axes, (name, rates) in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices.items(), strict=True):
         rows = [(n, c.seconds) for n, c in growth(WORK, rates, "rows", MOST)]
@@ -30,6 +30,10 @@ def scaling(devices: dict[str, Rates]) -> Figure:
             points = [(n, c.seconds) for n, c in growth(work, rates, "components", MOST)]
             label = f"components sharded, {network} GB/s"
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
+        work = replace(WORK, network=NETWORKS[0] * 1e9)
+        ring = [(n, c.seconds) for n, c in growth(work, rates, "ring", MOST)]
+        label = f"both sharded, in a ring, {NETWORKS[0]} GB/s"
+        axes.plot(*zip(*ring, strict=True), color=PALETTE[1], linewidth=1.6, linestyle="--", label=label)
         axes.set(xscale="log", yscale="log", xlabel="devices")
         title = f"seconds on {name}; M = {WORK.rows:,}, K = {WORK.components:,}, D = {WORK.dims}"
         axes.set_title(title, loc="left", color=INK, fontsize=10)

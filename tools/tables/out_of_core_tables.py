@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastvae.benchmarks import formatting
 
-from ..experiments import plan_check, scaling
+from ..experiments import plan_check, ranks_check, scaling
 from .registry import Results, table
 
 
@@ -57,6 +57,12 @@ def large(results: Results) -> str:
 def checked(results: Results) -> str:
     """What the plan says beside what jobs took."""
     return plan_check.markdown(results.read("plan.json"))
+
+
+@table("ranks", "ranks.json")
+def by_two(results: Results) -> str:
+    """What two processes take and receive beside the plan, and beside the kernels alone."""
+    return ranks_check.markdown(results.read("ranks.json"))
 
 
 @table("scaling", "scaling.json")

@@ -1,8 +1,10 @@
 """What scoring M rows against K components on N devices takes: time, memory, bytes read, bytes received.
 
-A device scores its share as `fastvae.streaming` does, in blocks.  Rows are sharded, so that each device has all
-components and nothing is exchanged; or components are, so that each device has all rows and the devices gather each
-other's partial logsumexp, M numbers.  The seconds of one thread, or of a GPU, are
+A device scores its share as `fastvae.streaming` does, in blocks.  The devices form a mesh of R x C, each with M / R
+rows and K / C components, and the C devices that have the same rows gather each other's partial logsumexp of these.  If
+the rows alone are sharded, C is 1 and nothing is exchanged; if the components alone are, R is 1.  Or the devices form a
+ring, each with M / N rows and K / N components in its memory, and the components travel round it while the devices
+compute.  The seconds of one thread, or of a GPU, are
 
     M K (pair + D number) + calls K D component_number
 
@@ -87,6 +89,7 @@ class Cost:
         bytes_received: from other devices.
         network_seconds: for these; None where the network's rate is not known.
         memory: bytes of the blocks and of what was received.
+        overlap: whether the devices compute while they exchange.
     """
 
     rows: int
@@ -96,35 +99,62 @@ class Cost:
     bytes_received: int
     network_seconds: float | None
     memory: int
+    overlap: bool = False
 
     @property
     def seconds(self) -> float:
-        """In all; computing and exchanging do not overlap."""
-        return self.compute_seconds + (self.network_seconds or 0.0)
+        """In all."""
+        network = self.network_seconds or 0.0
+        return max(self.compute_seconds, network) if self.overlap else self.compute_seconds + network
 
 
-LAYOUTS = ("rows", "components")
+LAYOUTS = ("rows", "components", "mesh", "ring")
+_MOST_COLUMNS = 4096  # of a mesh that are looked at
 
 
-def cost(work: Work, rates: Rates, sharded: str) -> Cost:
-    """The cost of a device, with "rows" or "components" sharded."""
-    N, D = work.devices, work.dims
-    rows = ceil(work.rows / N) if sharded == "rows" else work.rows
-    components = ceil(work.components / N) if sharded == "components" else work.components
-    cut: Blocks = blocks(rows, components, D, score=work.score, memory=work.memory)
-    pairs = rows * components * (rates.pair + D * rates.number)
-    packing = ceil(rows / cut.rows) * components * D * rates.component_number
-    received = bytes_received(work.rows, D, N, score=work.score) if sharded == "components" else 0
-    gathered = N * cut.rows * _NUMBER if sharded == "components" and N > 1 else 0
-    return Cost(
-        rows,
-        components,
-        (pairs + packing) / work.threads,
-        cut.bytes_read(rows, components, D * _NUMBER, (2 * D + 1) * _NUMBER),
-        received,
-        None if work.network is None else received / work.network,
-        cut.bytes_held(D, score=work.score) + gathered,
-    )
+def mesh_of(work: Work, layout: str) -> tuple[int, int]:
+    """(R, C): among how many devices the rows, and the components, are sharded.
+
+    In a mesh, C is the smallest divisor of N with which a device's components stay in memory, to be read once.
+    """
+    N = work.devices
+    if layout == "ring":
+        return N, N
+    if layout == "rows":
+        return N, 1
+    if layout == "components":
+        return 1, N
+    for C in range(1, min(N, _MOST_COLUMNS) + 1):
+        rows, components = ceil(work.rows * C / N), ceil(work.components / C)
+        if N % C == 0 and _cut(work, rows, components).components >= components:
+            return N // C, C
+    return 1, N
+
+
+def _cut(work: Work, rows: int, components: int) -> Blocks:
+    return blocks(rows, components, work.dims, score=work.score, memory=work.memory)
+
+
+def cost(work: Work, rates: Rates, layout: str) -> Cost:
+    """The cost of a device, in one of LAYOUTS."""
+    R, C = mesh_of(work, layout)
+    D, rows, components = work.dims, ceil(work.rows / R), ceil(work.components / C)
+    of_component = (2 * D + 1) * _NUMBER
+    if layout == "ring":
+        pairs, packed = rows * work.components, work.components
+        received = bytes_received_in_ring(work.components, D, C)
+        read = rows * D * _NUMBER + components * of_component
+        # the rank's own components, those that are here and those that arrive, each packed for the kernels once
+        memory = Blocks(rows, components).bytes_held(D, score=work.score) + components * of_component
+    else:
+        cut = _cut(work, rows, components)
+        pairs, packed = rows * components, ceil(rows / cut.rows) * components
+        received = bytes_received(rows, D, C, score=work.score)
+        read = cut.bytes_read(rows, components, D * _NUMBER, of_component)
+        memory = cut.bytes_held(D, score=work.score) + (C * cut.rows * _NUMBER if C > 1 else 0)
+    seconds = pairs * (rates.pair + D * rates.number) + packed * D * rates.component_number
+    network = None if work.network is None else received / work.network
+    return Cost(rows, components, seconds / work.threads, read, received, network, memory, overlap=layout == "ring")
 
 
 def bytes_received(M: int, D: int, N: int, *, score: bool = False) -> int:
@@ -136,50 +166,65 @@ def bytes_received(M: int, D: int, N: int, *, score: bool = False) -> int:
     return (N - 1) * M * _NUMBER + (ceil(2 * (N - 1) * M * D / N) * _NUMBER if score else 0)
 
 
-def efficiency(work: Work, rates: Rates, sharded: str) -> float:
+def bytes_received_in_ring(K: int, D: int, N: int) -> int:
+    """By each of N devices past which all components travel: those of the others, with the score or without."""
+    return (K - K // N) * (2 * D + 1) * _NUMBER
+
+
+def efficiency(work: Work, rates: Rates, layout: str) -> float:
     """The time on one device over N times that on N devices; 1 where all devices are of full use."""
-    alone = cost(replace(work, devices=1), rates, sharded)
-    return alone.seconds / (work.devices * cost(work, rates, sharded).seconds)
+    alone = cost(replace(work, devices=1), rates, layout)
+    return alone.seconds / (work.devices * cost(work, rates, layout).seconds)
 
 
-def growth(work: Work, rates: Rates, sharded: str, most: int) -> Iterator[tuple[int, Cost]]:
+def growth(work: Work, rates: Rates, layout: str, most: int) -> Iterator[tuple[int, Cost]]:
     """The costs of 1, 2, 4, ... devices, `most` at most."""
     devices = 1
     while devices <= most:
-        yield devices, cost(replace(work, devices=devices), rates, sharded)
+        yield devices, cost(replace(work, devices=devices), rates, layout)
         devices *= 2
 
 
-def limit(work: Work, rates: Rates, sharded: str) -> str:
+_WHY = {
+    "rows": "every device reads and packs all components, and no number of devices makes that less",
+    "components": "a device receives M numbers from every other, which grows with N while its share of the computing "
+    "shrinks",
+    "mesh": "a device receives M / R numbers from each of the C - 1 others that have its rows, and C need not grow "
+    "once the components fit",
+    "ring": "all components but its own travel past every device, which takes as long for every N, while the computing "
+    "shrinks",
+}
+
+
+def limit(work: Work, rates: Rates, layout: str) -> str:
     """Where more devices stop to help, and why, in a sentence or two."""
-    if sharded == "rows":
-        why = "every device reads and packs all components, and no number of devices makes that less"
-        last = max(1, work.rows // rates.fewest_rows)
-        if rates.fewest_rows > 1:
-            return (
-                f"{why}. The record has no call of fewer than {rates.fewest_rows:,} rows, so that nothing is known of "
-                f"more than {last:,} devices"
-            )
-        return f"{why}. {_half(work, rates, sharded, last)}"
-    why = "a device receives M numbers from every other, which grows with N while its share of the computing shrinks"
-    if work.network is None:
-        if work.devices == 1:
+    why = _WHY[layout]
+    last = work.components if layout == "components" else max(1, work.rows // rates.fewest_rows)
+    if layout == "rows" and rates.fewest_rows > 1:
+        return (
+            f"{why}. The record has no call of fewer than {rates.fewest_rows:,} rows, so that nothing is known of "
+            f"more than {last:,} devices"
+        )
+    here = cost(work, rates, layout)
+    if layout != "rows" and work.network is None:
+        if here.bytes_received == 0:
             return why
-        here = cost(work, rates, sharded)
         even = here.bytes_received / here.compute_seconds
         return (
             f"{why}. The records have no network: one that gives a device {even / 1e9:.3g} GB/s takes as long as "
             f"{work.devices:,} devices compute"
         )
-    best, least = min(growth(work, rates, sharded, work.components), key=lambda each: each[1].seconds)
-    half = _half(work, rates, sharded, work.components)
+    half = _half(work, rates, layout, last)
+    if layout != "components":
+        return f"{why}. {half}"
+    best, least = min(growth(work, rates, layout, last), key=lambda each: each[1].seconds)
     return f"{why}. {half}; the least time, {least.seconds:.3g} s, is that of {best:,}"
 
 
-def _half(work: Work, rates: Rates, sharded: str, most: int) -> str:
+def _half(work: Work, rates: Rates, layout: str, most: int) -> str:
     last = 1
-    for devices, _ in growth(work, rates, sharded, most):
-        if efficiency(replace(work, devices=devices), rates, sharded) < _LEAST_EFFICIENCY:
+    for devices, _ in growth(work, rates, layout, most):
+        if efficiency(replace(work, devices=devices), rates, layout) < _LEAST_EFFICIENCY:
             break
         last = devices
     else:

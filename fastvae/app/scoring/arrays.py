@@ -22,7 +22,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class NpyRows:
-    """The rows of an .npy file, read and not mapped.
+    """The rows of an .npy file as tensors, read and not mapped.
 
     A mapped file that another process cuts short ends this one without a message, and its pages count as memory.
     """
@@ -37,7 +37,7 @@ class NpyRows:
         self.path, self.shape, self.dtype = path, header.shape, header.dtype
         self._offset = header.offset
 
-    def __getitem__(self, rows: Any) -> np.ndarray:
+    def __getitem__(self, rows: Any) -> Tensor:
         first, shape = 0, self.shape
         if rows is not Ellipsis:
             start, stop, _ = rows.indices(self.shape[0])
@@ -49,7 +49,10 @@ class NpyRows:
             raise DataError(f"{self.path}: cannot be read ({error.strerror}).") from error
         if found.size != count:
             raise DataError(f"{self.path}: was cut short while it was read.")
-        return found.reshape(shape).astype(self.dtype.newbyteorder("="), copy=False)
+        try:  # a tensor of the very memory that was read into
+            return torch.from_numpy(found.reshape(shape).astype(self.dtype.newbyteorder("="), copy=False))
+        except TypeError as error:
+            raise DataError(f"{self.path}: cannot be read as a tensor ({error}).") from error
 
 
 @dataclass(frozen=True)

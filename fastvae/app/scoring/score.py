@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from rich.console import Console
 import fastvae
 from fastvae._files import FileError
 from fastvae.app.scoring.arrays import Arrays, fingerprint, open_mixture, open_points, size_in_bytes
+from fastvae.app.scoring.ranks import Ranks, ranks_of_torchrun
 from fastvae.app.scoring.resumable import ResumableArrays
 from fastvae.app.show.progress import counting_progress
 from fastvae.app.user_errors import DataError, RunError
@@ -36,61 +38,125 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What was done: rows and components, the rows that an earlier run had done, the bytes read for the others."""
+    """What was done.
+
+    Attributes:
+        rows, components: M, K.
+        resumed_rows: those that an earlier run had done.
+        bytes_read: for the others, by all processes.
+        processes: how many there were; rank: which of them this is.
+    """
 
     rows: int
     components: int
     resumed_rows: int
     bytes_read: int
+    processes: int
+    rank: int
 
 
 def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> Done:
-    """Write the densities, and perhaps the scores, of all points.
+    """Write the densities, and perhaps the scores, of all points; under torchrun each process a share of them.
 
     Raises:
         DataError: the inputs are not what they should be, or were changed meanwhile.
-        RunError: the output exists, belongs to another job, or is being written by another process.
+        RunError: the output exists, belongs to another job, or is being written by another process; another process of
+            torchrun has ended.
         FileError: it cannot be written.
+        SystemExit: another process of torchrun has failed, and says why.
     """
-    outputs = [job.out] if job.score is None else [job.out, job.score]
-    with ExitStack() as locks:
-        for path in outputs:
-            locks.enter_context(_locked(path))
-        points, mixture = open_points(job.points), open_mixture(job.mixture)
-        stamps = points.stamps(), mixture.stamps()
-        parts = _stream(job, points, mixture, device)
+    with ranks_of_torchrun() as ranks, ExitStack() as locks:
+        if ranks.rank > 0:
+            console = Console(quiet=True)
+        inputs = ranks.each(lambda: _Inputs(job))
+        parts = ranks.each(lambda: _stream(job, inputs, ranks.device(device)))
+        outputs = [job.out] if job.score is None else [job.out, job.score]
         shapes = [(parts.M,), (parts.M, parts.D)][: len(outputs)]
-        results = ResumableArrays(outputs, shapes, str(parts.dtype).removeprefix("torch."))
-        if not overwrite:
-            results.refuse_result()
-        identity = _identity(console, job, points, mixture)
-        results.open(identity, overwrite=overwrite)
-        parts.first_row = resumed = results.finished_rows
-        bytes_read = parts.bytes_read if resumed < parts.M else 0
+        results = ResumableArrays(outputs, shapes, str(parts.dtype).removeprefix("torch."), ranks.rank)
+        locks.callback(results.close)
+
+        def begin() -> tuple[dict[str, str], list[tuple[int, ...]], list[tuple[int, int]]]:
+            for path in outputs:
+                locks.enter_context(_locked(path))
+            if not overwrite:
+                results.refuse_result()
+            inputs.identify(console)
+            results.open(inputs.identity, overwrite=overwrite)
+            return inputs.identity, inputs.stamps, results.finished
+
+        identity, stamps, finished = ranks.first(begin)
+
+        def join() -> None:
+            if stamps == inputs.stamps:  # the very files of the first process, or else a copy of them
+                inputs.identity = identity
+            else:
+                inputs.identify(console)
+                if inputs.identity != identity:
+                    raise DataError(f"{job.points} or {job.mixture} is not the same for all processes.")
+            results.join(finished)
+
+        ranks.each(join)
+        resumed, parts.row_blocks = results.finished_rows, _share(results.unfinished(), parts.blocks.rows, ranks)
+        bytes_read = sum(ranks.gather(parts.bytes_read))
 
         def require_same_inputs(console: Console) -> None:
-            nonlocal stamps
-            now = points.stamps(), mixture.stamps()
-            if now == stamps:
-                return
-            if _identity(console, job, open_points(job.points), open_mixture(job.mixture)) != identity:
+            if inputs.have_changed(console):
                 results.discard()
                 raise DataError(f"{job.points} or {job.mixture} was changed while it was read; nothing was written.")
-            stamps = now
 
-        with counting_progress(console, "scoring", parts.M, "rows") as on_rows:
-            parts.on_pairs = _counter(lambda pairs: on_rows(resumed + pairs // parts.K))
+        own = sum(stop - start for start, stop in parts.row_blocks)
+        what = "scoring" if ranks.size == 1 else f"scoring, process 0 of {ranks.size}"
+        done_before = resumed if ranks.size == 1 else 0
+        with counting_progress(console, what, done_before + own, "rows") as on_rows:
+            parts.on_pairs = _counter(lambda pairs: on_rows(done_before + pairs // parts.K))
             for part in parts:
                 # Before each block: after a stop, the journal's rows are those of the inputs that it names.
                 require_same_inputs(Console(quiet=True))  # a console shows one bar at a time
                 blocks = [part.log_prob] if part.score is None else [part.log_prob, part.score]
                 results.write(part.start, [block.numpy() for block in blocks])
-        require_same_inputs(console)
-        results.finish()
-    return Done(parts.M, parts.K, resumed, bytes_read)
+        ranks.each(lambda: require_same_inputs(console))
+        ranks.first(results.finish)
+    return Done(parts.M, parts.K, resumed, bytes_read, ranks.size, ranks.rank)
 
 
-def _stream(job: Job, points: Arrays, mixture: Arrays, device: str) -> StreamedScores:
+class _Inputs:
+    """The files of a job, and what they held when they were looked at."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.points, self.mixture = open_points(job.points), open_mixture(job.mixture)
+        self.stamps = self._stamps()
+        self.identity: dict[str, str] = {}  # what decides the result
+
+    def identify(self, console: Console) -> None:
+        self.identity = _identity(console, self._job, self.points, self.mixture)
+
+    def have_changed(self, console: Console) -> bool:
+        """Since they were identified; a file that was written anew with the same content has not."""
+        now = self._stamps()
+        if now != self.stamps:
+            opened = open_points(self._job.points), open_mixture(self._job.mixture)
+            if _identity(console, self._job, *opened) != self.identity:
+                return True
+            self.stamps = now
+        return False
+
+    def _stamps(self) -> list[tuple[int, ...]]:
+        return self.points.stamps() + self.mixture.stamps()
+
+
+def _share(unfinished: list[tuple[int, int]], most: int, ranks: Ranks) -> list[tuple[int, int]]:
+    """The blocks of rows of one process, of at most so many rows; all processes have about as many rows to do."""
+    if ranks.size > 1:
+        rows = sum(stop - start for start, stop in unfinished)
+        rounds = ceil(rows / (ranks.size * most))
+        most = max(1, ceil(rows / (ranks.size * max(1, rounds))))
+    blocks = [(i, min(i + most, stop)) for start, stop in unfinished for i in range(start, stop, most)]
+    return blocks[ranks.rank :: ranks.size]
+
+
+def _stream(job: Job, inputs: _Inputs, device: str) -> StreamedScores:
+    points, mixture = inputs.points, inputs.mixture
     try:
         return StreamedScores(
             points.arrays["z"],
@@ -109,7 +175,6 @@ def _stream(job: Job, points: Arrays, mixture: Arrays, device: str) -> StreamedS
 
 
 def _identity(console: Console, job: Job, points: Arrays, mixture: Arrays) -> dict[str, str]:
-    """What decides the result."""
     with counting_progress(console, "looking through the inputs", _bytes(points, mixture), "bytes") as on_bytes:
         counter = _counter(on_bytes)
         inputs = {"points": fingerprint(points, counter), "mixture": fingerprint(mixture, counter)}
