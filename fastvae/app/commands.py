@@ -56,7 +56,7 @@ def _first_locks(folder: Path) -> AbstractContextManager[None]:
 @app.callback()
 def _check_launch(context: typer.Context) -> None:
     command = context.invoked_subcommand
-    if ranks.size > 1 and command not in ("train", "evaluate"):
+    if ranks.size > 1 and command not in ("train", "evaluate", "score"):
         raise ConfigError(f"fastvae {command} runs in one process, not in {ranks.size}; start it without torchrun.")
 
 
@@ -470,14 +470,14 @@ def score_command(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        device = pick_device(device)
+        device = pick_device(device, ranks)
         job = Job(points, mixture, out, score, dtype, memory << 20, precision, impl)
         with use_kernels(device, impl, precision):
-            done = score_files(console, job, device, overwrite=overwrite)
-    if done.rank > 0:
+            done = score_files(console, job, device, overwrite=overwrite, ranks=ranks)
+    if not ranks.first:
         return
     resumed = f", {done.resumed_rows:,} of them by an earlier run" if done.resumed_rows else ""
-    shared = f", by {done.processes:,} processes" if done.processes > 1 else ""
+    shared = f", by {ranks.size:,} processes" if ranks.size > 1 else ""
     _say(
         f"{done.rows:,} rows against {done.components:,} components{resumed}{shared}; "
         f"{done.bytes_read / 1e6:,.1f} MB were read to compute them."

@@ -77,6 +77,31 @@ def test_each_rank_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
         pick_device("cuda:0", Ranks(0, 2))
 
 
+def test_a_step_that_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ConfigError("no such file")
+
+    failed = [False, False]
+
+    def gather(self: Ranks, value: bool) -> list[bool]:
+        return [value if rank == self.rank else other for rank, other in enumerate(failed)]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    assert Ranks(1, 2).each(lambda: 3) == 3
+    for rank in (0, 1):
+        with pytest.raises(ConfigError):
+            Ranks(rank, 2).each(fail)
+    failed = [True, True]
+    with pytest.raises(ConfigError):
+        Ranks(0, 2).each(fail)
+    with pytest.raises(SystemExit):  # the first says why
+        Ranks(1, 2).each(fail)
+    with pytest.raises(SystemExit):
+        Ranks(1, 2).each(lambda: 3)
+    with pytest.raises(SystemExit):
+        Ranks(1, 2).from_first(fail)  # which is not called here
+
+
 def test_other_commands_run_in_one_process(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     monkeypatch.setattr("fastvae.app.commands.ranks", Ranks(0, 2))
     for command in ("compare", "info", "reproduce", "sample"):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fastvae
+from fastvae.app.run.ranks import Ranks
 from fastvae.app.scoring import arrays, resumable
-from fastvae.app.scoring.ranks import Ranks
 from fastvae.app.scoring.resumable import ResumableArrays
 from fastvae.app.scoring.score import _share
 from fastvae.app.user_errors import DataError, RunError
@@ -373,31 +373,6 @@ def test_each_process_has_about_as_many_rows() -> None:
             assert all(stop - start <= most for share in shares for start, stop in share)
             each = [sum(stop - start for start, stop in share) for share in shares]
             assert max(each) - min(each) <= max((stop - start for share in shares for start, stop in share), default=0)
-
-
-def test_a_step_that_fails_in_one_process_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise DataError("no such file")
-
-    failed = [False, False]
-
-    def gather(self: Ranks, value: bool) -> list[bool]:
-        return [value if rank == self.rank else other for rank, other in enumerate(failed)]
-
-    monkeypatch.setattr(Ranks, "gather", gather)
-    assert Ranks(1, 2).each(lambda: 3) == 3
-    for rank in (0, 1):
-        with pytest.raises(DataError):
-            Ranks(rank, 2).each(fail)
-    failed = [True, True]
-    with pytest.raises(DataError):
-        Ranks(0, 2).each(fail)
-    with pytest.raises(SystemExit):  # the first says why
-        Ranks(1, 2).each(fail)
-    with pytest.raises(SystemExit):
-        Ranks(1, 2).each(lambda: 3)
-    with pytest.raises(SystemExit):
-        Ranks(1, 2).first(fail)  # which is not called here
 
 
 def broken(tmp_path: Path, name: str, value: Any) -> Path:

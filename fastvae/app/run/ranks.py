@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from fastvae.app.user_errors import ConfigError, RunError
 
@@ -58,6 +58,33 @@ class Ranks:
         dist.all_gather_object(of_ranks, value)
         return of_ranks
 
+    def each(self, step: Callable[[], Value]) -> Value:
+        """Take a step, and go on once all ranks have taken it.
+
+        Raises:
+            what the step raises, on the first rank where it does; SystemExit on the others.
+        """
+        if self.size == 1:
+            return step()
+        try:
+            done = step()
+        except Exception:
+            if any(self.gather(True)[: self.rank]):
+                raise SystemExit(1) from None
+            raise
+        if any(self.gather(False)):
+            raise SystemExit(1)
+        return done
+
+    def from_first(self, step: Callable[[], Value]) -> Value:
+        """What a step of the first rank gives, on all; raises as :meth:`each`."""
+        given: list[Any] = [self.each(step if self.first else lambda: None)]
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(given, src=0)
+        return given[0]
+
     def check_same(self, settings: Mapping[str, object]) -> None:
         """Raise ConfigError, on all ranks, unless all have the same settings."""
         of_ranks = self.gather(dict(settings))
@@ -69,13 +96,17 @@ class Ranks:
                         f"{others[name]!r} on rank {rank}. Give all of them the same options, and the same files."
                     )
 
-    def joined(self, device: str) -> AbstractContextManager[None]:
+    def joined(self, device: str, patience: timedelta = PATIENCE) -> AbstractContextManager[None]:
         """The ranks as PyTorch's default process group: of gloo on CPUs, and of NCCL on GPUs.
+
+        Args:
+            device: where they compute.
+            patience: how long a rank may keep the others waiting; one that ends is noticed at once.
 
         Raises:
             RunError: from the block, where a rank has ended, or has kept the others waiting.
         """
-        return nullcontext() if self.size == 1 else _process_group(device)
+        return nullcontext() if self.size == 1 else _process_group(device, patience)
 
 
 ALONE = Ranks()
@@ -101,7 +132,7 @@ def _number(variable: str, low: int, end: int | None) -> int:
 
 
 @contextmanager
-def _process_group(device: str) -> Iterator[None]:
+def _process_group(device: str, patience: timedelta) -> Iterator[None]:
     import torch.distributed as dist
 
     kind = device.partition(":")[0]
@@ -109,7 +140,7 @@ def _process_group(device: str) -> Iterator[None]:
     backends = "cpu:gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     try:
         try:
-            dist.init_process_group(backends, timeout=PATIENCE)
+            dist.init_process_group(backends, timeout=patience)
         except ValueError as error:  # an environment variable is missing
             raise ConfigError(f"{error}; torchrun sets it.") from None
         yield
@@ -119,6 +150,6 @@ def _process_group(device: str) -> Iterator[None]:
             raise
         raise RunError(
             "the other ranks are lost: one of them has ended, or has kept the others waiting for "
-            f"{PATIENCE.total_seconds() / 60:g} minutes; see what it said. ({told.strip().split('. ')[0]})"
+            f"{patience.total_seconds() / 60:g} minutes; see what it said. ({told.strip().split('. ')[0]})"
         ) from error
     dist.destroy_process_group()  # after an error the other ranks may never come to theirs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from math import ceil
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from rich.console import Console
 
 import fastvae
 from fastvae._files import FileError
+from fastvae.app.run.ranks import ALONE, Ranks
 from fastvae.app.scoring.arrays import Arrays, fingerprint, open_mixture, open_points, size_in_bytes
-from fastvae.app.scoring.ranks import Ranks, ranks_of_torchrun
 from fastvae.app.scoring.resumable import ResumableArrays
 from fastvae.app.show.progress import counting_progress
 from fastvae.app.user_errors import DataError, RunError
 from fastvae.streaming import StreamedScores
+
+PATIENCE = timedelta(days=365)  # the ranks meet before the work and after it, which takes as long as it takes
 
 
 @dataclass(frozen=True)
@@ -44,32 +47,27 @@ class Done:
         rows, components: M, K.
         resumed_rows: those that an earlier run had done.
         bytes_read: for the others, by all processes.
-        processes: how many there were; rank: which of them this is.
     """
 
     rows: int
     components: int
     resumed_rows: int
     bytes_read: int
-    processes: int
-    rank: int
 
 
-def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> Done:
-    """Write the densities, and perhaps the scores, of all points; under torchrun each process a share of them.
+def score_files(console: Console, job: Job, device: str, *, overwrite: bool, ranks: Ranks = ALONE) -> Done:
+    """Write the densities, and perhaps the scores, of all points; each of several ranks a share of them.
 
     Raises:
         DataError: the inputs are not what they should be, or were changed meanwhile.
-        RunError: the output exists, belongs to another job, or is being written by another process; another process of
-            torchrun has ended.
+        RunError: the output exists, belongs to another job, or is being written by another process; another rank has
+            ended.
         FileError: it cannot be written.
-        SystemExit: another process of torchrun has failed, and says why.
+        SystemExit: another rank has failed, and says why.
     """
-    with ranks_of_torchrun() as ranks, ExitStack() as locks:
-        if ranks.rank > 0:
-            console = Console(quiet=True)
+    with ranks.joined(device, PATIENCE), ExitStack() as locks:
         inputs = ranks.each(lambda: _Inputs(job))
-        parts = ranks.each(lambda: _stream(job, inputs, ranks.device(device)))
+        parts = ranks.each(lambda: _stream(job, inputs, device))
         outputs = [job.out] if job.score is None else [job.out, job.score]
         shapes = [(parts.M,), (parts.M, parts.D)][: len(outputs)]
         results = ResumableArrays(outputs, shapes, str(parts.dtype).removeprefix("torch."), ranks.rank)
@@ -84,7 +82,7 @@ def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> 
             results.open(inputs.identity, overwrite=overwrite)
             return inputs.identity, inputs.stamps, results.finished
 
-        identity, stamps, finished = ranks.first(begin)
+        identity, stamps, finished = ranks.from_first(begin)
 
         def join() -> None:
             if stamps == inputs.stamps:  # the very files of the first process, or else a copy of them
@@ -115,8 +113,8 @@ def score_files(console: Console, job: Job, device: str, *, overwrite: bool) -> 
                 blocks = [part.log_prob] if part.score is None else [part.log_prob, part.score]
                 results.write(part.start, [block.numpy() for block in blocks])
         ranks.each(lambda: require_same_inputs(console))
-        ranks.first(results.finish)
-    return Done(parts.M, parts.K, resumed, bytes_read, ranks.size, ranks.rank)
+        ranks.from_first(results.finish)
+    return Done(parts.M, parts.K, resumed, bytes_read)
 
 
 class _Inputs:
