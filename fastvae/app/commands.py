@@ -72,6 +72,7 @@ def train_command(
     batch_size: options.BatchSize = None,
     learning_rate: options.LearningRate = None,
     normalize_gradients: options.NormalizeGradients = None,
+    truncated_logistic: options.TruncatedLogistic = None,
     seed: options.Seed = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
