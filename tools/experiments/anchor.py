@@ -4,7 +4,7 @@
 
 CHECKOUT is a working copy of github.com/jmtomczak/vae_vampprior.  It is imported as it is, and what it asks of packages
 that have changed since is provided here.  All is in float64, on the CPU.  --run also compares the best model of a run
-of `fastvae train` or `fastvae reproduce`, on 100 of its test images.
+of `fastvae train` or `fastvae reproduce`, on 100 of its test images, which are to be binary.
 
 The steps are Adam's, each with the optimiser of its own code.  The published one adds epsilon before it corrects the
 bias of the second moment, PyTorch's after that; here ours is given the epsilon that makes the two alike.
@@ -18,7 +18,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -86,26 +86,14 @@ def our_name(theirs: str, model: str, kind: str) -> str:
     return modules[start] + rest
 
 
-@contextmanager
-def published_code(checkout: Path) -> Iterator[None]:
-    """Makes the published code importable, as `models.VAE` and so on, for the length of a block."""
+def make_importable(checkout: Path) -> None:
+    """Let `models` and `utils` be those of the published code, for the rest of this process."""
     from scipy.special import logsumexp
 
-    misc = types.ModuleType("scipy.misc")  # where logsumexp was
-    misc.logsumexp = logsumexp  # type: ignore[attr-defined]
-    paths = [str(checkout), str(checkout / "models")]
-    before = dict(sys.modules)
+    misc = types.ModuleType("scipy.misc")
+    misc.logsumexp = logsumexp  # type: ignore[attr-defined]  # where it was
     sys.modules["scipy.misc"] = misc
-    sys.path[:0] = paths
-    try:
-        yield
-    finally:
-        del sys.path[: len(paths)]
-        for name in set(sys.modules) - set(before):
-            if name.split(".")[0] in ("models", "utils", "Model"):
-                del sys.modules[name]
-        sys.modules.pop("scipy.misc")
-        sys.modules.update({name: module for name, module in before.items() if name == "scipy.misc"})
+    sys.path[:0] = [str(checkout), str(checkout / "models")]
 
 
 def their_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
@@ -129,24 +117,42 @@ def their_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
     return made
 
 
-def pairs(
-    theirs: nn.Module, ours: VAE, config: TrainConfig, dataset: Dataset
-) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Each of their parameters with ours.
+@dataclass(frozen=True)
+class Pair:
+    """A parameter of theirs and the one of ours that stands for it."""
+
+    theirs: nn.Parameter
+    ours: nn.Parameter
+    transposed: bool
+
+    def as_theirs(self, value: Tensor) -> Tensor:
+        """A value of our parameter as it would be in theirs."""
+        return value.T if self.transposed else value
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(ours, theirs), both as theirs."""
+        assert self.ours.grad is not None and self.theirs.grad is not None
+        return self.as_theirs(self.ours.grad), self.theirs.grad
+
+
+def pairs(theirs: nn.Module, ours: VAE, config: TrainConfig, dataset: Dataset) -> list[Pair]:
+    """All parameters of both, with our values in both.
 
     Raises:
-        RuntimeError: a parameter of either model has none in the other.
+        RuntimeError: a parameter of either model has none in the other, or one of another shape.
     """
-    by_name = dict(ours.named_parameters())
-    found = [(p, by_name.pop(our_name(name, config.model, dataset.kind))) for name, p in theirs.named_parameters()]
-    if by_name:
-        raise RuntimeError(f"the published code has no {', '.join(by_name)}")
+    left, found = dict(ours.named_parameters()), []
+    for name, p in theirs.named_parameters():
+        q = left.pop(our_name(name, config.model, dataset.kind), None)
+        if q is None:
+            raise RuntimeError(f"the run's model has nothing that stands for {name} of the published code's")
+        found.append(Pair(p, q, name == PSEUDO_INPUTS[0]))
+    if left:
+        raise RuntimeError(f"the published code's model has no {', '.join(left)}")
+    with torch.no_grad():
+        for pair in found:
+            pair.theirs.copy_(pair.as_theirs(pair.ours))
     return found
-
-
-def as_theirs(value: Tensor, theirs: Tensor) -> Tensor:
-    """A value of our parameter in the shape of theirs."""
-    return value if value.shape == theirs.shape else value.T
 
 
 def give(theirs: nn.Module, z: Tensor, latent: int) -> None:
@@ -175,9 +181,6 @@ def compare(config: TrainConfig, dataset: Dataset, ours: VAE, x: Tensor, steps: 
     ours = ours.double().train()
     theirs = their_model(config, dataset)
     both = pairs(theirs, ours, config, dataset)
-    with torch.no_grad():
-        for p, q in both:
-            p.copy_(as_theirs(q, p))
     torch.manual_seed(1)
     (loss, reconstruction, kl), output = losses(theirs, ours, x, config)
     loss.backward()
@@ -191,12 +194,12 @@ def compare(config: TrainConfig, dataset: Dataset, ours: VAE, x: Tensor, steps: 
         "reconstruction_difference": float((output.reconstruction - reconstruction).abs().max()),
         "reconstruction_mean_difference": float((output.reconstruction - reconstruction).mean()),
         "kl_difference": float((output.kl - kl).abs().max()),
-        "gradient_difference": max(apart(as_theirs(gradient(q), p), gradient(p)) for p, q in both),
-        "clamped_pixels": clamped(ours, output.z[0], config) if dataset.kind == "binary" else 0.0,
+        "gradient_difference": max(apart(*pair.gradients()) for pair in both),
+        "clamped_pixels": clamped(ours, output.z[0], config) if dataset.kind == "binary" else None,
     }
     if not steps:
         return found
-    start = [p.detach().clone() for p, _ in both]
+    start = [pair.theirs.detach().clone() for pair in both]
     adam = import_module("utils.optimizer").AdamNormGrad
     optimizers = (
         adam(theirs.parameters(), lr=config.learning_rate),
@@ -211,18 +214,13 @@ def compare(config: TrainConfig, dataset: Dataset, ours: VAE, x: Tensor, steps: 
         output.loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-    moved = [apart(as_theirs(q, p) - s, p - s) for (p, q), s in zip(both, start, strict=True)]
+    moved = [apart(pair.as_theirs(pair.ours) - s, pair.theirs - s) for pair, s in zip(both, start, strict=True)]
     return found | {
         "steps": steps,
         "later_loss": float(loss),
         "later_loss_difference": float((output.loss - loss).abs()),
         "step_difference": max(moved),
     }
-
-
-def gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -263,7 +261,8 @@ def fresh_cases() -> Iterator[tuple[TrainConfig, Dataset]]:
 def measure(checkout: Path, run_folder: Path | None) -> dict[str, Any]:
     """Compare all cases, and the run's if there is one."""
     torch.set_num_threads(1)
-    with published_code(checkout), warnings.catch_warnings():
+    make_importable(checkout)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what PyTorch has deprecated since
         cases = [
             compare(config, dataset, build(config, dataset), dataset.train.x.double(), STEPS)
@@ -272,6 +271,8 @@ def measure(checkout: Path, run_folder: Path | None) -> dict[str, Any]:
         trained = None
         if run_folder is not None:
             run = load_run(run_folder)
+            if run.dataset.kind != "binary":
+                raise RuntimeError(f"{run_folder}: --run takes a run on binary images, not on {run.dataset.name}")
             of_run = compare(run.config, run.dataset, run.vae, run.dataset.test.x[:100].double(), 0)
             trained = of_run | {"data": run.dataset.name, "epoch": run.checkpoint["best_epoch"]}
     return {"torch": torch.__version__, "batch": BATCH, "beta": BETA, "cases": cases, "trained": trained}
@@ -292,8 +293,8 @@ def markdown(content: dict[str, Any]) -> str:
     what = f"{trained['data']}, {trained['prior']}, epoch {trained['epoch']}"
     return (
         f"{table}\n\nOf a trained model ({what}) the published code clamps "
-        f"{formatting.percent(trained['clamped_pixels'])} of the pixels' probabilities. For that, its reconstruction term "
-        f"is {trained['reconstruction_mean_difference']:.3f} nats lower, and its gradients are "
+        f"{formatting.percent(trained['clamped_pixels'])} of the pixels' probabilities. For that, its reconstruction "
+        f"term is {trained['reconstruction_mean_difference']:.3f} nats lower, and its gradients are "
         f"{trained['gradient_difference']:.0e} apart. Its KL is the same to {trained['kl_difference']:.0e} nats."
     )
 

@@ -106,20 +106,38 @@ def freyfaces(results: Results) -> str:
     """The runs on Frey faces in nats per image and in bits per pixel, as papers have either."""
     rows = []
     for found in _reproductions(results, "*-freyfaces*"):
-        name, value = found["protocol"]["name"], found["evaluation"]["log_likelihood"]
+        name, value, published = (
+            found["protocol"]["name"],
+            found["evaluation"]["log_likelihood"],
+            _first_published(found),
+        )
         prior, _, truncated = name.partition("-freyfaces")
         rows.append(
             [
                 prior,
                 "truncated, as in the paper's code" if truncated else "discretised logistic",
                 str(found["seed"]),
+                formatting.NOTHING if published is None else f"{_bits(published):.2f}",
+                f"{_bits(value):.3f}",
                 f"{value:.1f} +- {found['evaluation']['standard_error']:.1f}",
-                f"{-value / FREYFACES_PIXELS / math.log(2):.3f}",
                 str(found["epochs"]) if found["finished"] else f"{found['epochs']}, not finished",
             ]
         )
-    headings = ["prior", "likelihood", "seed", "log-likelihood +- standard error, nats", "bits per pixel", "epochs"]
+    headings = [
+        "prior",
+        "likelihood",
+        "seed",
+        "published, bits",
+        "found, bits",
+        "found +- standard error, nats",
+        "epochs",
+    ]
     return formatting.markdown(headings, rows, left=2)
+
+
+def _bits(log_likelihood: float) -> float:
+    """Nats per image of Frey faces as bits per pixel."""
+    return -log_likelihood / FREYFACES_PIXELS / math.log(2)
 
 
 def _reproductions(results: Results, names: str = "*", finished: bool | None = None) -> list[dict[str, Any]]:
