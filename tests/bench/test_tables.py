@@ -97,9 +97,9 @@ def root(tmp_path: Path) -> Path:
     for name, published, finished in (("a", [{"log_likelihood": -80.0}], True), ("b", [], False)):
         found = reproduced | {"protocol": {"name": name, "published": published}, "finished": finished}
         (results / "reproductions" / f"{name}.json").write_text(json.dumps(found))
-    faces = reproduced | {"protocol": {"name": "vampprior-freyfaces-truncated", "published": [{"log_likelihood": -1800.0}]}
-    faces |= {"finished": True}
-    faces |= {"evaluation": evaluation | {"log_likelihood": -560 * 4.5 * math.log(2)}, "seconds": 300.0}
+    of_faces = {"name": "vampprior-freyfaces-truncated", "published": [{"log_likelihood": -1800.0}]}
+    measured = evaluation | {"log_likelihood": -560 * 4.5 * math.log(2)}
+    faces = reproduced | {"protocol": of_faces, "finished": True, "evaluation": measured, "seconds": 300.0}
     (results / "reproductions" / "vampprior-freyfaces-truncated-seed-0.json").write_text(json.dumps(faces))
     differences = {f"{name}_difference": 2e-14 for name in ("loss", "reconstruction", "kl", "gradient", "later_loss")}
     compared = {"model": "hvae", "prior": "vamp", "images": "gray", "loss": 123.456, "steps": 20, **differences}
