@@ -87,6 +87,7 @@ def train_command(
     batch_size: options.BatchSize = None,
     learning_rate: options.LearningRate = None,
     normalize_gradients: options.NormalizeGradients = None,
+    truncated_logistic: options.TruncatedLogistic = None,
     seed: options.Seed = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -374,8 +375,10 @@ def reproduce_command(
 
     if name is None:
         from fastvae.app.show.result_tables import protocols_table
+        from fastvae.app.show.width import is_narrow
 
-        console.print(protocols_table([read_protocol(each) for each in protocol_names()]))
+        protocols = [read_protocol(each) for each in protocol_names()]
+        console.print(protocols_table(protocols, narrow=is_narrow(console)))
         return
     protocol, folder = read_protocol(name), RunFolder(out or Path("runs") / f"{name}-seed-{seed}")
     config = protocol.config

@@ -134,7 +134,7 @@ PseudoInit = Annotated[
     str | None,
     typer.Option(
         help="Where pseudo-inputs start: data, training images at random; noise, around the mean image; or flat, all "
-        "nearly the same and dark. (default data)",
+        "nearly the same grey. (default data)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -258,6 +258,15 @@ NormalizeGradients = Annotated[
         help="Divide the gradient of each weight tensor by its norm before Adam's step, as the VampPrior paper's code "
         "does.",
         rich_help_panel=TRAINING,
+    ),
+]
+TruncatedLogistic = Annotated[
+    bool | None,
+    typer.Option(
+        "--truncated-logistic",
+        help="The likelihood of grey images as the VampPrior paper's code has it: the discretised logistic without its "
+        "tails, and with 1e-7 added to each probability.",
+        rich_help_panel=MODEL,
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Decides every random number. (default 0)", rich_help_panel=TRAINING)]

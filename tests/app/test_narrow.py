@@ -12,8 +12,10 @@ from rich.console import Console
 from fastvae.app.data.dataset import Dataset, Split
 from fastvae.app.run.comparison import Row
 from fastvae.app.run.config import TrainConfig
+from fastvae.app.run.protocol import protocol_names, read_protocol
 from fastvae.app.show.progress import counting_progress, training_progress
-from fastvae.app.show.result_tables import comparison_tables
+from fastvae.app.show.result_tables import comparison_tables, protocols_table
+from fastvae.app.show.width import NARROW
 
 from .conftest import Cli
 
@@ -95,3 +97,12 @@ def test_tables_of_a_comparison(width: int) -> None:
     for value in ("-121.75 +- 1.06", "-130.00 +- 1.41", "5.50 +- 0.71", "0.150"):
         assert text.count(value) == 2
     assert "+- is the standard deviation over 2 seeds" in text
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_protocols(width: int) -> None:
+    terminal = console(width)
+    terminal.print(protocols_table([read_protocol(name) for name in protocol_names()], narrow=width < NARROW))
+    text = "\n".join(lines(terminal))
+    assert all(name in text for name in protocol_names()) and "-85.57" in text and "…" not in text
+    assert max(map(len, text.splitlines())) <= width

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import Adam
 
+from fastvae import VampPrior
+from fastvae.app.data.dataset import Dataset, make_split
 from fastvae.app.run import protocol
 from fastvae.app.run.config import make_config, read_config
+from fastvae.app.run.networks import TruncatedLogistic, build
 from fastvae.app.run.optimizer import NormalizedAdam
 from fastvae.app.run.protocol import protocol_names, read_protocol
 from fastvae.app.user_errors import ConfigError
@@ -130,7 +134,7 @@ def test_protocols_are_checked(tmp_path: Path, tiny_protocol: str, wrong: str) -
 def test_config_of_before(run: Path) -> None:
     path = run / "config.json"
     content = json.loads(path.read_text())
-    for added in ("shared_variance", "normalize_gradients"):
+    for added in ("shared_variance", "normalize_gradients", "truncated_logistic"):
         del content[added]
     path.write_text(json.dumps(content))
     config = read_config(path)
@@ -170,6 +174,49 @@ def test_flat_pseudo_inputs_and_shared_variance(cli: Cli, tmp_path: Path, tiny_n
     assert (pseudo_inputs - 0.05).abs().max() < 0.1
     assert cli("train", *small, "--prior", "exemplar", "--shared-variance", "--out", tmp_path / "shared")[0] == 0
     assert torch.load(tmp_path / "shared" / "checkpoint.pt")["model"]["prior.logvar"].shape == ()
+
+
+def test_flat_pseudo_inputs_of_grey_faces_start_in_the_middle() -> None:
+    """Where the published code starts them, by its data set."""
+    splits = tuple(make_split(np.full((4, 6), 0.5)) for _ in range(3))
+    config = make_config({"pseudo_init": "flat", "components": 200, "hidden": 4, "latent": 2})
+    for name, mean, deviation in (("freyfaces", 0.5, 0.02), ("mine", 0.05, 0.01)):
+        vae = build(config, Dataset(name, "here", *splits, image_shape=(2, 3), kind="gray"))
+        assert isinstance(vae.prior, VampPrior)
+        start = vae.prior.pseudo_inputs.detach()
+        assert float(start.mean()) == pytest.approx(mean, abs=5 * deviation / 1200**0.5)
+        assert float(start.std()) == pytest.approx(deviation, rel=0.1)
+
+
+def test_truncated_logistic_is_the_published_formula() -> None:
+    """log_Logistic_256 of jmtomczak/vae_vampprior, in its float32: log(cdf(b) - cdf(a) + 1e-7)."""
+    generator = torch.Generator().manual_seed(0)
+    mean, x = torch.rand(50, 7, generator=generator), (torch.randint(256, (50, 7), generator=generator) + 0.5) / 256
+    logscale = -4.5 * torch.rand(50, 7, generator=generator)
+    scale = logscale.exp()
+    lower = (torch.floor(x / (1 / 256)) * (1 / 256) - mean) / scale
+    theirs = torch.log(torch.sigmoid(lower + 1 / 256 / scale) - torch.sigmoid(lower) + 1e-7)
+    ours = TruncatedLogistic().log_prob((mean, logscale), x)
+    # Both subtract two sigmoids in float32, each of which is rounded by up to 2^-24.
+    assert bool(((ours - theirs).exp() - 1).abs().le(2**-22 / theirs.exp()).all())
+    levels = (torch.arange(256) + 0.5) / 256
+    half, wide = torch.full((256,), 0.5), torch.full((256,), -2.0)
+    total = float(TruncatedLogistic().log_prob((half, wide), levels).exp().sum())
+    assert total == pytest.approx(0.951, abs=1e-3)
+
+
+def test_truncated_logistic_trains_grey_images_alone(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
+    grey = tmp_path / "grey.npz"
+    np.savez(grey, x=np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8))
+    small = ["--hidden", 8, "--latent", 2, "--epochs", 2, "--warmup", 0, "--prior", "standard"]
+    bounds = []
+    for name, more in (("whole", []), ("truncated", ["--truncated-logistic"])):
+        code, _, error = cli("train", *small, "--data", grey, "--out", tmp_path / name, *more)
+        assert code == 0, error
+        bounds.append(json.loads((tmp_path / name / "results.json").read_text())["best_validation_bound"])
+    assert bounds[0] > bounds[1], "without the tails, a probability is smaller"
+    code, _, error = cli("train", *small, "--data", tiny_npz, "--out", tmp_path / "no", "--truncated-logistic")
+    assert code == 1 and "--truncated-logistic" in error and "binary" in error
 
 
 def test_option_of_another_start() -> None:

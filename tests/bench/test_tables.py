@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -96,6 +97,13 @@ def root(tmp_path: Path) -> Path:
     for name, published, finished in (("a", [{"log_likelihood": -80.0}], True), ("b", [], False)):
         found = reproduced | {"protocol": {"name": name, "published": published}, "finished": finished}
         (results / "reproductions" / f"{name}.json").write_text(json.dumps(found))
+    of_faces = {"name": "vampprior-freyfaces-truncated", "published": [{"log_likelihood": -1800.0}]}
+    measured = evaluation | {"log_likelihood": -560 * 4.5 * math.log(2)}
+    faces = reproduced | {"protocol": of_faces, "finished": True, "evaluation": measured, "seconds": 300.0}
+    (results / "reproductions" / "vampprior-freyfaces-truncated-seed-0.json").write_text(json.dumps(faces))
+    differences = {f"{name}_difference": 2e-14 for name in ("loss", "reconstruction", "kl", "gradient", "later_loss")}
+    compared = {"model": "hvae", "prior": "vamp", "images": "gray", "loss": 123.456, "steps": 20, **differences}
+    (results / "anchor.json").write_text(json.dumps({"cases": [compared], "trained": None}))
     _on_a_gpu(results / "gpu-h200")
     for name in TABLES:
         (tmp_path / "docs" / f"{name}.md").write_text(PAGE.format(name=name))
@@ -153,8 +161,18 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
     assert line(root, "static-mnist", "vamp") == ["vamp", "-80.13 +- 0.20", "-85.00", "25.00", "20 of 40"]
     found, place = "-80.13 +- 0.20", ["2.0 h", "1 CPU thread"]
     assert line(root, "reproductions", "`a`")[1:] == ["3", "-80.00", found, "-0.13", "191", *place]
-    assert line(root, "reproductions", "`b`")[1:] == ["3", "-", found, "-", "191, not finished", *place]
+    assert line(root, "unfinished-reproductions", "`b`")[1:] == ["3", "-", found, "191", *place]
+    assert "`b`" not in (root / "docs" / "reproductions.md").read_text()
+    assert "`a`" not in (root / "docs" / "unfinished-reproductions.md").read_text()
+    truncated = ["truncated, as in the paper's code", "3", "4.64", "4.500", "-1746.7 +- 0.2", "191"]
+    assert line(root, "freyfaces", "vampprior")[1:] == truncated
+    assert line(root, "reproductions", "`vampprior-freyfaces-truncated`")[6] == "5 min"
+    assert line(root, "anchor", "hvae, vamp, gray")[1:] == ["123.46", *["2e-14"] * 5]
     assert "from memory" in line(root, "published", "`standard-static-mnist`")
+    of_faces = next(
+        row for row in (root / "docs" / "differences.md").read_text().splitlines() if "split is our own" in row
+    )
+    assert "`standard-freyfaces`" in of_faces and "`vampprior-freyfaces-truncated`" in of_faces
     assert line(root, "bounds-estimators", "dreg")[1:] == ["5", "0.012", "0.25 (0.20)"]
     assert line(root, "bounds-refresh", "subset=60")[1:] == ["60", "-23.46"]
     assert line(root, "bounds-memory", "50,000")[1:] == ["at once", "1.56 GB"]
@@ -254,6 +272,18 @@ def test_a_record_that_changes_puts_pages_out_of_step(root: Path) -> None:
     path = root / "benchmarks" / "results" / "static-mnist-vamp.json"
     path.write_text(path.read_text().replace("-80.126", "-79.0"))
     assert "static-mnist" in str(main(["--check"], root))
+
+
+@pytest.mark.parametrize(
+    ("kept", "empty", "sentence"),
+    [("a", "unfinished-reproductions", "went to its end"), ("b", "reproductions", "No run has gone to its end")],
+)
+def test_runs_that_are_all_finished_or_none(root: Path, kept: str, empty: str, sentence: str) -> None:
+    for path in (root / "benchmarks" / "results" / "reproductions").iterdir():
+        if path.stem != kept:
+            path.unlink()
+    main([], root)
+    assert sentence in (root / "docs" / f"{empty}.md").read_text()
 
 
 def test_what_is_not_recorded_says_so(root: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fastvae._files import whole_file
+from fastvae.app.run.protocol import read_protocol
 
 from .labels import INK, PALETTE, RULE
 
@@ -20,21 +21,30 @@ RECORDS = ROOT / "benchmarks" / "results" / "reproductions"
 
 
 def curves(records: Sequence[dict[str, Any]]) -> Figure:
-    """A line for each run, with a dot at its best epoch; the warm-up's first epochs, far below, are cut off."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for record, colour in zip(records, cycle(PALETTE), strict=False):
-        bounds, best = record["validation_bounds"], record["best_epoch"]
-        name = f"{record['protocol']['name']}, seed {record['seed']}"
-        axes.plot(range(1, 1 + len(bounds)), bounds, color=colour, linewidth=1.2, label=name)
-        axes.plot(best, bounds[best - 1], "o", color=colour, markersize=5)
-    highest = max(max(record["validation_bounds"]) for record in records)
-    axes.set_ylim(highest - 30, highest + 1)
+    """A panel for each data set, with a line for each run and a dot at its best epoch.
+
+    The first fifth of the epochs, far below, does not count for the scale.
+    """
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        panels.setdefault(read_protocol(record["protocol"]["name"]).config.data, []).append(record)
+    figure = Figure(figsize=(8, 0.5 + 3.5 * len(panels)), layout="constrained")
+    for axes, (data, runs) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for run, colour in zip(runs, cycle(PALETTE), strict=False):
+            bounds, best = run["validation_bounds"], run["best_epoch"]
+            name = f"{run['protocol']['name']}, seed {run['seed']}{'' if run['finished'] else ', not finished'}"
+            axes.plot(range(1, 1 + len(bounds)), bounds, color=colour, linewidth=1.2, label=name)
+            axes.plot(best, bounds[best - 1], "o", color=colour, markersize=5)
+        highest = max(max(run["validation_bounds"]) for run in runs)
+        lowest = min(min(run["validation_bounds"][len(run["validation_bounds"]) // 5 :]) for run in runs)
+        margin = 0.05 * (highest - lowest)
+        axes.set_ylim(lowest - margin, highest + margin)
+        axes.set_title(data, color=INK, loc="left", fontsize="medium")
+        axes.set_ylabel("validation bound, nats per image", color=INK)
+        axes.grid(color=RULE, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
     axes.set_xlabel("epoch", color=INK)
-    axes.set_ylabel("validation bound, nats per image", color=INK)
-    axes.grid(color=RULE, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
     return figure
 
 

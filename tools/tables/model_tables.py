@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean, stdev
 from typing import Any
 
 from fastvae.app.run.protocol import protocol_names, read_protocol
 from fastvae.benchmarks import formatting
 
-from ..experiments import labels
+from ..experiments import anchor, labels
 from .registry import Results, table
+
+FREYFACES_PIXELS = 28 * 20
 
 
 @table("demo", "demo-digits.json")
@@ -55,27 +58,103 @@ def static_mnist(results: Results) -> str:
 
 @table("reproductions", "reproductions/*.json")
 def reproductions(results: Results) -> str:
-    """What `fastvae reproduce` found, beside the published figures."""
+    """The runs of `fastvae reproduce` that went to their end, beside the published figures."""
     rows = []
-    for path in sorted(results.folder.glob("reproductions/*.json")):
-        found = results.read(f"reproductions/{path.name}")
-        protocol, measured = found["protocol"], found["evaluation"]
-        published = protocol["published"]
-        value = measured["log_likelihood"]
+    for found in _reproductions(results, finished=True):
+        value, published = found["evaluation"]["log_likelihood"], _first_published(found)
         rows.append(
             [
-                f"`{protocol['name']}`",
+                f"`{found['protocol']['name']}`",
                 str(found["seed"]),
-                f"{published[0]['log_likelihood']:.2f}" if published else formatting.NOTHING,
-                f"{value:.2f} +- {measured['standard_error']:.2f}",
-                f"{value - published[0]['log_likelihood']:+.2f}" if published else formatting.NOTHING,
-                f"{found['epochs']}" if found["finished"] else f"{found['epochs']}, not finished",
-                f"{found['seconds'] / 3600:.1f} h",
+                formatting.NOTHING if published is None else f"{published:.2f}",
+                f"{value:.2f} +- {found['evaluation']['standard_error']:.2f}",
+                formatting.NOTHING if published is None else f"{value - published:+.2f}",
+                str(found["epochs"]),
+                _hours(found["seconds"]),
                 _place(found["machine"]),
             ]
         )
+    if not rows:
+        return "*No run has gone to its end yet.*"
     headings = ["", "seed", "published", "found +- standard error", "better by", "epochs", "training", "on"]
     return formatting.markdown(headings, rows)
+
+
+@table("unfinished-reproductions", "reproductions/*.json")
+def unfinished_reproductions(results: Results) -> str:
+    """The runs of `fastvae reproduce` that were measured on their way."""
+    rows = [
+        [
+            f"`{found['protocol']['name']}`",
+            str(found["seed"]),
+            formatting.NOTHING if _first_published(found) is None else f"{_first_published(found):.2f}",
+            f"{found['evaluation']['log_likelihood']:.2f} +- {found['evaluation']['standard_error']:.2f}",
+            str(found["epochs"]),
+            _hours(found["seconds"]),
+            _place(found["machine"]),
+        ]
+        for found in _reproductions(results, finished=False)
+    ]
+    if not rows:
+        return "*Every recorded run went to its end.*"
+    headings = ["", "seed", "published", "so far +- standard error", "epochs so far", "training so far", "on"]
+    return formatting.markdown(headings, rows)
+
+
+@table("freyfaces", "reproductions/*-freyfaces*.json")
+def freyfaces(results: Results) -> str:
+    """The runs on Frey faces in nats per image and in bits per pixel, as papers have either."""
+    rows = []
+    for found in _reproductions(results, "*-freyfaces*"):
+        name, value, published = (
+            found["protocol"]["name"],
+            found["evaluation"]["log_likelihood"],
+            _first_published(found),
+        )
+        prior, _, truncated = name.partition("-freyfaces")
+        rows.append(
+            [
+                prior,
+                "truncated, as in the paper's code" if truncated else "discretised logistic",
+                str(found["seed"]),
+                formatting.NOTHING if published is None else f"{_bits(published):.2f}",
+                f"{_bits(value):.3f}",
+                f"{value:.1f} +- {found['evaluation']['standard_error']:.1f}",
+                str(found["epochs"]) if found["finished"] else f"{found['epochs']}, not finished",
+            ]
+        )
+    headings = [
+        "prior",
+        "likelihood",
+        "seed",
+        "published, bits",
+        "found, bits",
+        "found +- standard error, nats",
+        "epochs",
+    ]
+    return formatting.markdown(headings, rows, left=2)
+
+
+def _bits(log_likelihood: float) -> float:
+    """Nats per image of Frey faces as bits per pixel."""
+    return -log_likelihood / FREYFACES_PIXELS / math.log(2)
+
+
+def _reproductions(results: Results, names: str = "*", finished: bool | None = None) -> list[dict[str, Any]]:
+    """The records of reproductions, in the order of their files' names."""
+    paths = sorted(results.folder.glob(f"reproductions/{names}.json"))
+    records = [results.read(f"reproductions/{path.name}") for path in paths]
+    return [record for record in records if finished in (None, record["finished"])]
+
+
+def _first_published(found: dict[str, Any]) -> float | None:
+    """The figure that a run is to meet, None where there is none."""
+    published = found["protocol"]["published"]
+    return published[0]["log_likelihood"] if published else None
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
 def _place(machine: dict[str, Any]) -> str:
@@ -93,6 +172,29 @@ def published(_: Results) -> str:
             seen = figure.looked_up or "from memory"
             rows.append([f"`{name}`", figure.source, seen, f"{figure.log_likelihood:.2f}"])
     return formatting.markdown(["", "source", "looked up in", "log-likelihood"], rows, left=3)
+
+
+@table("differences", "*")
+def differences(_: Results) -> str:
+    """In what the protocols differ from what was published, each difference with its protocols, the widest first."""
+    every = protocol_names()
+    of: dict[str, list[str]] = {}
+    for name in every:
+        for difference in read_protocol(name).differences:
+            of.setdefault(difference, []).append(name)
+    lines = []
+    for difference, names in sorted(of.items(), key=lambda item: -len(item[1])):
+        others = [name for name in every if name not in names]
+        few, start = (others, "all but ") if len(others) < len(names) else (names, "")
+        where = f"{start}{', '.join(f'`{name}`' for name in few)}" if others else "all"
+        lines.append(f"- {difference} ({where})")
+    return "\n".join(lines)
+
+
+@table("anchor", "anchor.json")
+def beside_the_published_code(results: Results) -> str:
+    """Loss, gradients and steps of training beside the published code."""
+    return anchor.markdown(results.read("anchor.json"))
 
 
 @table("groups", "groups.json")

@@ -35,8 +35,10 @@ class TrainConfig:
     hierarchical one, whose two levels have `latent` dimensions each. `warmup` and `patience` are in epochs;
     `learning_rate` is Adam's, whose gradients are first divided by their norms where `normalize_gradients` says so.
     `chunk_size` to `shared_variance` are the prior's; `bound`, with `num_samples` draws and the estimator `gradient`,
-    is what training maximises. A `conditional` model is given the images' labels. `data_sha256` is the fingerprint of
-    the images, and of a conditional model's labels, by which they are known again when their file has moved.
+    is what training maximises. `truncated_logistic` is the likelihood of grey images as the paper's code has it, see
+    :class:`fastvae.app.run.networks.TruncatedLogistic`. A `conditional` model is given the images' labels.
+    `data_sha256` is the fingerprint of the images, and of a conditional model's labels, by which they are known again
+    when their file has moved.
     """
 
     data: str = "digits"
@@ -65,6 +67,7 @@ class TrainConfig:
     batch_size: AtLeastOne = 100
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     normalize_gradients: bool = False
+    truncated_logistic: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -84,7 +87,9 @@ class TrainConfig:
 
 
 # What runs of earlier versions do not say: for them the default holds.
-ADDED_LATER = frozenset({"data_sha256", "model", "shared_variance", "normalize_gradients", "conditional"})
+ADDED_LATER = frozenset(
+    {"data_sha256", "model", "shared_variance", "normalize_gradients", "conditional", "truncated_logistic"}
+)
 
 
 def bound_name(config: TrainConfig) -> str:

@@ -59,15 +59,19 @@ def gap_table(gap: Gap, z: str = "z") -> Table:
     return table
 
 
-def protocols_table(protocols: Sequence[Protocol]) -> Table:
-    """What can be reproduced, with the first published figure of each."""
+def protocols_table(protocols: Sequence[Protocol], *, narrow: bool) -> Table:
+    """What can be reproduced, with the first published figure of each; on a narrow terminal one below the other."""
     table = Table(title="What `fastvae reproduce NAME` trains and measures", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("what it is")
-    table.add_column("published, nats", justify="right")
+    if narrow:
+        table.add_column("name, what it is, and the published figure in nats")
+    else:
+        table.add_column("name", no_wrap=True)
+        table.add_column("what it is")
+        table.add_column("published, nats", justify="right")
     for protocol in protocols:
         figure = f"{protocol.published[0].log_likelihood:.2f}" if protocol.published else "-"
-        table.add_row(protocol.name, protocol.title, figure)
+        cells = protocol.name, protocol.title, figure
+        table.add_row(*(["\n".join(cells)] if narrow else cells), end_section=narrow)
     return table
 
 
