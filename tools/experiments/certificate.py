@@ -51,7 +51,7 @@ def norms(inputs: MixtureInputs) -> tuple[Norms, Norms]:
 
 def count(inputs: MixtureInputs) -> dict[str, float]:
     """Shares of the pairs, or of what is named."""
-    (M, D), K = inputs.z.shape, len(inputs.mu)
+    D, K = inputs.z.shape[1], len(inputs.mu)
     mu, logvar, log_weights = (t.double() for t in (inputs.mu, inputs.logvar, inputs.log_weights))
     rows_of_z = inputs.z.double().split(64)
     a = torch.cat([reference.component_log_prob(z, mu, logvar, log_weights) for z in rows_of_z])  # [M, K]
