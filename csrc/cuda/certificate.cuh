@@ -16,8 +16,8 @@
 //
 // which is what the tests allow it (tests/budget.py).  A pair is certified where e is at most that.
 //
-// Of single pairs in the difference form, forward adds up a - R, whose rounding loses up to 2 u |R| as well.  Where a pair
-// may not lose as much, the kernels for the difference form compute all.
+// Of single pairs in the difference form, forward adds up a - R, whose rounding loses up to 2 u |R| as well.  Where a
+// pair may not lose as much, the kernels for the difference form compute all.
 #pragma once
 
 #include "product.h"
