@@ -15,6 +15,9 @@
 //   u (2 |t|^2 + (1 + sqrt D) (|log w| + 1/2 sum_d |logvar_d| + D/2 log 2 pi + 1/2 |t|^2))        |t|^2 = 2 (c - a)
 //
 // which is what the tests allow it (tests/budget.py).  A pair is certified where e is at most that.
+//
+// Of single pairs in the difference form, forward adds up a - R, whose rounding loses up to 2 u |R| as well.  Where a
+// pair may not lose as much, the kernels for the difference form compute all.
 #pragma once
 
 #include "product.h"
@@ -37,6 +40,7 @@ constexpr int kMaxUncertain = 32;
 constexpr int kHeadStart = 8;  // at first all pairs count, because no larger exponent has been seen
 
 // The exponent of a pair in the difference form, base 2 and without R.  Eight lanes compute it together, or have no pair.
+// Sets features.uncertain where that is not exact enough.
 __device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const Features& features, bool has_pair,
                                                 int64_t m, int64_t k) {
   float squares = 0;
@@ -50,7 +54,11 @@ __device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const
   }
   squares = group_sum(squares, 8);
   if (!has_pair) return -INFINITY;
-  return features.components.bounds[k].shift - (0.5f * squares + features.row_term[m]) * float(kLog2E);
+  const ItemBounds& component = features.components.bounds[k];
+  const double less = 0.5 * double(squares) + double(features.row_term[m]);  // R may be large: it is rounded once
+  const float exponent = float(double(component.shift) - less * kLog2E);
+  if (fma(allowed_slope(mix.D), exponent, features.rows.bounds[m].shift) > component.allowed) *features.uncertain = 1;
+  return exponent;
 }
 
 // Calls assign(exponent) in each of the `lanes` of a warp, with the exponent of the pair that the lane names by its row

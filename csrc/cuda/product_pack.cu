@@ -130,6 +130,10 @@ __device__ __forceinline__ void store_feature(uint4* lines, int parts, int featu
   if (parts == 2) line[per_line + feature % per_line] = __float2half_rn(float(x - double(__half2float(hi))));
 }
 
+// From which size on a feature, in the item's own scale, has all its digits: fp16 numbers end at 2^-24.
+template <int kParts>
+constexpr float kSmallest = kParts == 2 ? 0x1p-3f : 0x1p-14f;
+
 // Stores the features of an item, which value(feature) gives in the common scale, in the item's own; returns the
 // exponent of the power of two that undoes that.  A warp does this together.
 template <int kParts, class Value>
@@ -149,6 +153,11 @@ __device__ __forceinline__ int store_features(uint4* lines, const FeatureShape& 
   int exponent = largest > 1e-37f ? exponent_of(largest) - 13 : 0;
   if (exponent > kMaxExponent) bounds.linear = bounds.square = -Limits<float>::kLowest;  // some do not fit
   exponent = exponent < -kMaxExponent ? -kMaxExponent : exponent > kMaxExponent ? kMaxExponent : exponent;
+  if (largest > 0) {  // smaller ones lose as much as a feature of kSmallest
+    const float lost = sqrtf(float(shape.width)) * kSmallest<kParts> * power_of_two(exponent);
+    bounds.linear = fminf(bounds.linear + lost, -Limits<float>::kLowest);
+    bounds.square = fminf(bounds.square + lost, -Limits<float>::kLowest);
+  }
   const float to_own = power_of_two(-exponent);
   for (int f = lane; f < all; f += 32) store_feature(lines, kParts, f, value(f) * to_own);
   return exponent;
@@ -230,19 +239,21 @@ __global__ void __launch_bounds__(kThreads)
   const Survey& survey = features.survey;
   const bool present = is_present(mix, k);
 
-  float logvar_size = 0, log_sigma_ratio = 0;
+  float logvar_size = 0, log_sigma_ratio = 0, max_logvar = 0;
   double square_sum = 0;
   CompensatedSum<float> logvar_sum;
   for (int64_t d = lane; d < mix.D && present; d += 32) {
     const float lv = logvar_of(mix, k, d), scaled = (mix.mu[k * mix.D + d] - survey.origin[d]) * survey.unit[d];
     logvar_sum.add(lv);
     logvar_size += fabs(lv);
+    max_logvar = fmaxf(max_logvar, lv);
     log_sigma_ratio = fmaxf(log_sigma_ratio, 0.5f * (survey.max_logvar[d] - lv));
     square_sum += double(scaled) * scaled * (exp(-bounded(lv)) / (survey.unit[d] * survey.unit[d]));
   }
   const double log_determinant = warp_sum(total_of(logvar_sum.sum, logvar_sum.compensation));
   logvar_size = warp_sum(logvar_size);
   log_sigma_ratio = warp_max(log_sigma_ratio);
+  max_logvar = warp_max(max_logvar);
   const double squares = warp_sum(square_sum);
   const auto value = [&](int feature) {
     const int d = feature < shape.width ? feature : feature - shape.width;
@@ -267,6 +278,9 @@ __global__ void __launch_bounds__(kThreads)
     peak = float(exact_peak);
     terms = {c, power_of_two(exponent), float(exponent), power_of_two(-exponent)};
     const float n = float(mix.D), size = fabs(float(log_weight)) + 0.5f * (logvar_size + n * float(kLog2Pi));
+    // Where c' or v is beyond float32, no bound holds.
+    const bool in_range = squares < 1e38 && max_logvar <= Limits<float>::kExpLimit;
+    if (features.uncertain && !in_range) *features.uncertain = 1;
     bounds.allowed = (kRoundoff * (1.0f + sqrtf(n)) * size + allowed_slope(mix.D) * peak) * float(kLog2E);
     bounds.shift = float(exact_peak * kLog2E);
     screen = {c + 0x1p-21f * (fabs(c) + fabs(peak)), terms.scale, kScreenError * bounds.linear,

@@ -100,6 +100,37 @@ def test_single_pairs_are_computed_in_the_difference_form(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("emulated_tiled")
+@pytest.mark.parametrize("apart", [3.0, 100.0, 3e3, 1e5])
+@pytest.mark.parametrize("D", [1, 8, 33])
+def test_components_far_apart(D: int, apart: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In sigmas: R is large, and so is what a - R is rounded by where single pairs are computed as differences."""
+    rng = torch.Generator().manual_seed(1)
+    mu, logvar = apart * torch.randn(200, D, generator=rng), 0.2 * torch.randn(200, D, generator=rng)
+    z = mu[torch.arange(130)] + torch.randn(130, D, generator=rng)
+    case = Case(z, mu, logvar, torch.randn(200, generator=rng), torch.randn(130, generator=rng))
+    monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+    assert_within(run(case, "cuda"), *allowance(case))
+
+
+@pytest.mark.usefixtures("emulated_tiled")
+@pytest.mark.parametrize("width, D", [("narrow", 40), ("wide", 1)])
+def test_a_component_beyond_the_range_of_float32(width: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two narrow ones c' is -inf, and of wide ones 1 / sigma^2 is 0.  A row is at one of them."""
+    case = benchmark_case(64, 200, D)
+    mu, logvar, z = case.mu.clone(), case.logvar.clone(), case.z.clone()
+    if width == "narrow":
+        mu[7, 0], mu[8, 0], logvar[7:9, 0] = 10.0, -10.0, -86.0
+    else:
+        mu[:, 0], logvar[:, 0] = 0.0, 105.0
+    z[3] = mu[7]
+    z[3, 0] += 2 * torch.exp(0.5 * logvar[7, 0])
+    case = replace(case, z=z, mu=mu, logvar=logvar)
+    want, allowed = allowance(case)
+    error = (log_prob(case, True, monkeypatch).double() - want.log_prob).abs()
+    assert bool((error <= allowed.log_prob).all()), float((error / allowed.log_prob).max())
+
+
+@pytest.mark.usefixtures("emulated_tiled")
 def test_a_row_that_is_not_finite_is_its_own_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     case = benchmark_case(130, 200, 40)
     spoiled = case.z.clone()

@@ -55,6 +55,20 @@ def test_components_of_all_sizes(D: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_within(screened, *allowance(case))
 
 
+def test_features_below_the_range_of_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with so large a square that little is left of their other features, which say where the rows belong."""
+    rng = torch.Generator().manual_seed(1)
+    mu, logvar = 30 * torch.randn(130, 20, generator=rng), torch.zeros(130, 20)
+    z = mu[:64] + torch.randn(64, 20, generator=rng)
+    wide = slice(8, 16)
+    mu[wide, 0] = 2.0**31 * torch.linspace(1.03, 1.9, 4).repeat(2) * torch.tensor([1.0, -1.0]).repeat_interleave(4)
+    logvar[wide, 1] = 2 * math.log(1e11)
+    z[wide] = mu[wide]
+    z[wide, 1] = 1e11
+    case = Case(z, mu, logvar, torch.zeros(130), torch.ones(64))
+    assert_within(run_both(case, monkeypatch)[1], *allowance(case))
+
+
 def test_shared_variance_and_equal_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     case = trained_case(130, 200, 20)
     case = replace(case, logvar=torch.linspace(-3, -1, 20)[None], log_weights=None)
