@@ -65,6 +65,30 @@ def test_parts_of_a_batch_have_the_noise_of_the_whole(impl: str, num_samples: in
         fastvae.gaussian_rsample(mu, logvar, impl=impl)
 
 
+class Encoder(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(x).chunk(2, -1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_chunks_of_samples_are_drawn_again_for_the_rows_of_the_process(chunk_size: int) -> None:
+    """Backward computes them again after `rows_of_batch` has ended, and must meet the noise that forward had."""
+    torch.manual_seed(0)
+    x = torch.rand(7, 6).round()
+    vae = fastvae.VAE(Encoder(6, 6), torch.nn.Linear(3, 6), fastvae.StandardNormalPrior(3))
+
+    def gradients(rows: slice, part: PartOfBatch | None) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        with rows_of_batch(part):
+            loss = vae(x[rows], bound="iwae", num_samples=4, chunk_size=chunk_size).loss * len(x[rows])
+        return list(torch.autograd.grad(loss, list(vae.parameters())))
+
+    whole = gradients(slice(None), None)
+    parts = [gradients(slice(*rows), PartOfBatch(rows[0], rows[1] - rows[0], 7)) for rows in ((0, 2), (2, 5), (5, 7))]
+    for expected, *of_parts in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(sum(of_parts), expected)
+
+
 def test_each_rank_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
