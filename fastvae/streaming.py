@@ -247,13 +247,8 @@ class StreamedScores:
                     self.on_pairs((stop - start) * (end - k))
             log_prob, score = merged.result(self.dtype)
             found = RowScores(start, stop, log_prob.cpu(), None if score is None else score.cpu())
-            del (
-                z,
-                exclude,
-                merged,
-                log_prob,
-                score,
-            )  # while the caller has the result, and until the next block is there
+            # while the caller has the result, and until the next block is there
+            del z, exclude, merged, log_prob, score
             yield found
             del found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from itertools import chain
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import fastvae
 from fastvae._noise import PartOfBatch, rows_of_batch
 from fastvae.app.run.device import pick_device
-from fastvae.app.run.ranks import ALONE, Ranks, launched
+from fastvae.app.run.ranks import ALONE, PATIENCE, Ranks, _process_group, launched
 from fastvae.app.user_errors import ConfigError
 
 from .conftest import Cli
@@ -124,6 +125,19 @@ def test_a_step_that_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch)
         Ranks(1, 2).each(lambda: 3)
     with pytest.raises(SystemExit):
         Ranks(1, 2).from_first(fail)  # which is not called here
+
+
+def test_ranks_that_end_together_leave_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its threads may still run when Python ends, and abort the process."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit), _process_group("cpu", PATIENCE):
+        assert torch.distributed.is_initialized()
+        raise SystemExit(1)
+    assert not torch.distributed.is_initialized()
 
 
 def test_other_commands_run_in_one_process(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
