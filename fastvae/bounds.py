@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvae import _checks
 from fastvae import functional as F
+from fastvae._noise import part_of_batch, rows_of_batch
 from fastvae.backends import BackendOptions, choice
 from fastvae.contracts import evaluate
 from fastvae.priors import Density
@@ -222,7 +223,8 @@ def _draws(
         z, log_x, kl, carrier = some(mu, logvar, num_samples)
         return z, log_x, kl, carrier
     parts = []
-    some = choice.exactly(choice.current())(some)  # called again in backward, whatever is chosen by then
+    # called again in backward, whatever is chosen by then, and whichever rows' noise is drawn
+    some = rows_of_batch(part_of_batch())(choice.exactly(choice.current())(some))
     for start in range(0, num_samples, step):  # the checkpoint restores the generator, so the draws are the same
         parts.append(checkpoint(some, mu, logvar, min(step, num_samples - start), use_reentrant=False))
     z, log_x, kl, carrier = (torch.cat(part) for part in zip(*parts, strict=True))

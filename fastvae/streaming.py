@@ -247,13 +247,8 @@ class StreamedScores:
                     self.on_pairs((stop - start) * (end - k))
             log_prob, score = merged.result(self.dtype)
             found = RowScores(start, stop, log_prob.cpu(), None if score is None else score.cpu())
-            del (
-                z,
-                exclude,
-                merged,
-                log_prob,
-                score,
-            )  # while the caller has the result, and until the next block is there
+            # while the caller has the result, and until the next block is there
+            del z, exclude, merged, log_prob, score
             yield found
             del found
 
@@ -386,7 +381,10 @@ class Merged:
         self._largest = largest
         self._sum.mul_(before).add_(now)
         if self._weighted is not None and score is not None:
-            self._weighted.mul_(before[:, None]).addcmul_(now[:, None], score)
+            # A block that holds nothing of a row may have an infinite score there.
+            before, now = before[:, None], now[:, None]
+            self._weighted.mul_(before).masked_fill_(before == 0, 0.0)
+            self._weighted.addcmul_(now, score.masked_fill(now == 0, 0.0))
 
     def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         log_prob = torch.where(self._largest.isinf(), self._largest, self._largest + self._sum.log())

@@ -28,7 +28,7 @@ from fastvae.backends.choice import choose, dense
 from fastvae.backends.registry import PRECISIONS, check_name
 from fastvae.distributed.dtensors import is_dtensor, to_local
 from fastvae.distributed.link import Link, Told, agree, link_to
-from fastvae.distributed.ring import Ring, without_traces
+from fastvae.distributed.ring import Ring, exclude_of, share_of, without_traces
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,8 +89,7 @@ class _Merged(torch.autograd.Function):
     def forward(ctx: Any, of_rank: Tensor, link: Link, dense: bool) -> tuple[Tensor, Tensor]:
         of_ranks = link.all_gather(of_rank).double()  # [R, ...]
         log_prob = torch.logsumexp(of_ranks, 0)
-        nowhere = log_prob == -torch.inf  # no component anywhere: density zero, no gradient
-        weight = torch.exp(of_ranks[link.rank] - log_prob).masked_fill(nowhere, 0.0).to(of_rank.dtype)
+        weight = share_of(of_rank, log_prob)
         ctx.save_for_backward(of_rank, weight)
         ctx.dense = dense
         ctx.mark_non_differentiable(weight)
@@ -176,9 +175,7 @@ def _by_gathering(call: _Agreed, options: _Options, with_score: bool) -> tuple[T
         z = _Replicated.apply(z, link)
         if _is_shared(ranks):
             logvar = _Replicated.apply(_checks.cast(logvar, z.dtype), link)
-    if exclude is not None:  # by the numbers of the rank's components
-        exclude = exclude - sum(rank.K for rank in ranks[: link.rank])
-        exclude = exclude.masked_fill((exclude < 0) | (exclude >= ranks[link.rank].K), -1)
+    exclude = exclude_of(exclude, [rank.K for rank in ranks], link.rank)
     backend: BackendOptions = {
         "dense_backward": options.dense_backward, "precision": options.precision, "impl": options.impl,
     }  # fmt: skip

@@ -75,13 +75,6 @@ class Ring(NamedTuple):
                 self.link.finish(underway)
                 here = arriving
 
-    def exclude(self, exclude: Tensor | None, owner: int) -> Tensor | None:
-        """Counted over the components of one rank."""
-        if exclude is None:
-            return None
-        own = exclude - sum(self.counts[:owner])
-        return own.masked_fill((own < 0) | (own >= self.counts[owner]), -1)
-
 
 class _RingLogProb(torch.autograd.Function):
     """(log p(z) [M], score [M, D] or without elements); the score is a constant to autograd."""
@@ -100,7 +93,8 @@ class _RingLogProb(torch.autograd.Function):
         for owner, components in ring.passing_by(mu, logvar, log_weights):
             if ring.counts[owner] == 0:
                 continue
-            log_prob, score = _log_prob(ring.backend, with_score, z, *components, ring.exclude(exclude, owner))
+            mixture = z, *components, exclude_of(exclude, ring.counts, owner)
+            log_prob, score = _log_prob(ring.backend, with_score, *mixture)
             merged.add(log_prob, score)
             if of_owners is not None:
                 of_owners[owner] = log_prob
@@ -127,9 +121,9 @@ class _RingLogProb(torch.autograd.Function):
         for owner, components in ring.passing_by(mu, logvar, log_weights):
             parts: Sequence[Tensor] = components
             if ring.counts[owner]:
-                weight = torch.exp(of_owners[owner] - log_prob).masked_fill(log_prob == -torch.inf, 0.0).to(z.dtype)
+                weight = share_of(of_owners[owner], log_prob)
                 weight = weight if ring.dense else without_traces(weight)
-                mixture = z, *components, ring.exclude(exclude, owner)
+                mixture = z, *components, exclude_of(exclude, ring.counts, owner)
                 dz, *parts = _gradients(ring, grad * weight, of_owners[owner], mixture, need)
                 if of_z is not None:
                     of_z += dz
@@ -141,6 +135,19 @@ class _RingLogProb(torch.autograd.Function):
         if of_logvar is not None:
             of_components[1] = of_logvar
         return of_z, *of_components, None, None
+
+
+def exclude_of(exclude: Tensor | None, counts: list[int], rank: int) -> Tensor | None:
+    """By the numbers of one rank's components, what is counted over those of all ranks, of which each has `counts`."""
+    if exclude is None:
+        return None
+    own = exclude - sum(counts[:rank])
+    return own.masked_fill((own < 0) | (own >= counts[rank]), -1)
+
+
+def share_of(of_rank: Tensor, log_prob: Tensor) -> Tensor:
+    """exp(l_r - l), a rank's share of the density, in the dtype of l_r; zero where the density is.  l is in float64."""
+    return torch.exp(of_rank - log_prob).masked_fill(log_prob == -torch.inf, 0.0).to(of_rank.dtype)
 
 
 def without_traces(weight: Tensor) -> Tensor:

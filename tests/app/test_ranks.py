@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from itertools import chain
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import fastvae
 from fastvae._noise import PartOfBatch, rows_of_batch
 from fastvae.app.run.device import pick_device
-from fastvae.app.run.ranks import ALONE, Ranks, launched
+from fastvae.app.run.ranks import ALONE, PATIENCE, Ranks, _process_group, launched
 from fastvae.app.user_errors import ConfigError
 
 from .conftest import Cli
@@ -65,6 +66,30 @@ def test_parts_of_a_batch_have_the_noise_of_the_whole(impl: str, num_samples: in
         fastvae.gaussian_rsample(mu, logvar, impl=impl)
 
 
+class Encoder(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(x).chunk(2, -1)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_chunks_of_samples_are_drawn_again_for_the_rows_of_the_process(chunk_size: int) -> None:
+    """Backward computes them again after `rows_of_batch` has ended, and must meet the noise that forward had."""
+    torch.manual_seed(0)
+    x = torch.rand(7, 6).round()
+    vae = fastvae.VAE(Encoder(6, 6), torch.nn.Linear(3, 6), fastvae.StandardNormalPrior(3))
+
+    def gradients(rows: slice, part: PartOfBatch | None) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        with rows_of_batch(part):
+            loss = vae(x[rows], bound="iwae", num_samples=4, chunk_size=chunk_size).loss * len(x[rows])
+        return list(torch.autograd.grad(loss, list(vae.parameters())))
+
+    whole = gradients(slice(None), None)
+    parts = [gradients(slice(*rows), PartOfBatch(rows[0], rows[1] - rows[0], 7)) for rows in ((0, 2), (2, 5), (5, 7))]
+    for expected, *of_parts in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(sum(of_parts), expected)
+
+
 def test_each_rank_takes_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
@@ -100,6 +125,19 @@ def test_a_step_that_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch)
         Ranks(1, 2).each(lambda: 3)
     with pytest.raises(SystemExit):
         Ranks(1, 2).from_first(fail)  # which is not called here
+
+
+def test_ranks_that_end_together_leave_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its threads may still run when Python ends, and abort the process."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit), _process_group("cpu", PATIENCE):
+        assert torch.distributed.is_initialized()
+        raise SystemExit(1)
+    assert not torch.distributed.is_initialized()
 
 
 def test_other_commands_run_in_one_process(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:

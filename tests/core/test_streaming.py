@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import streaming
-from fastvae.streaming import Blocks, StreamedScores, streamed_log_prob
+from fastvae.streaming import Blocks, Merged, StreamedScores, streamed_log_prob
 
 
 class Counted:
@@ -313,3 +313,14 @@ def test_every_backend(each_impl: str, cut: Callable[[int, int], None]) -> None:
     want = run(case.to(torch.float64), "reference")
     got = fastvae.streamed_log_prob(case.z, case.mu, case.logvar, case.log_weights, impl=each_impl)
     assert torch.allclose(got.double(), want.log_prob, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [0, 2], [2, 0]])
+def test_a_block_without_a_share_may_have_an_infinite_score(order: list[int]) -> None:
+    """As a narrow component has far away, where 1 / sigma^2 is no float32."""
+    log_prob, score = torch.tensor([-1e40, 0.0, -1.0], dtype=torch.float64), torch.tensor([math.inf, 0.5, -2.0])
+    merged = Merged(torch.zeros(1, 1), True)
+    for block in order:
+        merged.add(log_prob[block : block + 1], score[block : block + 1, None])
+    found = merged.result(torch.float32)[1]
+    assert found is not None and found.tolist() == [[float(score[max(order)])]]

@@ -144,6 +144,9 @@ def _process_group(device: str, patience: timedelta) -> Iterator[None]:
         except ValueError as error:  # an environment variable is missing
             raise ConfigError(f"{error}; torchrun sets it.") from None
         yield
+    except SystemExit:  # all ranks end, see `Ranks.each`; Python may crash at its end if the group is still there
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         told = str(error)
         if not (isinstance(error, dist.DistError) or any(word.lower() in told.lower() for word in _WORDS)):
