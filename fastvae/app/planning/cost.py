@@ -229,4 +229,6 @@ def _half(work: Work, rates: Rates, layout: str, most: int) -> str:
         last = devices
     else:
         return f"Up to {last:,} devices are of more than {_LEAST_EFFICIENCY:.0%} use, the most that can share"
+    if last == 1:
+        return f"One device is of more than {_LEAST_EFFICIENCY:.0%} use, two are not"
     return f"Up to {last:,} devices are of more than {_LEAST_EFFICIENCY:.0%} use, {2 * last:,} are not"
