@@ -34,6 +34,13 @@ constexpr float kMaxError = 1.5e-4f;
 // How what is allowed grows with c - a.
 __device__ __forceinline__ float allowed_slope(int64_t D) { return kRoundoff * (5.0f + sqrtf(float(D))); }
 
+// Of certified sums: whether the difference form has to compute all, because of a row, of too many pairs, or of upstream
+// gradients of both signs.
+__device__ __forceinline__ bool is_given_up(const Features& features) {
+  const volatile int *uncertain = features.uncertain, *signs = features.signs;
+  return (*uncertain & kGivenUp) || (signs[0] && signs[1]);
+}
+
 // Of the pairs of a warp and 32 other items, how many may be computed in the difference form, on average: where they are
 // more, the kernels for the difference form alone are as fast.
 constexpr int kMaxUncertain = 32;
@@ -78,6 +85,55 @@ __device__ __forceinline__ void for_each_uncertain(const Mixture<float>& mix, co
     if ((lanes >> lane & 1) && rank < 4) assign(own);
     for (int taken = 0; taken < 4; ++taken) lanes &= lanes - 1;
   }
+}
+
+// The gradients of a component's mean and variance are made of sums over the rows, in one dimension of
+//
+//   S0 = sum w     S1 = sum w z'     S2 = sum w z'^2     sum w u = S1 - mu' S0     sum w u^2 = S2 - 2 mu' S1 + mu'^2 S0
+//
+// where much may cancel.  Weights of one sign are taken to be positive.  The sums are off by at most
+//
+//   e0 = kTotalError u S0
+//   e1 = (kSumsError + sqrt n) u sqrt(S0 S2) + floor S0      e2 = (kSumsError + sqrt n) u S2 + (the squares' floor) S0
+//
+// - hi + lo, of a feature and of its weight, and lo lo: 12 u sum w |z'| as above, which is at most 12 u sqrt(S0 S2);
+// - what tensor cores cut off of the products of 16 rows, as above: 12 u; z' and mu' are rounded: 4 u;
+// - n additions of 32 rows, and of splits, as in tests/budget.py: u sqrt n;
+// - floor: a small feature, or a weight, is off by 2^-25, and weights are left out that are together below 2^-26 of the
+//   largest.  Features are below 2^14, and S0 is at least 2^14 over the largest scale of a row: so M rows lose at most
+//   (2^-12 + 2^-25 (M + 1)) times the largest scale times S0.
+// - S0 is summed apart: 8 numbers, and then with compensation.
+//
+// The tests allow dmu and dlogvar, over 1 / sigma^2 and 1/2,
+//
+//   (what weights may be off) sum w |u|      + u (6 + sqrt M) sum w |u|
+//   (what weights may be off) sum w |t^2 - 1| + u ((10 + sqrt M) sum w t^2 + (4 + sqrt M) sum w)
+//
+// and a weight may be off by the a of its pair and by l: by at least u (1 + sqrt D) (|log w| + D log 2 pi).  The sums may
+// take half of that.  sum w |u| is at least |sum w u|, and at least sum w u^2 over the largest |u|.
+constexpr float kSumsError = 28.0f, kTotalError = 12.0f;
+
+struct SumsCertificate {
+  float each, weights;  // (kSumsError + sqrt n) u; half of what weights may be off
+  float root_rows;      // sqrt M
+};
+
+// In one dimension.  size: the largest |z'| of a row.  with_variance: whether dlogvar is wanted.
+__device__ __forceinline__ bool are_certified(const SumsCertificate& certificate, float s0, float s1, float s2,
+                                              float mu, float v, float size, float floor, float square_floor,
+                                              bool with_variance) {
+  const float e0 = kTotalError * kRoundoff * s0, e2 = fma(certificate.each, s2, square_floor * s0);
+  const float e1 = fma(certificate.each, sqrtf(s0 * (s2 + e2)), floor * s0);
+  const float wu = s1 - mu * s0, wuu = s2 - mu * s1 - mu * wu;
+  const float error = e1 + fabs(mu) * e0, square_error = e2 + fabs(mu) * (2.0f * e1 + fabs(mu) * e0);
+  const float least_square = wuu - square_error;
+  const float least = fmaxf(least_square / (size + fabs(mu)), fabs(wu) - error);
+  if (!(error <= (certificate.weights + kRoundoff * (6.0f + certificate.root_rows)) * least)) return false;
+  if (!with_variance) return true;
+  const float variance_error = v * square_error + e0;
+  const float far = fmaxf(fabs(v * wuu - s0) - variance_error, 0.0f);
+  return variance_error <= certificate.weights * far + kRoundoff * ((10.0f + certificate.root_rows) * v * least_square +
+                                                                    (4.0f + certificate.root_rows) * s0);
 }
 
 }  // namespace fastvae::cuda

@@ -16,7 +16,10 @@ template <class T>
 struct BackwardPlan {
   Scratch<T> scratch;
   Packed<T> packed;
-  T* screen;              // what the screen needs, in the memory of `packed`, which is filled later
+  T* early;  // what the screen and products need, in the memory of `packed`, which is filled later
+  // On the device; null where products are not tried.  Which tiles of components the difference form has to compute, and
+  // whether there are any.
+  int *repeated = nullptr, *some_repeated = nullptr;
   bool parameters;        // some gradient of the parameters is wanted
   bool log_sigma_ratios;  // the limits need them; where logvar is shared all are 0
   int tiles;              // of components
@@ -26,7 +29,7 @@ struct BackwardPlan {
   T *max_logvar, *columns;           // [D]; scratch memory of sum_columns and max_columns
 
   BackwardPlan(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory)
-      : scratch(memory), packed(mix, scratch, true), screen(memory) {
+      : scratch(memory), packed(mix, scratch, true), early(memory) {
     const int chunks = int(blocks_for(mix.D, kChunk));
     const bool shared = mix.shared && wanted.dlogvar;
     parameters = wanted.dmu || wanted.dlogvar || wanted.dweights;
@@ -37,10 +40,14 @@ struct BackwardPlan {
     chunks_parameters = wanted.dmu || wanted.dlogvar ? chunks : 1;
     splits_parameters = plan_splits(packed.row_tiles, int64_t(tiles) * chunks_parameters, 2 * kMultiprocessors);
     if constexpr (sizeof(T) == 4) {
-      if (is_screen_tried(mix, wanted)) {
-        scratch.take(std::max<int64_t>(0, screened_backward_scratch(mix) - scratch.size()));
-        packed.only_if = reinterpret_cast<int*>(scratch.take(1));
-      }
+      static_assert(BackwardTile<Side::components, T>::kComponents == kRepeated);
+      const bool screened = is_screen_tried(mix, wanted), certified = is_certificate_tried(mix, wanted);
+      const int64_t needed = std::max<int64_t>(screened ? screened_backward_scratch(mix) : 0,
+                                               certified ? certified_backward_scratch(mix, wanted) : 0);
+      scratch.take(std::max<int64_t>(0, needed - scratch.size()));
+      packed.only_if = reinterpret_cast<int*>(scratch.take(screened));
+      some_repeated = reinterpret_cast<int*>(scratch.take(certified));
+      repeated = reinterpret_cast<int*>(scratch.take(certified ? tiles : 0));
     }
     const auto take = [&](const T* gradient, int64_t splits, int64_t n) {
       return gradient && splits > 1 ? scratch.take(splits * n) : nullptr;
@@ -60,7 +67,7 @@ template <class T>
 void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory, Stream stream) {
   if (!wanted.dz && !wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
   const BackwardPlan<T> plan(mix, wanted, memory);
-  const Packed<T>& packed = plan.packed;
+  Packed<T> packed = plan.packed;
   const int64_t largest = std::max<int64_t>(packed.row_tiles, packed.panels) * Tile<T>::kSide * 2 * packed.width;
   if (largest / Tile<T>::kVector > UINT32_MAX)  // of an array: the kernels count in 32 bits
     throw std::runtime_error("fastvae: CUDA: too many rows or components for backward");
@@ -68,11 +75,15 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   T* const dmu = plan.dmu ? plan.dmu : wanted.dmu;
   T* const dlogvar = plan.dlogvar ? plan.dlogvar : wanted.dlogvar;
   T* const dweights = plan.dweights ? plan.dweights : wanted.dweights;
+  int* const not_screened = packed.only_if;
   if constexpr (sizeof(T) == 4) {
-    if (packed.only_if)
-      mixture_screened_backward(mix, wanted, {dz, dmu, dlogvar, dweights, plan.splits_z, plan.splits_parameters},
-                                packed.only_if, plan.screen, stream);
+    const SplitSums sums{dz, dmu, dlogvar, dweights, plan.splits_z, plan.splits_parameters};
+    if (not_screened) mixture_screened_backward(mix, wanted, sums, not_screened, plan.early, stream);
+    if (plan.repeated)
+      mixture_certified_backward(mix, wanted, sums, not_screened, plan.some_repeated, plan.repeated, plan.early,
+                                 stream);
   }
+  if (plan.repeated && !wanted.dz) packed.only_if = plan.some_repeated;
   if (plan.log_sigma_ratios)
     max_columns(mix.logvar, mix.log_weights, mix.K, mix.D, packed.only_if, plan.columns, plan.max_logvar, stream);
   pack<T>(mix, wanted.log_prob, plan.log_sigma_ratios ? plan.max_logvar : nullptr, packed, stream);
@@ -91,6 +102,7 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
     sum(plan.dz, plan.splits_z, mix.M * mix.D, wanted.dz);
   }
   if (!plan.parameters) return;
+  if (plan.repeated) task.packed.only_if = plan.some_repeated, task.only_tiles = plan.repeated;
   task.splits = plan.splits_parameters;
   task.dmu = dmu, task.dlogvar = dlogvar, task.dweights = dweights;
   task.chunks = plan.chunks_parameters;

@@ -56,6 +56,15 @@ bool is_certificate_tried(const Mixture<T>& mix) {
   return mix.M >= 256 && double(mix.M) * double(mix.K) * double(mix.D) >= double(1 << 28);
 }
 
+// The same for the gradients of the parameters.  With few rows, or dimensions, the tests allow sums less than products may
+// lose.
+template <class T>
+bool is_certificate_tried(const Mixture<T>& mix, const Gradients<T>& wanted) {
+  const bool parameters = wanted.dmu || wanted.dlogvar || wanted.dweights;
+  if (!parameters || mix.D > kMaxProductDimensions || !is_certificate_tried(mix)) return false;
+  return mix.M >= (mix.D > 48 ? 1024 : 4096) || std::getenv("FASTVAE_CERTIFICATE");
+}
+
 // How many of the n rows, or components, a block of a small problem owns: one where each can have a multiprocessor.
 template <class T>
 int small_own(int64_t n) {

@@ -77,7 +77,11 @@ struct alignas(16) ScreenTerms {
   float linear, square;  // as in ItemBounds
 };
 
-enum class Bounds { none, certificate, screen };
+enum class Bounds { none, certificate, certified_sums, screen };
+
+// The bits of Features::uncertain: the difference form has to compute all; or some components.
+constexpr int kGivenUp = 1, kSomeRepeated = 2;
+constexpr int kRepeated = 64;  // components that it computes together: a tile of backward
 
 struct Items {
   int64_t count = 0;              // padded to whole blocks and to whole panels
@@ -97,7 +101,13 @@ struct Features {
   float* row_term;  // [rows.count]: R, in nats
   float* doubtful;  // [rows.count]: not 0 where log_prob is too inexact for the row's constant
 
-  int* uncertain = nullptr;  // not 0 where the difference form has to compute all; null without bounds
+  int* uncertain = nullptr;  // kGivenUp, kSomeRepeated, or 0; null without bounds
+
+  // For the certified sums of the parameters, else null.
+  float* sizes;                  // [D + 1]: the largest |z'| of a row that has a weight, and the largest scale
+  int* signs;                    // [2]: whether a row's upstream gradient is above 0, and below
+  int* repeated = nullptr;       // for each kRepeated components, whether the difference form has to compute them
+  const int* only_if = nullptr;  // see Packed
 
   // For the screen, else null.
   float* peaks;         // [components.count]: a at the mean, in nats
@@ -117,9 +127,12 @@ struct Features {
     f.doubtful = scratch.take(f.rows.count);
     const auto take = [&](Bounds of, int64_t n) { return bounds == of ? scratch.take(n) : nullptr; };
     for (Items* items : {&f.rows, &f.components}) {
-      items->bounds = reinterpret_cast<ItemBounds*>(take(Bounds::certificate, items->count * 4));
+      const bool certified = bounds == Bounds::certificate || bounds == Bounds::certified_sums;
+      items->bounds = reinterpret_cast<ItemBounds*>(scratch.take(certified ? items->count * 4 : 0));
       items->screen = reinterpret_cast<ScreenTerms*>(take(Bounds::screen, items->count * 4));
     }
+    f.sizes = take(Bounds::certified_sums, mix.D + 1);
+    f.signs = reinterpret_cast<int*>(take(Bounds::certified_sums, 2));
     f.peaks = take(Bounds::screen, f.components.count);
     f.maxima = reinterpret_cast<int*>(take(Bounds::screen, 2));
     f.score_levels = take(Bounds::screen, f.rows.count);

@@ -7,6 +7,7 @@
 #include "../common/skipping.h"
 #include "product_sums.cuh"
 #include "reductions.cuh"
+#include "screen.h"
 
 namespace fastvae::cuda {
 namespace {
@@ -67,27 +68,58 @@ __global__ void __launch_bounds__(kThreads) correct_rows(int64_t M, Features fea
   terms.weighted -= log2f(merged.total);
 }
 
-// A warp for each component.  dlogvar is [K, D], also where the components share logvar.
-__global__ void __launch_bounds__(kThreads) finish_components(Mixture<float> mix, Features features, SumsTask task,
-                                                              float* dmu, float* dlogvar, float* dweights) {
+// Where a component's gradients go: dlogvar is [K, D], also where the components share logvar.
+struct ParametersOut {
+  float *dmu, *dlogvar, *dweights;
+  int splits = 1;  // of each; all but the first get 0
+};
+
+__device__ __forceinline__ void store(float* to, int64_t i, int64_t n, int splits, float value) {
+  for (int split = 0; split < splits; ++split) to[split * n + i] = split == 0 ? value : 0.0f;
+}
+
+// A warp for each component.  kCertified: says in `features` which components the difference form has to compute.
+template <bool kCertified>
+__global__ void __launch_bounds__(kThreads)
+    finish_components(Mixture<float> mix, Features features, SumsTask task, ParametersOut out) {
+  if (kCertified && is_off(features.only_if)) return;
   const int64_t k = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int lane = int(threadIdx.x) % 32;
   if (k >= mix.K) return;
   const Merged merged(task, k);
   // 2^reference times the sums, in two steps: by itself it may be too small for a number, and they too large.
   const float root = exp2(0.5f * merged.reference), s0 = merged.total;
-  if (dweights && lane == 0) dweights[k] = s0 * root * root;
-  if (!task.sums) return;
+  if (out.dweights && lane == 0) store(out.dweights, k, mix.K, out.splits, s0 * root * root);
+  // weights reach 2^14 only where the reference was no larger (reference_below)
+  bool certified = !kCertified || (!is_given_up(features) && fabs(s0) < INFINITY &&
+                                   (s0 == 0.0f || fabs(merged.reference) < 8388608.0f));
   const bool present = is_present(mix, k);
   const Survey& survey = features.survey;
-  for (int d = lane; d < mix.D; d += 32) {
+  [[maybe_unused]] const float rows = float(mix.M), n = float(mix.D), sign = copysignf(1.0f, s0);
+  [[maybe_unused]] const float log_weight = mix.log_weights && present ? fabs(mix.log_weights[k]) : 0.0f;
+  [[maybe_unused]] const SumsCertificate certificate = {
+      kRoundoff * (kSumsError + sqrtf(rows / float(kOthers<true>) + float(task.splits))),
+      kRoundoff * 0.5f * (1.0f + sqrtf(n)) * (log_weight + n * float(kLog2Pi)), sqrtf(rows)};
+  for (int d = lane; d < mix.D && task.sums; d += 32) {
     const float unit = survey.unit[d], mu = present ? mix.mu[k * mix.D + d] - survey.origin[d] : 0.0f;
     const float v = present ? exp(-bounded(logvar_of(mix, k, d))) : 0.0f;
     const float s1 = merged.sum(task, k, d) / unit, wu = s1 - mu * s0;
-    if (dmu) dmu[k * mix.D + d] = v * wu * root * root;
-    if (!dlogvar) continue;
-    const float s2 = merged.sum(task, k, features.shape.width + d) / (unit * unit * survey.square_unit[d]);
-    dlogvar[k * mix.D + d] = 0.5f * (v * (s2 - mu * s1 - mu * wu) - s0) * root * root;
+    const int64_t to = k * mix.D + d;
+    if (out.dmu) store(out.dmu, to, mix.K * mix.D, out.splits, v * wu * root * root);
+    if (!kCertified && !out.dlogvar) continue;
+    const float square = unit * unit * survey.square_unit[d];
+    const float s2 = merged.sum(task, k, features.shape.width + d) / square;
+    if constexpr (kCertified) {
+      const float floor = features.sizes[mix.D] * (0x1p-12f + 0x1p-25f * (rows + 1.0f));
+      certified &= are_certified(certificate, sign * s0, sign * s1, sign * s2, mu, v, features.sizes[d], floor / unit,
+                                 floor / square, out.dlogvar != nullptr);
+    }
+    if (!out.dlogvar) continue;
+    store(out.dlogvar, to, mix.K * mix.D, out.splits, 0.5f * (v * (s2 - mu * s1 - mu * wu) - s0) * root * root);
+  }
+  if (kCertified && !__all_sync(0xFFFFFFFFu, certified) && lane == 0) {
+    features.repeated[k / kRepeated] = 1;
+    atomicOr(features.uncertain, kSomeRepeated);
   }
 }
 
@@ -106,17 +138,18 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own
   task.negligible = dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
   task.doubtful = nullptr;
   const int64_t blocks = task.own.count / kOwnItems;
-  task.splits = plan_splits(blocks_for(task.others, kOthers), blocks, kMultiprocessors);
+  task.splits = plan_splits(blocks_for(task.others, kOthers<false>), blocks, kMultiprocessors);
   task.reference = scratch.take(task.splits * task.own.count);
   task.total = scratch.take(task.splits * task.own.count);
   task.sums = scratch.take(with_sums ? task.splits * task.own.count * task.shape.steps * kStep : 0);
   return task;
 }
 
-template <int kParts, bool kOwnAreRows>
-void launch_sums(const SumsTask& task, Stream stream) {
-  launch(stream, task.own.count / kOwnItems, task.splits, kThreads, size_t(sums_shared_bytes(task.shape.lines)),
-         weighted_sums<kParts, kOwnAreRows>, task);
+template <int kParts, bool kOwnAreRows, bool kCertified = false>
+void launch_sums(const Mixture<float>& mix, const Features& features, const SumsTask& task, Stream stream) {
+  launch(stream, task.own.count / kOwnItems, task.splits, kThreads,
+         size_t(sums_shared_bytes<kCertified>(task.shape.lines)), weighted_sums<kParts, kOwnAreRows, kCertified>, task,
+         mix, features);
 }
 
 template <int kParts>
@@ -150,6 +183,18 @@ struct ParametersPlan {
   }
 };
 
+struct CertifiedPlan {
+  Scratch<float> scratch;
+  Features features;
+  SumsTask task;
+
+  CertifiedPlan(const Mixture<float>& mix, const Gradients<float>& wanted, float* memory) : scratch(memory) {
+    const bool with_sums = wanted.dmu || wanted.dlogvar;  // which need those of squares to be certified
+    features = Features::plan<2>(mix, !mix.shared || with_sums, Bounds::certified_sums, scratch);
+    task = plan_sums(mix, features, false, with_sums, wanted.dense, scratch);
+  }
+};
+
 }  // namespace
 
 // The gradient in z and those of the parameters are made one after the other in the same memory.
@@ -165,7 +210,7 @@ void mixture_product_backward(const Mixture<float>& mix, const Gradients<float>&
   if (wanted.dz) {
     const RowsPlan<kParts> plan(mix, wanted.dense, scratch);
     pack_features<kParts>(mix, {}, plan.features, stream);
-    launch_sums<kParts, true>(plan.task, stream);
+    launch_sums<kParts, true>(mix, plan.features, plan.task, stream);
     launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
            wanted.grad, wanted.negated, log_prob, wanted.dz);
   }
@@ -173,12 +218,27 @@ void mixture_product_backward(const Mixture<float>& mix, const Gradients<float>&
   const ParametersPlan<kParts> plan(mix, wanted, scratch);
   const Features& features = plan.features;
   pack_features<kParts>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
-  launch_sums<kParts, true>(plan.doubtful_rows, stream);
+  launch_sums<kParts, true>(mix, features, plan.doubtful_rows, stream);
   launch(stream, blocks_for(mix.M, kThreads), 1, kThreads, 0, correct_rows, mix.M, features, plan.doubtful_rows);
-  launch_sums<kParts, false>(plan.task, stream);
-  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components, mix, features, plan.task,
-         wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights);
+  launch_sums<kParts, false>(mix, features, plan.task, stream);
+  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components<false>, mix, features, plan.task,
+         ParametersOut{wanted.dmu, plan.dlogvar ? plan.dlogvar : wanted.dlogvar, wanted.dweights});
   if (plan.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
+}
+
+int64_t certified_backward_scratch(const Mixture<float>& mix, const Gradients<float>& wanted) {
+  return CertifiedPlan(mix, wanted, nullptr).scratch.size();
+}
+
+void mixture_certified_backward(const Mixture<float>& mix, const Gradients<float>& wanted, const SplitSums& to,
+                                const int* only_if, int* uncertain, int* repeated, float* scratch, Stream stream) {
+  const CertifiedPlan plan(mix, wanted, scratch);
+  Features features = plan.features;
+  features.only_if = only_if, features.uncertain = uncertain, features.repeated = repeated;
+  pack_features<2>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
+  launch_sums<2, false, true>(mix, features, plan.task, stream);
+  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components<true>, mix, features, plan.task,
+         ParametersOut{to.dmu, to.dlogvar, to.dweights, to.splits_parameters});
 }
 
 template int64_t product_backward_scratch<1>(const Mixture<float>&, const Gradients<float>&);

@@ -72,7 +72,9 @@ __device__ __forceinline__ float reference_of(const Mixture<float>& mix, int64_t
 }
 
 // Of part blockIdx.x of the components, dimensions from blockIdx.y kThreads on.  `across` threads share the dimensions.
-__global__ void __launch_bounds__(kThreads) survey_parts(Mixture<float> mix, int across, SurveySums* partial) {
+__global__ void __launch_bounds__(kThreads)
+    survey_parts(Mixture<float> mix, int across, const int* only_if, SurveySums* partial) {
+  if (is_off(only_if)) return;
   SurveySums* shared = reinterpret_cast<SurveySums*>(shared_memory);
   const int64_t begin = mix.K * blockIdx.x / gridDim.x, end = mix.K * (int64_t(blockIdx.x) + 1) / gridDim.x;
   const int groups = kThreads / across, group = int(threadIdx.x) / across;
@@ -97,6 +99,8 @@ __global__ void __launch_bounds__(kThreads)
     merge_survey(Mixture<float> mix, const SurveySums* partial, Features features) {
   const int64_t d = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const Survey& survey = features.survey;
+  if (features.uncertain && d == 0) *features.uncertain = 0;
+  if (is_off(features.only_if)) return;
   SurveySums sums;
   if (d < mix.D)
     for (int64_t part = threadIdx.x % 32; part < features.parts; part += 32) sums.merge(partial[part * mix.D + d]);
@@ -106,7 +110,8 @@ __global__ void __launch_bounds__(kThreads)
   sums.s_delta_squared = warp_sum(sums.s_delta_squared);
   sums.logvar = warp_sum(sums.logvar);
   sums.count = warp_sum(sums.count);
-  if (features.uncertain && d == 0) *features.uncertain = 0;
+  if (features.signs && d == 0) features.signs[0] = features.signs[1] = 0;
+  if (features.sizes && d <= mix.D) features.sizes[d] = 0.0f;
   if (features.maxima && d == 0) features.maxima[0] = features.maxima[1] = ordered(-INFINITY);
   if (d >= mix.D || threadIdx.x % 32 != 0) return;
   const float mean = sums.s_delta / sums.s, variance = sums.s_delta_squared / sums.s - mean * mean;
@@ -173,6 +178,7 @@ __device__ float screen_level(float log_prob, float limit, float row_term) {
 // A warp for each row, those of the padding included.
 template <int kParts>
 __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWeights weights, Features features) {
+  if (is_off(features.only_if)) return;
   const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int lane = int(threadIdx.x) % 32;
   const FeatureShape& shape = features.shape;
@@ -238,6 +244,7 @@ __global__ void __launch_bounds__(kThreads)
   const FeatureShape& shape = features.shape;
   const Survey& survey = features.survey;
   const bool present = is_present(mix, k);
+  if (is_off(features.only_if)) return;  // not before: for sm_100a the compiler would spill a register
 
   float logvar_size = 0, log_sigma_ratio = 0, max_logvar = 0;
   double square_sum = 0;
@@ -298,6 +305,31 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// What certified sums need of all rows that have a weight, and which rows rule them out.  Blocks and threads as in
+// survey_parts, of part blockIdx.x of the rows.
+__global__ void __launch_bounds__(kThreads)
+    survey_rows(Mixture<float> mix, RowWeights weights, int across, Features features) {
+  if (is_off(features.only_if)) return;
+  const int64_t begin = mix.M * blockIdx.x / gridDim.x, end = mix.M * (int64_t(blockIdx.x) + 1) / gridDim.x;
+  for (int64_t tile = int64_t(blockIdx.x) * kThreads + threadIdx.x; tile * kRepeated < mix.K;
+       tile += gridDim.x * kThreads)
+    features.repeated[tile] = 0;
+  const int64_t d = int64_t(threadIdx.x) % across;
+  float size = 0, scale = 0;
+  for (int64_t m = begin + int(threadIdx.x) / across; m < end && d < mix.D; m += kThreads / across) {
+    const float l = weights.log_prob[m], grad = upstream_gradient(weights.grad, weights.negated, m);
+    if (l == -INFINITY) continue;
+    if (!(fabs(l) <= kDoubtful && fabs(grad) < INFINITY)) *features.uncertain = kGivenUp;
+    if (grad == 0.0f) continue;
+    if (d == 0) features.signs[grad < 0.0f] = 1;
+    size = fmaxf(size, fabs(mix.z[m * mix.D + d] - features.survey.origin[d]));
+    scale = fmaxf(scale, features.rows.terms[m].scale);
+  }
+  // numbers that are not negative are in the order of their bits
+  if (d < mix.D) atomicMax(reinterpret_cast<int*>(features.sizes) + d, __float_as_int(size));
+  if (d == 0) atomicMax(reinterpret_cast<int*>(features.sizes) + mix.D, __float_as_int(scale));
+}
+
 }  // namespace
 
 template <int kParts>
@@ -306,12 +338,15 @@ void pack_features(const Mixture<float>& mix, const RowWeights& weights, const F
   while (across < kThreads && across < mix.D) across *= 2;
   SurveySums* partial = reinterpret_cast<SurveySums*>(features.partial);
   launch(stream, features.parts, blocks_for(mix.D, kThreads), kThreads, kThreads * sizeof(SurveySums), survey_parts,
-         mix, across, partial);
-  launch(stream, blocks_for(mix.D, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features);
+         mix, across, features.only_if, partial);
+  const int64_t numbers = mix.D + (features.sizes != nullptr);  // that merge_survey writes
+  launch(stream, blocks_for(numbers, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features);
   launch(stream, blocks_for(features.components.count, kThreads / 32), 1, kThreads, 0, pack_components<kParts>, mix,
          -std::log(double(mix.K)), features);
   launch(stream, blocks_for(features.rows.count, kThreads / 32), 1, kThreads, 0, pack_rows<kParts>, mix, weights,
          features);
+  if (features.sizes)
+    launch(stream, Features::survey_parts(mix.M), 1, kThreads, 0, survey_rows, mix, weights, across, features);
 }
 
 template void pack_features<1>(const Mixture<float>&, const RowWeights&, const Features&, Stream);

@@ -16,13 +16,22 @@
 //
 // A block has 128 own items and goes through the others, 64 at a time.  A warp has 16 own items:
 // their features stay in registers, the weights go from one product to the other in registers, and so do the sums.
+//
+// kCertified (the parameters at "highest"): pairs that are not certified and count are computed in the difference form, and
+// sums lose less.  Others come 32 at a time, because the certificate needs registers too.
 #pragma once
 
+#include "../common/compensated.h"
+#include "certificate.cuh"
 #include "product_tile.cuh"
 
 namespace fastvae::cuda {
 
-constexpr int kOthers = 64, kStages = 3;
+template <bool kCertified>
+constexpr int kOthers = kCertified ? 32 : 64;
+template <bool kCertified>
+constexpr int kStages = kCertified ? 4 : 3;  // together they have room for a line of the own items
+static_assert(kStages<true> * kOthers<true> >= kOwnItems && kStages<false> * kOthers<false> >= kOwnItems);
 constexpr int kMaxSteps = 8;  // D <= 64: the sums of more features would not fit into the registers
 
 // What is subtracted from exponents whose largest is `max`.  Weights then reach 2^14, as fp16 numbers are precise above
@@ -43,16 +52,23 @@ struct SumsTask {
   float* sums;               // [splits, own.count, shape.steps kStep]; null where only totals are wanted
 };
 
-inline int64_t sums_shared_bytes(int lines) {
-  return kStages * kOthers * (int64_t(lines) * kLineBytes + int64_t(sizeof(ItemTerms)));
+template <bool kCertified>
+int64_t sums_shared_bytes(int lines) {
+  const int64_t item = int64_t(lines) * kLineBytes + sizeof(ItemTerms) + (kCertified ? sizeof(ItemBounds) : 0);
+  return kStages<kCertified> * kOthers<kCertified> * item + (kCertified ? 16 : 0);
 }
 
-template <int kParts, bool kOwnAreRows>
-__global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
-  constexpr int kLineSteps = kLineFeatures<kParts> / kStep;
+template <int kParts, bool kOwnAreRows, bool kCertified>
+__global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixture<float> mix, Features features) {
+  static_assert(!kCertified || (kParts == 2 && !kOwnAreRows));
+  if (kCertified && is_off(features.only_if)) return;
+  constexpr int kLineSteps = kLineFeatures<kParts> / kStep, kOthers = cuda::kOthers<kCertified>,
+                kStages = cuda::kStages<kCertified>;
   const int lines = task.shape.lines, steps = task.shape.steps, stage_units = kOthers * 8 * lines;
   uint4* const stages = reinterpret_cast<uint4*>(shared_memory);
   ItemTerms* const stage_terms = reinterpret_cast<ItemTerms*>(stages + kStages * stage_units);
+  ItemBounds* const stage_bounds = reinterpret_cast<ItemBounds*>(stage_terms + kStages * kOthers);
+  int* const given_up = reinterpret_cast<int*>(stage_bounds + kStages * kOthers);  // [2]
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int first_own = int(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
   if (task.doubtful) {
@@ -63,6 +79,12 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
   const int all = int((task.others + kOthers - 1) / kOthers);
   const int begin = part_begin(all, task.splits, int(blockIdx.y)),
             end = part_begin(all, task.splits, int(blockIdx.y) + 1);
+
+  int uncertain_pairs = 0;
+  const auto look_whether_given_up = [&](int step) {
+    if (kCertified && threadIdx.x == 0) given_up[step & 1] = is_given_up(features);
+  };
+  look_whether_given_up(begin - 1);
 
   // The own items' features, by way of the stages' memory.
   uint32_t own[kMaxSteps][kParts][4];
@@ -88,21 +110,26 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
       for (int line = 0; line < lines; ++line)
         copy_lines<kOthers>(stages + stage * stage_units + line * kOthers * 8, task.other, int64_t(step) * kOthers,
                             lines, line);
-      if (int(threadIdx.x) < kOthers)
-        __pipeline_memcpy_async(stage_terms + stage * kOthers + threadIdx.x,
-                                task.other.terms + int64_t(step) * kOthers + threadIdx.x, sizeof(ItemTerms));
+      if (int(threadIdx.x) < kOthers) {
+        const int to = stage * kOthers + int(threadIdx.x);
+        const int64_t from = int64_t(step) * kOthers + threadIdx.x;
+        __pipeline_memcpy_async(stage_terms + to, task.other.terms + from, sizeof(ItemTerms));
+        if (kCertified) __pipeline_memcpy_async(stage_bounds + to, task.other.bounds + from, sizeof(ItemBounds));
+      }
     }
     __pipeline_commit();  // an empty group, where nothing is left to copy
   };
-  copy(begin);
-  copy(begin + 1);
+#pragma unroll
+  for (int ahead = 0; ahead < kStages - 1; ++ahead) copy(begin + ahead);
 
-  float sums[2 * kMaxSteps][4] = {}, total[2] = {};
+  float sums[2 * kMaxSteps][4] = {}, total[2] = {}, total_lost[2] = {};
   float max[2] = {Limits<float>::kLowest, Limits<float>::kLowest};
   for (int now = begin; now < end; ++now) {
-    __pipeline_wait_prior(1);
+    __pipeline_wait_prior(kStages - 2);
     __syncthreads();  // every thread's copies have arrived, and no thread reads the stage that is copied to next
-    copy(now + 2);
+    if (kCertified && given_up[(now - 1) & 1]) return;
+    look_whether_given_up(now);
+    copy(now + kStages - 1);
     const int stage = (now - begin) % kStages;
     const uint4* others = stages + stage * stage_units;
     const ItemTerms* terms = stage_terms + stage * kOthers + lane % 4 * 2;
@@ -131,7 +158,57 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
         const ItemTerms& other = terms[8 * j + i % 2];
         const float c = kOwnAreRows ? other.constant : own_constant[i / 2];
         b[j][i] = fma(b[j][i], own_scale[i / 2] * other.scale, c);
-        if constexpr (!kOwnAreRows) {
+        if constexpr (!kOwnAreRows && !kCertified) {
+          b[j][i] += other.constant;
+          b[j][i] = b[j][i] < task.limit ? -INFINITY : b[j][i] + other.weighted;
+        }
+      }
+    }
+    if constexpr (kCertified) {
+      unsigned uncertain = 0;  // a bit for each of the lane's pairs
+      const ItemBounds* bounds = stage_bounds + stage * kOthers + lane % 4 * 2;
+      const float slope = allowed_slope(mix.D);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const ItemBounds component = task.own.bounds[lane_own + 8 * half];
+#pragma unroll
+        for (int j = 0; j < kOthers / 8; ++j) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            const ItemBounds row = bounds[8 * j + i % 2];
+            const float e = fma(row.linear, component.linear, row.square * component.square);
+            const bool certified = fma(slope, b[j][i], e + row.shift) <= component.allowed && e <= kMaxError;
+            const bool left_out = b[j][i] + e + terms[8 * j + i % 2].constant < task.limit;
+            uncertain |= unsigned(!certified && !left_out) << (4 * j + i);
+          }
+        }
+      }
+      if (__any_sync(0xFFFFFFFFu, uncertain != 0)) {
+        uncertain_pairs += warp_count(uncertain);
+        if (uncertain_pairs > kMaxUncertain / 2 * (now - begin + kHeadStart)) {
+          if (lane == 0) *features.uncertain = kGivenUp;
+        } else {
+#pragma unroll 1
+          while (__any_sync(0xFFFFFFFFu, uncertain != 0)) {  // one pair of each lane that has some left
+            const int bit = __ffs(int(uncertain)) - 1;
+            float exact = 0;
+            for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain != 0),
+                               now * kOthers + bit / 4 * 8 + lane % 4 * 2 + bit % 2, lane_own + bit % 4 / 2 * 8,
+                               [&](float exponent) { exact = exponent; });
+#pragma unroll
+            for (int n = 0; n < kOthers / 2; ++n)
+              if (n == bit) b[n / 4][n % 4] = exact;
+            uncertain &= uncertain - 1;
+          }
+        }
+      }
+    }
+    if constexpr (kCertified) {
+#pragma unroll
+      for (int j = 0; j < kOthers / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const ItemTerms& other = terms[8 * j + i % 2];
           b[j][i] += other.constant;
           b[j][i] = b[j][i] < task.limit ? -INFINITY : b[j][i] + other.weighted;
         }
@@ -164,6 +241,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
       if (__any_sync(0xFFFFFFFFu, largest > max[half])) {
         const float shrink = exp2_term(reference_below(max[half]) - reference_below(largest));
         total[half] *= shrink;
+        if (kCertified) total_lost[half] *= shrink;
 #pragma unroll
         for (int j = 0; j < 2 * kMaxSteps; ++j) sums[j][2 * half] *= shrink, sums[j][2 * half + 1] *= shrink;
         max[half] = largest;
@@ -173,6 +251,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
     // The weights, in the places of an operand of the second product: hi, and lo.
     uint32_t weights[kOthers / 16][kParts][4];
     unsigned active = 0;  // the groups of 16 others that have a weight which counts
+    float step_total[2] = {};
 #pragma unroll
     for (int j = 0; j < kOthers / 8; ++j) {
       const ItemTerms &first = terms[8 * j], &second = terms[8 * j + 1];
@@ -183,7 +262,8 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
         const float x[2] = {weighted(b[j][2 * half] - reference, j, 0), weighted(b[j][2 * half + 1] - reference, j, 1)};
         counts |= !(fmaxf(x[0], x[1]) < max[half] - reference - task.negligible);
         float w[2] = {exp2_term(x[0]), exp2_term(x[1])};
-        total[half] = fma(w[0], first.inverse_scale, fma(w[1], second.inverse_scale, total[half]));
+        float& sum = kCertified ? step_total[half] : total[half];
+        sum = fma(w[0], first.inverse_scale, fma(w[1], second.inverse_scale, sum));
         w[0] = copysignf(w[0], first.inverse_scale), w[1] = copysignf(w[1], second.inverse_scale);
         const __half2 hi = __floats2half2_rn(w[0], w[1]);
         uint32_t (&group)[kParts][4] = weights[j / 2];
@@ -196,12 +276,20 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
       }
       if (__any_sync(0xFFFFFFFFu, counts)) active |= 1u << j / 2;
     }
+    if constexpr (kCertified) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        CompensatedSum<float> sum = {total[half], total_lost[half]};
+        sum.add(step_total[half]);
+        total[half] = sum.sum, total_lost[half] = sum.compensation;
+      }
+    }
     if (!task.sums || !active) continue;
 #pragma unroll
     for (int step = 0; step < kMaxSteps; ++step) {
       if (step >= steps) break;
       const uint4* line = others + step / kLineSteps * kOthers * 8;
-      float part[2][4] = {};  // from 0, as in add_product
+      float part[2][4] = {}, step_sums[2][4] = {};  // from 0, as in add_product; where kCertified, in each group
 #pragma unroll
       for (int group = 0; group < kOthers / 16; ++group) {
         if (!(active >> group & 1)) continue;
@@ -218,17 +306,21 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task) {
             multiply_add(part[column], weights[group][0], x[1][2 * column], x[1][2 * column + 1]);
           }
           multiply_add(part[column], weights[group][0], x[0][2 * column], x[0][2 * column + 1]);
+          if constexpr (kCertified) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) step_sums[column][i] += part[column][i], part[column][i] = 0;
+          }
         }
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums[2 * step + i / 4][i % 4] += part[i / 4][i % 4];
+      for (int i = 0; i < 8; ++i) sums[2 * step + i / 4][i % 4] += (kCertified ? step_sums : part)[i / 4][i % 4];
     }
   }
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t own_item = lane_own + 8 * half, to = int64_t(blockIdx.y) * task.own.count + own_item;
-    const float sum = quad_sum(total[half]);
+    const float sum = quad_sum(kCertified ? total[half] + total_lost[half] : total[half]);
     if (lane % 4 == 0) task.reference[to] = reference_below(max[half]), task.total[to] = sum;
     if (!task.sums) continue;
 #pragma unroll

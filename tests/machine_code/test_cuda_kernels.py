@@ -75,7 +75,8 @@ def test_the_product_form_runs_on_tensor_cores(arch: int) -> None:
     forward = [f"product_forward<{part}, {line}>" for part in (1, 2) for line in ("true, false", "false, false")]
     forward += ["product_forward<2, true, true>", "product_forward<2, false, true>"]
     screened = ["screened_sums<true>", "screened_sums<false>"]
-    sums = [f"weighted_sums<{parts}, {rows}>" for parts in (1, 2) for rows in ("true", "false")]
+    sums = [f"weighted_sums<{parts}, {rows}, false>" for parts in (1, 2) for rows in ("true", "false")]
+    sums.append("weighted_sums<2, false, true>")
     wanted = [*forward, *screened, *sums]
     found = {kernel.name: (kernel, code) for kernel, code in compiled_for(arch) if kernel.name in wanted}
     assert sorted(found) == sorted(wanted)
@@ -184,7 +185,7 @@ def test_the_report_knows_the_shared_memory_of_products(
                 continue
             cuda.largest_shared()
             operators.mixture_log_prob_backward(case.grad, log_prob, *args, False, False, True, True, True)
-            name = f"weighted_sums<{template[0]}, false>"
+            name = f"weighted_sums<{template[0]}, false, false>"
             assert cuda.largest_shared() == cuda_family.SHARED[name], name
 
 

@@ -4,7 +4,8 @@
 
 It makes the features of csrc/cuda/product.h and the bounds of csrc/cuda/certificate.cuh and screen.h in float64.  Of
 the pairs that count in logsumexp it counts those that are certified; of all pairs, those that forward and backward
-compute in the difference form.
+compute in the difference form.  Of the sums that the parameters' gradients are made of, it says how much of what the
+tests allow their bounds take.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from . import command
 ERROR, ROUNDOFF, MAX_ERROR = 24.0, 2.0**-24, 1.5e-4 * math.log(2)  # as in certificate.cuh, nats
 SCREEN = 2.0**-10 * 1.02  # of |x| |y|, as in screen.h
 ROWS = 512
+SUMS, TOTAL, TILE = 28.0, 12.0, 64  # as in certificate.cuh; the components that the difference form computes together
+COMPONENTS = 4096  # of which sums are counted
 WIDTH, PANELS = 32, 12  # of forward: the components of a panel that a warp has, and the panels of a split
 
 
@@ -35,15 +38,29 @@ class Norms(NamedTuple):
     square: Tensor
 
 
-def norms(inputs: MixtureInputs) -> tuple[Norms, Norms]:
-    """Of the rows and of the components."""
+class Centred(NamedTuple):
+    """z' [M, D], mu' and v [K, D], and the powers of two that scale features [D]."""
+
+    z: Tensor
+    mu: Tensor
+    v: Tensor
+    unit: Tensor
+    square_unit: Tensor
+
+
+def centred(inputs: MixtureInputs) -> Centred:
     z, mu, logvar = inputs.z.double(), inputs.mu.double(), inputs.logvar.double()
     s, v = torch.exp(-0.5 * logvar), torch.exp(-logvar)
     origin = (s * mu).sum(0) / s.sum(0)
     z, mu = z - origin, mu - origin
     unit = 2 ** torch.round(-0.5 * logvar.mean(0) / math.log(2))
     spread = (s * mu**2).sum(0) / s.sum(0) * unit**2
-    square_unit = 2 ** torch.round(-0.5 * torch.log2(3.5 * (spread + 1)))
+    return Centred(z, mu, v, unit, 2 ** torch.round(-0.5 * torch.log2(3.5 * (spread + 1))))
+
+
+def norms(inputs: MixtureInputs) -> tuple[Norms, Norms]:
+    """Of the rows and of the components."""
+    z, mu, v, unit, square_unit = centred(inputs)
     rows = Norms((z * unit).norm(dim=1), ((z * unit) ** 2 * square_unit).norm(dim=1))
     excess = 0.5 * (v - v.amin(0))
     return rows, Norms((mu * v / unit).norm(dim=1), (excess / unit**2 / square_unit).norm(dim=1))
@@ -95,21 +112,67 @@ def forward_share(a: Tensor, bound: Tensor, certified: Tensor) -> float:
     return computed / (M * K)
 
 
+def count_sums(inputs: MixtureInputs) -> dict[str, float]:
+    """The largest share of what is allowed, for dmu and dlogvar; and how many tiles the difference form computes."""
+    z, mu, v, unit, square_unit = centred(inputs)
+    (M, D), K = z.shape, len(mu)
+    log_weights = inputs.log_weights.double()
+    c = log_weights + 0.5 * torch.log(v).sum(1) - 0.5 * (mu**2 * v).sum(1)
+    s0, s1, s2 = z.new_zeros(K), torch.zeros_like(mu), torch.zeros_like(mu)
+    for rows in z.split(256):
+        r = torch.softmax(c + rows @ (mu * v).T - 0.5 * rows**2 @ v.T, 1)
+        s0, s1, s2 = s0 + r.sum(0), s1 + r.T @ rows, s2 + r.T @ rows**2
+    s0 = s0[:, None]
+    largest = torch.maximum((z * unit).abs().max(), ((z * unit) ** 2 * square_unit).max())
+    floor = 2.0 ** (math.floor(math.log2(float(largest))) - 13) * (2.0**-12 + 2.0**-25 * (M + 1)) * s0
+    each = ROUNDOFF * (SUMS + math.sqrt(M / 32 + 1))
+    e0, e2 = TOTAL * ROUNDOFF * s0, each * s2 + floor / (unit**2 * square_unit)
+    e1 = each * (s0 * (s2 + e2)).sqrt() + floor / unit
+    wu = s1 - mu * s0
+    wuu = s2 - mu * s1 - mu * wu
+    error, square_error = e1 + mu.abs() * e0, e2 + mu.abs() * (2 * e1 + mu.abs() * e0)
+    least = torch.maximum((wuu - square_error) / (z.abs().amax(0) + mu.abs()), wu.abs() - error)
+    weights = 0.5 * ROUNDOFF * (1 + math.sqrt(D)) * (log_weights.abs() + D * math.log(2 * math.pi))[:, None]
+    of_mean = error / ((weights + ROUNDOFF * (6 + math.sqrt(M))) * least)
+    variance_error = v * square_error + e0
+    far = ((v * wuu - s0).abs() - variance_error).clamp(min=0)
+    rounded = ROUNDOFF * ((10 + math.sqrt(M)) * v * (wuu - square_error) + (4 + math.sqrt(M)) * s0)
+    of_variance = variance_error / (weights * far + rounded)
+    certified = (of_mean <= 1).all(1) & (of_variance <= 1).all(1)
+    tiles = certified[: K // TILE * TILE].view(-1, TILE).all(1)
+    return {"dmu": float(of_mean.max()), "dlogvar": float(of_variance.max()), "tiles": share(~tiles)}
+
+
 def measure() -> dict[str, Any]:
     cases = {f"diffuse {(M, K, D)}": diffuse(M, K, D) for M, K, D in ((ROWS, 5000, d) for d in (16, 40, 64, 128))}
     cases[f"trained, made up {(ROWS, 12_500, 40)}"] = concentrated(ROWS, 12_500, 40)
     if (path := find_latents()) is not None:
         cases[f"mnist_latents {(ROWS, 12_500, 40)}"] = from_file(path, ROWS, 12_500)
-    return {"versions": {"torch": torch.__version__}, "cases": {name: count(inputs) for name, inputs in cases.items()}}
+    shapes = [(M, COMPONENTS, D) for D in (32, 40, 64) for M in (1024, 4096)]
+    return {
+        "versions": {"torch": torch.__version__},
+        "cases": {name: count(inputs) for name, inputs in cases.items()},
+        "sums": {f"diffuse {shape}": count_sums(diffuse(*shape)) for shape in shapes},
+    }
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """A line for each case, in percent."""
+    """Of pairs: a line for each case, in percent."""
     headings = [
         *("", "pairs that count", "of these, certified"),
         *("pairs that forward computes as differences", "backward, of the parameters", "backward, of z"),
     ]
     rows = [[name, *(f"{100 * share:.3g} %" for share in found.values())] for name, found in content["cases"].items()]
+    return formatting.markdown(headings, rows)
+
+
+def sums_markdown(content: dict[str, Any]) -> str:
+    """A line for each case."""
+    headings = ["", "of what dmu may be off, at most", "of what dlogvar may be off", "tiles computed as differences"]
+    rows = [
+        [name, f"{found['dmu']:.2f}", f"{found['dlogvar']:.2f}", f"{100 * found['tiles']:.3g} %"]
+        for name, found in content["sums"].items()
+    ]
     return formatting.markdown(headings, rows)
 
 

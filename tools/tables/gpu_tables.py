@@ -20,6 +20,12 @@ def certified(results: Results) -> str:
     return certificate.markdown(results.read("certificate.json"))
 
 
+@table("certified-sums", "certificate.json")
+def certified_sums(results: Results) -> str:
+    """How much of what may be lost the CUDA kernels' sums of products take."""
+    return certificate.sums_markdown(results.read("certificate.json"))
+
+
 @table("triton-targets", "*")  # also where nothing is recorded, which is what it then says
 def targets(results: Results) -> str:
     """The targets on an H200: met, missed, or never run, on each GPU that has a record."""

@@ -39,8 +39,9 @@ SHARED: Mapping[str, int] = {
     **{"product_forward<2, true, false>": 94_208, "product_forward<2, false, false>": 61_440},
     **{"product_forward<1, true, false>": 70_144, "product_forward<1, false, false>": 70_144},
     **{"product_forward<2, true, true>": 89_616, "product_forward<2, false, true>": 56_848},
-    **{f"weighted_sums<2, {rows}>": 101_376 for rows in ("true", "false")},
-    **{f"weighted_sums<1, {rows}>": 52_224 for rows in ("true", "false")},
+    **{f"weighted_sums<2, {rows}, false>": 101_376 for rows in ("true", "false")},
+    **{f"weighted_sums<1, {rows}, false>": 52_224 for rows in ("true", "false")},
+    "weighted_sums<2, false, true>": 69_648,
     **{"screened_sums<true>": 67_600, "screened_sums<false>": 100_880},  # by whether own items are rows, at D = 64
     **{f"small_rows<float, {whole}, 1>": 73_808 for whole in ("true", "false")},
     **{f"small_rows<float, {whole}, 4>": 95_520 for whole in ("true", "false")},
