@@ -284,6 +284,7 @@ def test_runs_that_are_all_finished_or_none(root: Path, kept: str, empty: str, s
             path.unlink()
     main([], root)
     assert sentence in (root / "docs" / f"{empty}.md").read_text()
+    assert "No run is recorded of `exemplar-mnist`," in (root / "docs" / "unfinished-reproductions.md").read_text()
 
 
 def test_what_is_not_recorded_says_so(root: Path) -> None:

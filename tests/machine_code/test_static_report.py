@@ -183,6 +183,8 @@ def test_the_record_has_what_the_tables_print(kernels: list[dict[str, Any]]) -> 
         assert TABLES[name](kept["kernels"]) == TABLES[name](kernels)
         assert len(TABLES[name](kernels).splitlines()) > 10
     assert len(json.dumps(kept)) < len(json.dumps(report)) / 4
+    of_others = {**report, "kernels": [{**kernel, "family": "cuda"} for kernel in kernels]}
+    assert record(of_others, "triton")["kernels"] == []
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,12 @@ def describe(families: Sequence[str], arches: Sequence[str], match: str = "") ->
         pattern = re.compile(match)
     except re.error as error:
         raise BenchmarkError(f"--match {match}: not a regular expression ({error})") from None
-    found = [entry(kernel) for arch in arches for family in chosen for kernel in family.kernels(int(arch), pattern)]
+    found = [
+        {"family": family.name, **entry(kernel)}
+        for arch in arches
+        for family in chosen
+        for kernel in family.kernels(int(arch), pattern)
+    ]
     return {"versions": _versions(), "kernels": found}
 
 

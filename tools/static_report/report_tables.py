@@ -45,6 +45,8 @@ def record(report: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Of a whole report those numbers that the tables of a family print, with the versions of the compilers."""
     kept = []
     for kernel in report["kernels"]:
+        if kernel["family"] != family:
+            continue
         tables = [table for table in TABLES.values() if table.family == family and table.shows(kernel)]
         if names := {name for table in tables for name in ("kernel", "case", "arch", *table.fields)}:
             kept.append({name: _printed(name, value) for name, value in kernel.items() if name in names})

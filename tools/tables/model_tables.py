@@ -82,7 +82,10 @@ def reproductions(results: Results) -> str:
 
 @table("unfinished-reproductions", "reproductions/*.json")
 def unfinished_reproductions(results: Results) -> str:
-    """The runs of `fastvae reproduce` that were measured on their way."""
+    """The runs of `fastvae reproduce` that were measured on their way, and the protocols that have no run."""
+    run = {found["protocol"]["name"] for found in _reproductions(results)}
+    missing = ", ".join(f"`{name}`" for name in protocol_names() if name not in run)
+    not_run = f"No run is recorded of {missing}." if missing else "All protocols have a recorded run."
     rows = [
         [
             f"`{found['protocol']['name']}`",
@@ -96,9 +99,9 @@ def unfinished_reproductions(results: Results) -> str:
         for found in _reproductions(results, finished=False)
     ]
     if not rows:
-        return "*Every recorded run went to its end.*"
+        return f"Every recorded run went to its end. {not_run}"
     headings = ["", "seed", "published", "so far +- standard error", "epochs so far", "training so far", "on"]
-    return formatting.markdown(headings, rows)
+    return f"{formatting.markdown(headings, rows)}\n\n{not_run}"
 
 
 @table("freyfaces", "reproductions/*-freyfaces*.json")
