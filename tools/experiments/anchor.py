@@ -28,15 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import VAE
-from fastvae._files import write_json
 from fastvae.app.data.dataset import Dataset, Kind, make_split
 from fastvae.app.run.config import TrainConfig, make_config
 from fastvae.app.run.networks import build
 from fastvae.app.run.optimizer import NormalizedAdam
 from fastvae.app.run.trained import load_run
-from fastvae.app.user_errors import AppError
 from fastvae.benchmarks import formatting
 from fastvae.vae import VAEOutput
+
+from . import command
 
 BATCH, SIDE, STEPS, BETA = 20, 12, 20, 0.3
 CLAMP = 1e-5  # the published code keeps the probability of a pixel this far from 0 and 1
@@ -313,15 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    try:
-        content = measure(options.checkout.absolute(), options.run)
-    except (ImportError, RuntimeError, AppError) as error:  # a package is missing, or a run
-        print(error, file=sys.stderr)
-        return 2
-    if options.out is not None:
-        write_json(options.out, content)
-    print(markdown(content))
-    return 0
+    return command.keep(lambda: measure(options.checkout.absolute(), options.run), markdown, options.out)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvae._files import write_json
+from fastvae.app.user_errors import AppError
 from fastvae.benchmarks.errors import BenchmarkError
 
 
@@ -26,12 +27,17 @@ def run(
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there too")
     options = parser.parse_args()
+    return keep(measure, markdown, options.out)
+
+
+def keep(measure: Callable[[], dict[str, Any]], markdown: Callable[[dict[str, Any]], str], out: Path | None) -> int:
+    """Measure, write the record to `out` unless it is None, and print it; 0 if all was measured, 2 if it cannot be."""
     try:
         content = measure()
-    except (ImportError, RuntimeError, BenchmarkError) as error:  # a package is missing, or a file is not what it says
+    except (ImportError, RuntimeError, BenchmarkError, AppError) as error:  # a package is missing, or a file is wrong
         print(error, file=sys.stderr)
         return 2
-    if options.out is not None:
-        write_json(options.out, content)
+    if out is not None:
+        write_json(out, content)
     print(markdown(content))
     return 0
