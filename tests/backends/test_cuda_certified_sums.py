@@ -317,7 +317,7 @@ def test_sums_lose_no_more_than_their_bounds(rows: str, backward: Backward) -> N
         reference.component_log_prob(*(t.double() for t in (z, mu, case.logvar, case.log_weights))), 1
     )
     mean, square = (weights.T @ z.double() ** n / weights.sum(0)[:, None] for n in (1, 2))
-    each = 28 + math.sqrt(M / 32 + 8)
+    each = 28 + math.sqrt(M / 32 + 1) + 1
     e0, e1, e2 = 12.0, each * square.sqrt(), each * square
     off = (got[1].double() / v - (mean - mu) * s0).abs() / s0 / ROUNDOFF
     bound = e1 + mu.abs() * e0
