@@ -71,7 +71,8 @@ template <class T>
 Gradients<T> certified_of(const Mixture<T>& mix, Gradients<T> wanted) {
   const bool tried = mix.D <= kMaxProductDimensions && is_certificate_tried(mix),
              always = std::getenv("FASTVAE_CERTIFICATE");
-  if (!tried || !(always || (mix.D > 24 && mix.K >= (mix.D > 48 ? 1024 : mix.D > 32 ? 4096 : 16384)))) wanted.dz = nullptr;
+  if (!tried || !(always || (mix.D > 24 && mix.K >= (mix.D > 48 ? 1024 : mix.D > 32 ? 4096 : 16384))))
+    wanted.dz = nullptr;
   if (!tried || !(always || mix.M >= (mix.D > 48 ? 1024 : 4096)))
     wanted.dmu = wanted.dlogvar = wanted.dweights = nullptr;
   return wanted;

@@ -116,9 +116,9 @@ struct Features {
   int* uncertain = nullptr;  // kGivenUp, kSomeRepeated, or 0; null without bounds
 
   // For certified sums, else null.
-  float* sizes;    // [D + 2]: the largest |z'| of a row that has a weight; the largest scale of a row, of a component
-  int* signs;      // [2]: whether a row's upstream gradient is above 0, and below
-  uint4* spreads;  // [components.count]: a line each, of mu'^2 v in hi alone; for the score
+  float* sizes;  // [D + 2]: the largest |z'| of a row that has a weight; the largest scale of a row, of a component
+  int* signs;    // [2]: whether a row's upstream gradient is above 0, and below
+  uint4* spreads = nullptr;  // [components.count]: a line each, of mu'^2 v in hi alone; where the score is wanted
   Repeated repeated;
   const int* only_if = nullptr;  // see Packed
 
@@ -147,7 +147,6 @@ struct Features {
     }
     f.sizes = take(Bounds::certified_sums, mix.D + 2);
     f.signs = reinterpret_cast<int*>(take(Bounds::certified_sums, 2));
-    f.spreads = reinterpret_cast<uint4*>(take(Bounds::certified_sums, f.components.count * (kLineBytes / 4)));
     f.peaks = take(Bounds::screen, f.components.count);
     f.maxima = reinterpret_cast<int*>(take(Bounds::screen, 2));
     f.score_levels = take(Bounds::screen, f.rows.count);

@@ -212,7 +212,10 @@ struct CertifiedPlan {
   CertifiedPlan(const Mixture<float>& mix, const Gradients<float>& wanted, float* memory) : scratch(memory) {
     const bool with_sums = wanted.dmu || wanted.dlogvar;  // which need those of squares to be certified
     features = Features::plan<2>(mix, !mix.shared || with_sums, Bounds::certified_sums, scratch);
-    if (wanted.dz) rows = plan_sums(mix, features, true, true, wanted.dense, scratch, true);
+    if (wanted.dz) {
+      features.spreads = reinterpret_cast<uint4*>(scratch.take(features.components.count * (kLineBytes / 4)));
+      rows = plan_sums(mix, features, true, true, wanted.dense, scratch, true);
+    }
     if (has_parameters(wanted)) components = plan_sums(mix, features, false, with_sums, wanted.dense, scratch);
   }
 };

@@ -92,6 +92,13 @@ def test_what_benchmarks_call_diffuse(backward: Backward) -> None:
         assert_gradients_within(got, case)
 
 
+def test_every_dimension_in_units_of_its_own(backward: Backward) -> None:
+    case, unit = wide_case(130, 200, 40), torch.logspace(-6, 6, 40)
+    assert_by_products(
+        backward, replace(case, z=case.z * unit, mu=case.mu * unit, logvar=case.logvar + 2 * unit.log())
+    )
+
+
 def test_shared_variance_and_equal_weights(backward: Backward) -> None:
     case = wide_case(130, 200, 40)
     shared = replace(case, logvar=torch.linspace(1, 2, 40)[None])
