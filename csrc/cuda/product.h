@@ -67,7 +67,7 @@ struct Survey {
 // The power of two that brings mu'^2 v, in the scale in which mu' v is a feature, below that feature.
 __device__ __forceinline__ float spread_scale(float max_mean, float unit) {
   const int above = (__float_as_int(max_mean * unit) >> 23) - 126;  // max_mean unit is below 2^above
-  return __int_as_float((127 - (above < 126 ? above : 126)) << 23) / unit;
+  return __int_as_float((127 - (above < 126 ? above : 126)) << 23);
 }
 
 // What the certificate of a pair is made of (certificate.cuh).

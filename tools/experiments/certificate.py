@@ -175,7 +175,7 @@ def count_scores(inputs: MixtureInputs) -> dict[str, float]:
     score, max_mean = s1 - z * s0, mu.abs().amax(0)
     small, lost = floor_of(r, torch.cat([mu * v / unit, 0.5 * (v - v.amin(0)) / unit**2 / square_unit], 1))
     floor = small + lost[:, None]
-    spread_unit = unit * 2 ** (torch.floor(torch.log2(max_mean * unit)) + 1)
+    spread_unit = 2 ** (torch.floor(torch.log2(max_mean * unit)) + 1)
     each, total = each_loses(M, K), TOTAL * ROUNDOFF
     e2, e0 = SPREAD * s2 + floor * spread_unit, (each + total) * s0 + 2 * floor * unit**2 * square_unit
     e1 = each * ((s0 + e0) * (s2 + e2)).sqrt() + floor * unit + total * s1.abs()
