@@ -313,8 +313,7 @@ __global__ void __launch_bounds__(kThreads)
     screen = {c + 0x1p-21f * (fabs(c) + fabs(peak)), terms.scale, kScreenError * bounds.linear,
               kScreenError * bounds.square};
   }
-  if (features.sizes && present)
-    atomicMax(reinterpret_cast<int*>(features.sizes) + mix.D + 1, __float_as_int(terms.scale));
+  if (features.sizes && present) raise(reinterpret_cast<int*>(features.sizes) + mix.D + 1, terms.scale);
   features.components.terms[k] = terms;
   if (features.components.bounds) {
     bounds.linear *= kError * kRoundoff, bounds.square *= kError * kRoundoff;
