@@ -21,7 +21,7 @@ struct BackwardTask {
   T* dz = nullptr;                       // [splits, M, D]
   T *dmu = nullptr, *dlogvar = nullptr;  // [splits, K, D]
   T* dweights = nullptr;                 // [splits, K]
-  const int* only_tiles = nullptr;       // [tiles of components]: those that are not 0 are computed; null: all
+  const int* only_tiles = nullptr;       // for each own tile: those that are not 0 are computed; null: all
 };
 
 // n numbers that lie together, loaded as widely as their alignment allows.

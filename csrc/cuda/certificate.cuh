@@ -34,11 +34,11 @@ constexpr float kMaxError = 1.5e-4f;
 // How what is allowed grows with c - a.
 __device__ __forceinline__ float allowed_slope(int64_t D) { return kRoundoff * (5.0f + sqrtf(float(D))); }
 
-// Of certified sums: whether the difference form has to compute all, because of a row, of too many pairs, or of upstream
-// gradients of both signs.
-__device__ __forceinline__ bool is_given_up(const Features& features) {
+// Of certified sums: whether the difference form has to compute all, because of a row or of too many pairs; or, for the
+// parameters, because of upstream gradients of both signs.
+__device__ __forceinline__ bool is_given_up(const Features& features, bool own_are_rows) {
   const volatile int *uncertain = features.uncertain, *signs = features.signs;
-  return (*uncertain & kGivenUp) || (signs[0] && signs[1]);
+  return (*uncertain & kGivenUp) || (!own_are_rows && signs[0] && signs[1]);
 }
 
 // Of the pairs of a warp and 32 other items, how many may be computed in the difference form, on average: where they are
@@ -94,14 +94,14 @@ __device__ __forceinline__ void for_each_uncertain(const Mixture<float>& mix, co
 // where much may cancel.  Weights of one sign are taken to be positive.  The sums are off by at most
 //
 //   e0 = kTotalError u S0
-//   e1 = (kSumsError + sqrt n) u sqrt(S0 S2) + floor S0      e2 = (kSumsError + sqrt n) u S2 + (the squares' floor) S0
+//   e1 = each sqrt(S0 S2) + floor S0      e2 = each S2 + (the squares' floor) S0
+//   each = (kSumsError + sqrt(n / s) + sqrt s) u      floor = 2^-25 (the largest scale of a row) + (2^-11 M + 4) / S0
 //
 // - hi + lo, of a feature and of its weight, and lo lo: 12 u sum w |z'| as above, which is at most 12 u sqrt(S0 S2);
 // - what tensor cores cut off of the products of 16 rows, as above: 12 u; z' and mu' are rounded: 4 u;
-// - n additions of 32 rows, and of splits, as in tests/budget.py: u sqrt n;
+// - n additions of 32 rows, in s splits, and those of the splits: u times the roots of both, as in tests/budget.py;
 // - floor: a small feature, or a weight, is off by 2^-25, and weights are left out that are together below 2^-26 of the
-//   largest.  Features are below 2^14, and S0 is at least 2^14 over the largest scale of a row: so M rows lose at most
-//   (2^-12 + 2^-25 (M + 1)) times the largest scale times S0.
+//   largest.  As the sums are made, a feature is below 2^14 and a weight at most that.
 // - S0 is summed apart: 8 numbers, and then with compensation.
 //
 // The tests allow dmu and dlogvar, over 1 / sigma^2 and 1/2,
@@ -111,11 +111,32 @@ __device__ __forceinline__ void for_each_uncertain(const Mixture<float>& mix, co
 //
 // and a weight may be off by the a of its pair and by l: by at least u (1 + sqrt D) (|log w| + D log 2 pi).  The sums may
 // take half of that.  sum w |u| is at least |sum w u|, and at least sum w u^2 over the largest |u|.
-constexpr float kSumsError = 28.0f, kTotalError = 12.0f;
+//
+// A row's score is made of sums over the components, with the responsibilities r as weights; in one dimension
+//
+//   S0 = sum r v     S1 = sum r v mu'     S2 = sum r v mu'^2     score = S1 - z' S0     sum r v u^2 = S2 - z' (S1 + score)
+//
+// S0 and S1 are off as the sums above are, and by kTotalError u of themselves, because they are divided by the sum of the
+// weights.  S2 serves the bound alone: its features and weights are hi alone, so that it is off by kSpreadError S2 and its
+// floor.  The tests allow the score
+//
+//   (what weights may be off) sum r v |u| + u (8 + sqrt K) sum r v |u|
+constexpr float kSumsError = 28.0f, kTotalError = 12.0f, kSpreadError = 1.02f * 0x1p-10f;
+
+// n: how many items were summed.  max_scale: the largest of their scales.  total: the sum of their weights.
+__device__ __forceinline__ float floor_of(float n, float max_scale, float total) {
+  return 0x1p-25f * max_scale + (0x1p-11f * n + 4.0f) / total;
+}
 
 struct SumsCertificate {
-  float each, weights;  // (kSumsError + sqrt n) u; half of what weights may be off
-  float root_rows;      // sqrt M
+  float each, weights;  // as above; half of what weights may be off
+  float root_others;    // sqrt M, or sqrt K
+
+  // others: how many items are summed, `together` of them at a time.  log_weight: |log w|, or less.
+  __device__ SumsCertificate(float others, float together, int splits, float D, float log_weight)
+      : each(kRoundoff * (kSumsError + sqrtf(others / (together * float(splits)) + 1.0f) + sqrtf(float(splits)))),
+        weights(kRoundoff * 0.5f * (1.0f + sqrtf(D)) * (log_weight + D * float(kLog2Pi))),
+        root_others(sqrtf(others)) {}
 };
 
 // In one dimension.  size: the largest |z'| of a row.  with_variance: whether dlogvar is wanted.
@@ -128,12 +149,31 @@ __device__ __forceinline__ bool are_certified(const SumsCertificate& certificate
   const float error = e1 + fabs(mu) * e0, square_error = e2 + fabs(mu) * (2.0f * e1 + fabs(mu) * e0);
   const float least_square = wuu - square_error;
   const float least = fmaxf(least_square / (size + fabs(mu)), fabs(wu) - error);
-  if (!(error <= (certificate.weights + kRoundoff * (6.0f + certificate.root_rows)) * least)) return false;
+  if (!(error <= (certificate.weights + kRoundoff * (6.0f + certificate.root_others)) * least)) return false;
   if (!with_variance) return true;
   const float variance_error = v * square_error + e0;
   const float far = fmaxf(fabs(v * wuu - s0) - variance_error, 0.0f);
-  return variance_error <= certificate.weights * far + kRoundoff * ((10.0f + certificate.root_rows) * v * least_square +
-                                                                    (4.0f + certificate.root_rows) * s0);
+  return variance_error <=
+         certificate.weights * far +
+             kRoundoff * ((10.0f + certificate.root_others) * v * least_square + (4.0f + certificate.root_others) * s0);
+}
+
+// The sums of a row in one dimension, for responsibilities that add up to one.
+struct ScoreSums {
+  float s0, s1, s2, score;
+  float floor0, floor1, floor2;
+};
+
+// z is z', and max_mean the largest |mu'| of a component.
+__device__ __forceinline__ bool is_certified(const SumsCertificate& certificate, const ScoreSums& sums, float z,
+                                             float max_mean) {
+  const float e2 = fma(kSpreadError, sums.s2, sums.floor2), total = kTotalError * kRoundoff;
+  const float e0 = fma(certificate.each + total, sums.s0, sums.floor0);
+  const float e1 = fma(certificate.each, sqrtf((sums.s0 + e0) * (sums.s2 + e2)), sums.floor1) + total * fabs(sums.s1);
+  const float error = e1 + fabs(z) * e0;
+  const float least_square = sums.s2 - z * (sums.s1 + sums.score) - (e2 + fabs(z) * (e1 + error));
+  const float least = fmaxf(least_square / (max_mean + fabs(z)), fabs(sums.score) - error);
+  return error <= (certificate.weights + kRoundoff * (8.0f + certificate.root_others)) * least;
 }
 
 }  // namespace fastvae::cuda

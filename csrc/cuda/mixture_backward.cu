@@ -16,11 +16,11 @@ template <class T>
 struct BackwardPlan {
   Scratch<T> scratch;
   Packed<T> packed;
-  T* early;  // what the screen and products need, in the memory of `packed`, which is filled later
-  // On the device; null where products are not tried.  Which tiles of components the difference form has to compute, and
-  // whether there are any.
-  int *repeated = nullptr, *some_repeated = nullptr;
-  bool parameters;        // some gradient of the parameters is wanted
+  T* early;                // what the screen and products need, in the memory of `packed`, which is filled later
+  Gradients<T> certified;  // those for which products are tried
+  // On the device; null where products are not tried.  Which tiles the difference form has to compute, and whether any.
+  Repeated repeated;
+  int* some_repeated = nullptr;
   bool log_sigma_ratios;  // the limits need them; where logvar is shared all are 0
   int tiles;              // of components
   int chunks_z, splits_z, chunks_parameters, splits_parameters;
@@ -32,7 +32,7 @@ struct BackwardPlan {
       : scratch(memory), packed(mix, scratch, true), early(memory) {
     const int chunks = int(blocks_for(mix.D, kChunk));
     const bool shared = mix.shared && wanted.dlogvar;
-    parameters = wanted.dmu || wanted.dlogvar || wanted.dweights;
+    certified = certified_of(mix, wanted);
     log_sigma_ratios = wanted.dz && !mix.shared && !wanted.dense;
     chunks_z = chunks;
     tiles = component_tiles(mix);
@@ -40,14 +40,16 @@ struct BackwardPlan {
     chunks_parameters = wanted.dmu || wanted.dlogvar ? chunks : 1;
     splits_parameters = plan_splits(packed.row_tiles, int64_t(tiles) * chunks_parameters, 2 * kMultiprocessors);
     if constexpr (sizeof(T) == 4) {
-      static_assert(BackwardTile<Side::components, T>::kComponents == kRepeated);
-      const bool screened = is_screen_tried(mix, wanted), certified = is_certificate_tried(mix, wanted);
+      static_assert(BackwardTile<Side::rows, T>::kRows == kRepeatedRows);
+      static_assert(BackwardTile<Side::components, T>::kComponents == kRepeatedComponents);
+      const bool screened = is_screen_tried(mix, wanted);
       const int64_t needed = std::max<int64_t>(screened ? screened_backward_scratch(mix) : 0,
-                                               certified ? certified_backward_scratch(mix, wanted) : 0);
+                                               has_any(certified) ? certified_backward_scratch(mix, certified) : 0);
       scratch.take(std::max<int64_t>(0, needed - scratch.size()));
       packed.only_if = reinterpret_cast<int*>(scratch.take(screened));
-      some_repeated = reinterpret_cast<int*>(scratch.take(certified));
-      repeated = reinterpret_cast<int*>(scratch.take(certified ? tiles : 0));
+      some_repeated = reinterpret_cast<int*>(scratch.take(has_any(certified)));
+      repeated.rows = reinterpret_cast<int*>(scratch.take(certified.dz ? packed.row_tiles : 0));
+      repeated.components = reinterpret_cast<int*>(scratch.take(has_parameters(certified) ? tiles : 0));
     }
     const auto take = [&](const T* gradient, int64_t splits, int64_t n) {
       return gradient && splits > 1 ? scratch.take(splits * n) : nullptr;
@@ -65,7 +67,7 @@ struct BackwardPlan {
 
 template <class T>
 void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory, Stream stream) {
-  if (!wanted.dz && !wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
+  if (!has_any(wanted)) return;
   const BackwardPlan<T> plan(mix, wanted, memory);
   Packed<T> packed = plan.packed;
   const int64_t largest = std::max<int64_t>(packed.row_tiles, packed.panels) * Tile<T>::kSide * 2 * packed.width;
@@ -79,11 +81,12 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   if constexpr (sizeof(T) == 4) {
     const SplitSums sums{dz, dmu, dlogvar, dweights, plan.splits_z, plan.splits_parameters};
     if (not_screened) mixture_screened_backward(mix, wanted, sums, not_screened, plan.early, stream);
-    if (plan.repeated)
-      mixture_certified_backward(mix, wanted, sums, not_screened, plan.some_repeated, plan.repeated, plan.early,
+    if (has_any(plan.certified))
+      mixture_certified_backward(mix, plan.certified, sums, not_screened, plan.some_repeated, plan.repeated, plan.early,
                                  stream);
   }
-  if (plan.repeated && !wanted.dz) packed.only_if = plan.some_repeated;
+  const bool rows_tried = plan.certified.dz, parameters_tried = has_parameters(plan.certified);
+  if (rows_tried == bool(wanted.dz) && parameters_tried == has_parameters(wanted)) packed.only_if = plan.some_repeated;
   if (plan.log_sigma_ratios)
     max_columns(mix.logvar, mix.log_weights, mix.K, mix.D, packed.only_if, plan.columns, plan.max_logvar, stream);
   pack<T>(mix, wanted.log_prob, plan.log_sigma_ratios ? plan.max_logvar : nullptr, packed, stream);
@@ -94,6 +97,7 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   BackwardTask<T> task{
       mix, packed, wanted.log_prob, wanted.grad, wanted.negated, wanted.dense, log_negligible<T>(mix.K)};
   if (wanted.dz) {
+    if (rows_tried) task.packed.only_if = plan.some_repeated, task.only_tiles = plan.repeated.rows;
     task.splits = plan.splits_z;
     task.dz = dz;
     task.chunks = plan.chunks_z;
@@ -101,8 +105,9 @@ void tiled_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
            backward_kernel<Side::rows, T>(mix.D), task);
     sum(plan.dz, plan.splits_z, mix.M * mix.D, wanted.dz);
   }
-  if (!plan.parameters) return;
-  if (plan.repeated) task.packed.only_if = plan.some_repeated, task.only_tiles = plan.repeated;
+  if (!has_parameters(wanted)) return;
+  task.packed.only_if = parameters_tried ? plan.some_repeated : packed.only_if;
+  task.only_tiles = plan.repeated.components;
   task.splits = plan.splits_parameters;
   task.dmu = dmu, task.dlogvar = dlogvar, task.dweights = dweights;
   task.chunks = plan.chunks_parameters;
@@ -133,7 +138,7 @@ template <class T>
 void small_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory, Stream stream) {
   const SmallPlan<T> plan(mix, wanted, memory);
   if (wanted.dz) small_backward_rows(mix, wanted, stream);
-  if (!wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
+  if (!has_parameters(wanted)) return;
   small_backward_components(mix, wanted, plan.dlogvar, stream);
   if (mix.shared && wanted.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
 }

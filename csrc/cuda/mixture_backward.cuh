@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) backward(Bac
   BackwardShared<kSide, T>& shared = *reinterpret_cast<BackwardShared<kSide, T>*>(shared_memory);
   const Packed<T>& packed = task.packed;
   if (is_off(packed.only_if)) return;
-  if (!kOwnsRows && task.only_tiles && task.only_tiles[blockIdx.x] == 0) return;
+  if (task.only_tiles && task.only_tiles[blockIdx.x] == 0) return;
   const int own_tile = int(blockIdx.x), first_dimension = int(blockIdx.y) % task.chunks * kChunk;
   const int other_tiles = kOwnsRows ? component_tiles(task.mix) : packed.row_tiles;
   const int split = int(blockIdx.y) / task.chunks;

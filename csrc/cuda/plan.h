@@ -56,13 +56,26 @@ bool is_certificate_tried(const Mixture<T>& mix) {
   return mix.M >= 256 && double(mix.M) * double(mix.K) * double(mix.D) >= double(1 << 28);
 }
 
-// The same for the gradients of the parameters.  With few rows, or dimensions, the tests allow sums less than products may
-// lose.
 template <class T>
-bool is_certificate_tried(const Mixture<T>& mix, const Gradients<T>& wanted) {
-  const bool parameters = wanted.dmu || wanted.dlogvar || wanted.dweights;
-  if (!parameters || mix.D > kMaxProductDimensions || !is_certificate_tried(mix)) return false;
-  return mix.M >= (mix.D > 48 ? 1024 : 4096) || std::getenv("FASTVAE_CERTIFICATE");
+bool has_parameters(const Gradients<T>& wanted) {
+  return wanted.dmu || wanted.dlogvar || wanted.dweights;
+}
+template <class T>
+bool has_any(const Gradients<T>& wanted) {
+  return wanted.dz || has_parameters(wanted);
+}
+
+// Of the gradients that are wanted, those for which the product form is tried first.  With few others to sum, or few
+// dimensions, the tests allow sums less than products may lose.
+template <class T>
+Gradients<T> certified_of(const Mixture<T>& mix, Gradients<T> wanted) {
+  const bool tried = mix.D <= kMaxProductDimensions && is_certificate_tried(mix),
+             always = std::getenv("FASTVAE_CERTIFICATE");
+  if (!tried || !(always || (mix.D > 24 && mix.K >= (mix.D > 48 ? 1024 : mix.D > 32 ? 4096 : 16384))))
+    wanted.dz = nullptr;
+  if (!tried || !(always || mix.M >= (mix.D > 48 ? 1024 : 4096)))
+    wanted.dmu = wanted.dlogvar = wanted.dweights = nullptr;
+  return wanted;
 }
 
 // How many of the n rows, or components, a block of a small problem owns: one where each can have a multiprocessor.

@@ -53,7 +53,7 @@ FeatureShape feature_shape(int64_t D, bool squares) {
 struct alignas(16) ItemTerms {
   float constant;  // of a component: c'.  Of a row, and the next ones of both: see product_sums.cuh
   float scale;
-  float weighted;       // the exponent of 1 / scale; a row's has the logarithm of its upstream gradient as well
+  float weighted;       // the exponent of scale; a row's has the logarithm of its upstream gradient as well
   float inverse_scale;  // a row's has the sign of its upstream gradient
 };
 
@@ -61,7 +61,14 @@ struct alignas(16) ItemTerms {
 struct Survey {
   float *origin, *max_logvar;
   float *unit, *square_unit;  // powers of two: x = [z' unit, (z' unit)^2 square_unit]
+  float* max_mean;            // the largest |mu'|
 };
+
+// The power of two that brings mu'^2 v, in the scale in which mu' v is a feature, below that feature.
+__device__ __forceinline__ float spread_scale(float max_mean, float unit) {
+  const int above = (__float_as_int(max_mean * unit) >> 23) - 126;  // max_mean unit is below 2^above
+  return __int_as_float((127 - (above < 126 ? above : 126)) << 23);
+}
 
 // What the certificate of a pair is made of (certificate.cuh).
 struct alignas(16) ItemBounds {
@@ -79,9 +86,14 @@ struct alignas(16) ScreenTerms {
 
 enum class Bounds { none, certificate, certified_sums, screen };
 
-// The bits of Features::uncertain: the difference form has to compute all; or some components.
+// The bits of Features::uncertain: the difference form has to compute all; or some items.
 constexpr int kGivenUp = 1, kSomeRepeated = 2;
-constexpr int kRepeated = 64;  // components that it computes together: a tile of backward
+constexpr int kRepeatedRows = 128, kRepeatedComponents = 64;  // that it computes together: a tile of backward
+
+// Which tiles of backward the difference form has to compute: not 0 for those.  Null where their gradients are not wanted.
+struct Repeated {
+  int *rows = nullptr, *components = nullptr;
+};
 
 struct Items {
   int64_t count = 0;              // padded to whole blocks and to whole panels
@@ -103,10 +115,11 @@ struct Features {
 
   int* uncertain = nullptr;  // kGivenUp, kSomeRepeated, or 0; null without bounds
 
-  // For the certified sums of the parameters, else null.
-  float* sizes;                  // [D + 1]: the largest |z'| of a row that has a weight, and the largest scale
-  int* signs;                    // [2]: whether a row's upstream gradient is above 0, and below
-  int* repeated = nullptr;       // for each kRepeated components, whether the difference form has to compute them
+  // For certified sums, else null.
+  float* sizes;  // [D + 2]: the largest |z'| of a row that has a weight; the largest scale of a row, of a component
+  int* signs;    // [2]: whether a row's upstream gradient is above 0, and below
+  uint4* spreads = nullptr;  // [components.count]: a line each, of mu'^2 v in hi alone; where the score is wanted
+  Repeated repeated;
   const int* only_if = nullptr;  // see Packed
 
   // For the screen, else null.
@@ -119,7 +132,8 @@ struct Features {
     Features f;
     f.shape = feature_shape<kParts>(mix.D, squares);
     f.parts = survey_parts(mix.K);
-    f.survey = {scratch.take(mix.D), scratch.take(mix.D), scratch.take(mix.D), scratch.take(mix.D)};
+    f.survey = {scratch.take(mix.D), scratch.take(mix.D), scratch.take(mix.D), scratch.take(mix.D),
+                scratch.take(mix.D)};
     f.partial = scratch.take(f.parts * kSurveySums * mix.D);
     f.rows = items(mix.M, f.shape, scratch);
     f.components = items(mix.K, f.shape, scratch);
@@ -131,7 +145,7 @@ struct Features {
       items->bounds = reinterpret_cast<ItemBounds*>(scratch.take(certified ? items->count * 4 : 0));
       items->screen = reinterpret_cast<ScreenTerms*>(take(Bounds::screen, items->count * 4));
     }
-    f.sizes = take(Bounds::certified_sums, mix.D + 1);
+    f.sizes = take(Bounds::certified_sums, mix.D + 2);
     f.signs = reinterpret_cast<int*>(take(Bounds::certified_sums, 2));
     f.peaks = take(Bounds::screen, f.components.count);
     f.maxima = reinterpret_cast<int*>(take(Bounds::screen, 2));
@@ -139,7 +153,7 @@ struct Features {
     return f;
   }
 
-  static constexpr int kSurveySums = 6;
+  static constexpr int kSurveySums = 8;
 
   // How many parts of the components are surveyed at the same time.
   static int64_t survey_parts(int64_t K) { return std::min<int64_t>((K + 63) / 64, 2 * kMultiprocessors); }

@@ -28,32 +28,60 @@ struct Merged {
   __device__ float sum(const SumsTask& task, int64_t item, int feature) const {
     float sum = 0;
     for (int split = 0; split < task.splits; ++split)
-      sum +=
-          factor(task, item, split) * task.sums[(split * task.own.count + item) * (task.shape.steps * kStep) + feature];
+      sum += factor(task, item, split) * task.sums[(split * task.own.count + item) * task.columns + feature];
     return sum;
   }
 };
 
-// A warp for each row: log_prob [M] unless null, and out [M, D], the score times the upstream gradient.
+__device__ __forceinline__ void store(float* to, int64_t i, int64_t n, int splits, float value) {
+  for (int split = 0; split < splits; ++split) to[split * n + i] = split == 0 ? value : 0.0f;
+}
+
+// A warp for each row, the score times the upstream gradient: the first of the splits of dz [splits, M, D]; the others
+// get 0.  Without log_prob in `weights`, log_prob [M] is written unless it is null.  kCertified: says in `features` which
+// rows the difference form has to compute.
+template <bool kCertified>
 __global__ void __launch_bounds__(kThreads) finish_rows(Mixture<float> mix, Features features, SumsTask task,
-                                                        const float* grad, bool negated, float* log_prob, float* out) {
+                                                        RowWeights weights, float* log_prob, float* dz, int splits) {
+  if (kCertified && is_off(features.only_if)) return;
   const int64_t m = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int lane = int(threadIdx.x) % 32;
   if (m >= mix.M) return;
   const Merged merged(task, m);
-  const float term = features.row_term[m];
-  const float l = BinaryLogSum{merged.reference, merged.total}.log(term);
-  if (log_prob && lane == 0) log_prob[m] = l;
+  float l;
+  if constexpr (kCertified) {
+    l = weights.log_prob[m];
+  } else {
+    l = BinaryLogSum{merged.reference, merged.total}.log(features.row_term[m]);
+    if (log_prob && lane == 0) log_prob[m] = l;
+  }
+  bool certified = !kCertified || !is_given_up(features, true);
   const Survey& survey = features.survey;
-  const float upstream = upstream_gradient(grad, negated, m), per_total = 1.0f / (merged.total * float(kLog2E));
+  [[maybe_unused]] const SumsCertificate certificate(float(mix.K), float(kOthers<true>), task.splits, float(mix.D), 0);
+  const float upstream = upstream_gradient(weights.grad, weights.negated, m),
+              per_total = 1.0f / (merged.total * float(kLog2E));
   for (int d = lane; d < mix.D; d += 32) {
     const float centred = mix.z[m * mix.D + d] - survey.origin[d], unit = survey.unit[d];
-    float score = merged.sum(task, m, d) * unit;
-    if (features.shape.squares)
-      score += 2.0f * centred * merged.sum(task, m, features.shape.width + d) * (unit * unit * survey.square_unit[d]);
-    score = score * per_total - centred * exp(-bounded(survey.max_logvar[d]));
-    if (l != l) score = l;  // the features of a row that has NaN are 0
-    out[m * mix.D + d] = l == -INFINITY ? 0.0f : upstream * score;
+    const float least_v = exp(-bounded(survey.max_logvar[d])), square = unit * unit * survey.square_unit[d];
+    const float s1 = merged.sum(task, m, d) * unit * per_total;
+    const float half =
+        features.shape.squares ? merged.sum(task, m, features.shape.width + d) * square * per_total : 0.0f;
+    float score = s1 + 2.0f * centred * half - centred * least_v;
+    if constexpr (kCertified) {
+      const float floor = floor_of(float(mix.K), features.sizes[mix.D + 1], merged.total) / float(kLog2E);
+      const float max_mean = survey.max_mean[d], spread_unit = 1.0f / spread_scale(max_mean, unit);
+      const float s2 = merged.sum(task, m, task.shape.steps * kStep + d) * spread_unit * per_total;
+      const ScoreSums sums = {fma(-2.0f, half, least_v), s1, s2, score, 2.0f * floor * square, floor * unit,
+                              floor * spread_unit};
+      certified &= is_certified(certificate, sums, centred, max_mean);
+    } else {
+      if (l != l) score = l;  // the features of a row that has NaN are 0
+    }
+    store(dz, m * mix.D + d, mix.M * mix.D, splits, l == -INFINITY ? 0.0f : upstream * score);
+  }
+  if (kCertified && l != -INFINITY && !__all_sync(0xFFFFFFFFu, certified) && lane == 0) {
+    features.repeated.rows[m / kRepeatedRows] = 1;
+    atomicOr(features.uncertain, kSomeRepeated);
   }
 }
 
@@ -74,10 +102,6 @@ struct ParametersOut {
   int splits = 1;  // of each; all but the first get 0
 };
 
-__device__ __forceinline__ void store(float* to, int64_t i, int64_t n, int splits, float value) {
-  for (int split = 0; split < splits; ++split) to[split * n + i] = split == 0 ? value : 0.0f;
-}
-
 // A warp for each component.  kCertified: says in `features` which components the difference form has to compute.
 template <bool kCertified>
 __global__ void __launch_bounds__(kThreads)
@@ -90,16 +114,12 @@ __global__ void __launch_bounds__(kThreads)
   // 2^reference times the sums, in two steps: by itself it may be too small for a number, and they too large.
   const float root = exp2(0.5f * merged.reference), s0 = merged.total;
   if (out.dweights && lane == 0) store(out.dweights, k, mix.K, out.splits, s0 * root * root);
-  // weights reach 2^14 only where the reference was no larger (reference_below)
-  bool certified = !kCertified || (!is_given_up(features) && fabs(s0) < INFINITY &&
-                                   (s0 == 0.0f || fabs(merged.reference) < 8388608.0f));
+  bool certified = !kCertified || (!is_given_up(features, false) && fabs(s0) < INFINITY);
   const bool present = is_present(mix, k);
   const Survey& survey = features.survey;
-  [[maybe_unused]] const float rows = float(mix.M), n = float(mix.D), sign = copysignf(1.0f, s0);
+  [[maybe_unused]] const float rows = float(mix.M), sign = copysignf(1.0f, s0);
   [[maybe_unused]] const float log_weight = mix.log_weights && present ? fabs(mix.log_weights[k]) : 0.0f;
-  [[maybe_unused]] const SumsCertificate certificate = {
-      kRoundoff * (kSumsError + sqrtf(rows / float(kOthers<true>) + float(task.splits))),
-      kRoundoff * 0.5f * (1.0f + sqrtf(n)) * (log_weight + n * float(kLog2Pi)), sqrtf(rows)};
+  [[maybe_unused]] const SumsCertificate certificate(rows, float(kOthers<true>), task.splits, float(mix.D), log_weight);
   for (int d = lane; d < mix.D && task.sums; d += 32) {
     const float unit = survey.unit[d], mu = present ? mix.mu[k * mix.D + d] - survey.origin[d] : 0.0f;
     const float v = present ? exp(-bounded(logvar_of(mix, k, d))) : 0.0f;
@@ -109,8 +129,8 @@ __global__ void __launch_bounds__(kThreads)
     if (!kCertified && !out.dlogvar) continue;
     const float square = unit * unit * survey.square_unit[d];
     const float s2 = merged.sum(task, k, features.shape.width + d) / square;
-    if constexpr (kCertified) {
-      const float floor = features.sizes[mix.D] * (0x1p-12f + 0x1p-25f * (rows + 1.0f));
+    if (kCertified && s0 != 0.0f) {
+      const float floor = floor_of(rows, features.sizes[mix.D], fabs(s0));
       certified &= are_certified(certificate, sign * s0, sign * s1, sign * s2, mu, v, features.sizes[d], floor / unit,
                                  floor / square, out.dlogvar != nullptr);
     }
@@ -118,14 +138,14 @@ __global__ void __launch_bounds__(kThreads)
     store(out.dlogvar, to, mix.K * mix.D, out.splits, 0.5f * (v * (s2 - mu * s1 - mu * wu) - s0) * root * root);
   }
   if (kCertified && !__all_sync(0xFFFFFFFFu, certified) && lane == 0) {
-    features.repeated[k / kRepeated] = 1;
+    features.repeated.components[k / kRepeatedComponents] = 1;
     atomicOr(features.uncertain, kSomeRepeated);
   }
 }
 
 // with_sums: false where totals alone are wanted.
 SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own_are_rows, bool with_sums, bool dense,
-                   Scratch<float>& scratch) {
+                   Scratch<float>& scratch, bool with_spread = false) {
   SumsTask task;
   task.own = own_are_rows ? features.rows : features.components;
   task.other = own_are_rows ? features.components : features.rows;
@@ -139,17 +159,18 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own
   task.doubtful = nullptr;
   const int64_t blocks = task.own.count / kOwnItems;
   task.splits = plan_splits(blocks_for(task.others, kOthers<false>), blocks, kMultiprocessors);
+  task.columns = task.shape.steps * kStep + (with_spread ? int(round_up(mix.D, kStep)) : 0);
   task.reference = scratch.take(task.splits * task.own.count);
   task.total = scratch.take(task.splits * task.own.count);
-  task.sums = scratch.take(with_sums ? task.splits * task.own.count * task.shape.steps * kStep : 0);
+  task.sums = scratch.take(with_sums ? task.splits * task.own.count * task.columns : 0);
   return task;
 }
 
 template <int kParts, bool kOwnAreRows, bool kCertified = false>
 void launch_sums(const Mixture<float>& mix, const Features& features, const SumsTask& task, Stream stream) {
   launch(stream, task.own.count / kOwnItems, task.splits, kThreads,
-         size_t(sums_shared_bytes<kCertified>(task.shape.lines)), weighted_sums<kParts, kOwnAreRows, kCertified>, task,
-         mix, features);
+         size_t(sums_shared_bytes<kOwnAreRows, kCertified>(task.shape.lines)),
+         weighted_sums<kParts, kOwnAreRows, kCertified>, task, mix, features);
 }
 
 template <int kParts>
@@ -186,12 +207,16 @@ struct ParametersPlan {
 struct CertifiedPlan {
   Scratch<float> scratch;
   Features features;
-  SumsTask task;
+  SumsTask rows, components;
 
   CertifiedPlan(const Mixture<float>& mix, const Gradients<float>& wanted, float* memory) : scratch(memory) {
     const bool with_sums = wanted.dmu || wanted.dlogvar;  // which need those of squares to be certified
     features = Features::plan<2>(mix, !mix.shared || with_sums, Bounds::certified_sums, scratch);
-    task = plan_sums(mix, features, false, with_sums, wanted.dense, scratch);
+    if (wanted.dz) {
+      features.spreads = reinterpret_cast<uint4*>(scratch.take(features.components.count * (kLineBytes / 4)));
+      rows = plan_sums(mix, features, true, true, wanted.dense, scratch, true);
+    }
+    if (has_parameters(wanted)) components = plan_sums(mix, features, false, with_sums, wanted.dense, scratch);
   }
 };
 
@@ -211,10 +236,10 @@ void mixture_product_backward(const Mixture<float>& mix, const Gradients<float>&
     const RowsPlan<kParts> plan(mix, wanted.dense, scratch);
     pack_features<kParts>(mix, {}, plan.features, stream);
     launch_sums<kParts, true>(mix, plan.features, plan.task, stream);
-    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows, mix, plan.features, plan.task,
-           wanted.grad, wanted.negated, log_prob, wanted.dz);
+    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows<false>, mix, plan.features, plan.task,
+           RowWeights{nullptr, wanted.grad, wanted.negated}, log_prob, wanted.dz, 1);
   }
-  if (!wanted.dmu && !wanted.dlogvar && !wanted.dweights) return;
+  if (!has_parameters(wanted)) return;
   const ParametersPlan<kParts> plan(mix, wanted, scratch);
   const Features& features = plan.features;
   pack_features<kParts>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
@@ -231,14 +256,21 @@ int64_t certified_backward_scratch(const Mixture<float>& mix, const Gradients<fl
 }
 
 void mixture_certified_backward(const Mixture<float>& mix, const Gradients<float>& wanted, const SplitSums& to,
-                                const int* only_if, int* uncertain, int* repeated, float* scratch, Stream stream) {
+                                const int* only_if, int* uncertain, Repeated repeated, float* scratch, Stream stream) {
   const CertifiedPlan plan(mix, wanted, scratch);
   Features features = plan.features;
   features.only_if = only_if, features.uncertain = uncertain, features.repeated = repeated;
-  pack_features<2>(mix, {wanted.log_prob, wanted.grad, wanted.negated}, features, stream);
-  launch_sums<2, false, true>(mix, features, plan.task, stream);
-  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components<true>, mix, features, plan.task,
-         ParametersOut{to.dmu, to.dlogvar, to.dweights, to.splits_parameters});
+  const RowWeights weights = {wanted.log_prob, wanted.grad, wanted.negated};
+  pack_features<2>(mix, weights, features, stream);
+  if (wanted.dz) {
+    launch_sums<2, true, true>(mix, features, plan.rows, stream);
+    launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, finish_rows<true>, mix, features, plan.rows,
+           weights, static_cast<float*>(nullptr), to.dz, to.splits_z);
+  }
+  if (!has_parameters(wanted)) return;
+  launch_sums<2, false, true>(mix, features, plan.components, stream);
+  launch(stream, blocks_for(mix.K, kThreads / 32), 1, kThreads, 0, finish_components<true>, mix, features,
+         plan.components, ParametersOut{to.dmu, to.dlogvar, to.dweights, to.splits_parameters});
 }
 
 template int64_t product_backward_scratch<1>(const Mixture<float>&, const Gradients<float>&);

@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
 
   const auto copy = [&](int panel, int line, int stage) {
     const int64_t first = int64_t(panel) * kColumns;
-    copy_lines<kColumns>(stages + stage * kColumns * 8, features.components, first, lines, line);
-    if (!kResident) copy_lines<kRows>(row_lines + stage * kRows * 8, features.rows, first_row, lines, line);
+    copy_lines<kColumns>(stages + stage * kColumns * 8, features.components.lines, first, lines, line);
+    if (!kResident) copy_lines<kRows>(row_lines + stage * kRows * 8, features.rows.lines, first_row, lines, line);
     const int column = int(thread_index());
     if (line == 0 && column < kColumns) {
       const int to = panel % 2 * kColumns + column;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
   };
   if (kResident)
     for (int line = 0; line < lines; ++line)
-      copy_lines<kRows>(row_lines + line * kRows * 8, features.rows, first_row, lines, line);
+      copy_lines<kRows>(row_lines + line * kRows * 8, features.rows.lines, first_row, lines, line);
   if (begin < end) copy(begin, 0, 0);
 
   // A lane has a quarter of the columns of rows 16 i + 8 half + lane / 4 of its warp's, for i, half = 0, 1.

@@ -48,6 +48,7 @@ __device__ __forceinline__ void raise(int* maximum, float x) {
 // that the spread does not cancel; with the weight s = 1 / sigma.
 struct SurveySums {
   float max_logvar = Limits<float>::kLowest, s = 0, s_delta = 0, s_delta_squared = 0, logvar = 0, count = 0;
+  float min_mu = -Limits<float>::kLowest, max_mu = Limits<float>::kLowest;
 
   __device__ void add(float mu, float reference, float lv) {
     const float weight = exp(-0.5f * bounded(lv)), delta = mu - reference;
@@ -57,11 +58,13 @@ struct SurveySums {
     s_delta_squared += weight * delta * delta;
     logvar += lv;
     count += 1.0f;
+    min_mu = fminf(min_mu, mu), max_mu = fmaxf(max_mu, mu);
   }
   __device__ void merge(const SurveySums& other) {
     max_logvar = fmaxf(max_logvar, other.max_logvar);
     s += other.s, s_delta += other.s_delta, s_delta_squared += other.s_delta_squared;
     logvar += other.logvar, count += other.count;
+    min_mu = fminf(min_mu, other.min_mu), max_mu = fmaxf(max_mu, other.max_mu);
   }
 };
 static_assert(sizeof(SurveySums) == Features::kSurveySums * sizeof(float));
@@ -110,8 +113,10 @@ __global__ void __launch_bounds__(kThreads)
   sums.s_delta_squared = warp_sum(sums.s_delta_squared);
   sums.logvar = warp_sum(sums.logvar);
   sums.count = warp_sum(sums.count);
+  sums.min_mu = -warp_max(-sums.min_mu);
+  sums.max_mu = warp_max(sums.max_mu);
   if (features.signs && d == 0) features.signs[0] = features.signs[1] = 0;
-  if (features.sizes && d <= mix.D) features.sizes[d] = 0.0f;
+  if (features.sizes && d <= mix.D + 1) features.sizes[d] = 0.0f;
   if (features.maxima && d == 0) features.maxima[0] = features.maxima[1] = ordered(-INFINITY);
   if (d >= mix.D || threadIdx.x % 32 != 0) return;
   const float mean = sums.s_delta / sums.s, variance = sums.s_delta_squared / sums.s - mean * mean;
@@ -119,6 +124,7 @@ __global__ void __launch_bounds__(kThreads)
   const int unit = nearest_exponent(0.5f * log2_v);
   const float spread = fmaxf(variance, 0.0f) * power_of_two(unit) * power_of_two(unit);  // S^2 / sigma^2
   survey.origin[d] = fabs(origin) < INFINITY ? origin : 0.0f;
+  survey.max_mean[d] = fmaxf(fmaxf(sums.max_mu - survey.origin[d], survey.origin[d] - sums.min_mu), 0.0f);
   survey.max_logvar[d] = sums.max_logvar;
   survey.unit[d] = power_of_two(unit);
   survey.square_unit[d] = power_of_two(nearest_exponent(-0.5f * log2f(3.5f * (spread + 1.0f))));
@@ -273,6 +279,19 @@ __global__ void __launch_bounds__(kThreads)
   };
   ItemBounds bounds;
   const int exponent = store_features<kParts>(features.components.lines + k * shape.lines * 8, shape, value, bounds);
+  if (features.spreads) {
+    __half* line = reinterpret_cast<__half*>(features.spreads + k * 8);
+    for (int d = lane; d < kLineFeatures<1>; d += 32) {
+      double x = 0;
+      if (present && d < mix.D) {
+        const double mean = mix.mu[k * mix.D + d] - survey.origin[d];
+        x = mean * mean * exp(-bounded(logvar_of(mix, k, d))) * kLog2E * power_of_two(-exponent) *
+            spread_scale(survey.max_mean[d], survey.unit[d]);
+      }
+      if (x > 65504.0) *features.uncertain = kGivenUp;  // the bound has no room for that
+      line[d] = __float2half_rn(float(x));
+    }
+  }
   if (lane != 0) return;
   ItemTerms terms = {-INFINITY, 1.0f, -INFINITY, 0.0f};
   bounds.allowed = INFINITY, bounds.shift = -INFINITY;  // of a component that is absent
@@ -287,12 +306,14 @@ __global__ void __launch_bounds__(kThreads)
     const float n = float(mix.D), size = fabs(float(log_weight)) + 0.5f * (logvar_size + n * float(kLog2Pi));
     // Where c' or v is beyond float32, no bound holds.
     const bool in_range = squares < 1e38 && max_logvar <= Limits<float>::kExpLimit;
-    if (features.uncertain && !in_range) *features.uncertain = 1;
+    const bool fits = !features.sizes || bounds.linear < -Limits<float>::kLowest;  // also into the sums
+    if (features.uncertain && !(in_range && fits)) *features.uncertain = kGivenUp;
     bounds.allowed = (kRoundoff * (1.0f + sqrtf(n)) * size + allowed_slope(mix.D) * peak) * float(kLog2E);
     bounds.shift = float(exact_peak * kLog2E);
     screen = {c + 0x1p-21f * (fabs(c) + fabs(peak)), terms.scale, kScreenError * bounds.linear,
               kScreenError * bounds.square};
   }
+  if (features.sizes && present) raise(reinterpret_cast<int*>(features.sizes) + mix.D + 1, terms.scale);
   features.components.terms[k] = terms;
   if (features.components.bounds) {
     bounds.linear *= kError * kRoundoff, bounds.square *= kError * kRoundoff;
@@ -311,9 +332,11 @@ __global__ void __launch_bounds__(kThreads)
     survey_rows(Mixture<float> mix, RowWeights weights, int across, Features features) {
   if (is_off(features.only_if)) return;
   const int64_t begin = mix.M * blockIdx.x / gridDim.x, end = mix.M * (int64_t(blockIdx.x) + 1) / gridDim.x;
-  for (int64_t tile = int64_t(blockIdx.x) * kThreads + threadIdx.x; tile * kRepeated < mix.K;
-       tile += gridDim.x * kThreads)
-    features.repeated[tile] = 0;
+  const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
+  for (int64_t tile = first; features.repeated.rows && tile * kRepeatedRows < mix.M; tile += threads)
+    features.repeated.rows[tile] = 0;
+  for (int64_t tile = first; features.repeated.components && tile * kRepeatedComponents < mix.K; tile += threads)
+    features.repeated.components[tile] = 0;
   const int64_t d = int64_t(threadIdx.x) % across;
   float size = 0, scale = 0;
   for (int64_t m = begin + int(threadIdx.x) / across; m < end && d < mix.D; m += kThreads / across) {
@@ -339,7 +362,7 @@ void pack_features(const Mixture<float>& mix, const RowWeights& weights, const F
   SurveySums* partial = reinterpret_cast<SurveySums*>(features.partial);
   launch(stream, features.parts, blocks_for(mix.D, kThreads), kThreads, kThreads * sizeof(SurveySums), survey_parts,
          mix, across, features.only_if, partial);
-  const int64_t numbers = mix.D + (features.sizes != nullptr);  // that merge_survey writes
+  const int64_t numbers = mix.D + (features.sizes ? 2 : 0);  // that merge_survey writes
   launch(stream, blocks_for(numbers, kThreads / 32), 1, kThreads, 0, merge_survey, mix, partial, features);
   launch(stream, blocks_for(features.components.count, kThreads / 32), 1, kThreads, 0, pack_components<kParts>, mix,
          -std::log(double(mix.K)), features);

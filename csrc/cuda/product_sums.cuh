@@ -17,8 +17,9 @@
 // A block has 128 own items and goes through the others, 64 at a time.  A warp has 16 own items:
 // their features stay in registers, the weights go from one product to the other in registers, and so do the sums.
 //
-// kCertified (the parameters at "highest"): pairs that are not certified and count are computed in the difference form, and
-// sums lose less.  Others come 32 at a time, because the certificate needs registers too.
+// kCertified ("highest"): pairs that are not certified and count are computed in the difference form, and sums lose less.
+// Others come 32 at a time, because the certificate needs registers too.  The score's other items have a line of squares
+// beside their features, which are summed as well: the spread.
 #pragma once
 
 #include "../common/compensated.h"
@@ -48,23 +49,30 @@ struct SumsTask {
   float negligible;       // bits below the largest weight so far at which a pair does not count in the sums
   const float* doubtful;  // [own.count] or null: blocks whose own items are all 0 here have nothing to do
   int splits;
+  int columns;               // of the sums: the features, and the spread
   float *reference, *total;  // [splits, own.count]
-  float* sums;               // [splits, own.count, shape.steps kStep]; null where only totals are wanted
+  float* sums;               // [splits, own.count, columns]; null where only totals are wanted
 };
 
-template <bool kCertified>
+template <bool kOwnAreRows, bool kCertified>
+constexpr bool kWithSpread = kOwnAreRows && kCertified;
+constexpr int kSpreadSteps = kMaxSteps / 2;
+
+template <bool kOwnAreRows, bool kCertified>
 int64_t sums_shared_bytes(int lines) {
-  const int64_t item = int64_t(lines) * kLineBytes + sizeof(ItemTerms) + (kCertified ? sizeof(ItemBounds) : 0);
+  const int64_t item = int64_t(lines + kWithSpread<kOwnAreRows, kCertified>) * kLineBytes + sizeof(ItemTerms) +
+                       (kCertified ? sizeof(ItemBounds) : 0);
   return kStages<kCertified> * kOthers<kCertified> * item + (kCertified ? 16 : 0);
 }
 
 template <int kParts, bool kOwnAreRows, bool kCertified>
 __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixture<float> mix, Features features) {
-  static_assert(!kCertified || (kParts == 2 && !kOwnAreRows));
+  static_assert(!kCertified || kParts == 2);
   if (kCertified && is_off(features.only_if)) return;
   constexpr int kLineSteps = kLineFeatures<kParts> / kStep, kOthers = cuda::kOthers<kCertified>,
                 kStages = cuda::kStages<kCertified>;
-  const int lines = task.shape.lines, steps = task.shape.steps, stage_units = kOthers * 8 * lines;
+  constexpr bool kWithSpread = cuda::kWithSpread<kOwnAreRows, kCertified>;
+  const int lines = task.shape.lines, steps = task.shape.steps, stage_units = kOthers * 8 * (lines + kWithSpread);
   uint4* const stages = reinterpret_cast<uint4*>(shared_memory);
   ItemTerms* const stage_terms = reinterpret_cast<ItemTerms*>(stages + kStages * stage_units);
   ItemBounds* const stage_bounds = reinterpret_cast<ItemBounds*>(stage_terms + kStages * kOthers);
@@ -82,14 +90,14 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
 
   int uncertain_pairs = 0;
   const auto look_whether_given_up = [&](int step) {
-    if (kCertified && threadIdx.x == 0) given_up[step & 1] = is_given_up(features);
+    if (kCertified && threadIdx.x == 0) given_up[step & 1] = is_given_up(features, kOwnAreRows);
   };
   look_whether_given_up(begin - 1);
 
   // The own items' features, by way of the stages' memory.
   uint32_t own[kMaxSteps][kParts][4];
   for (int line = 0; line < lines; ++line) {
-    copy_lines<kOwnItems>(stages, task.own, first_own, lines, line);
+    copy_lines<kOwnItems>(stages, task.own.lines, first_own, lines, line);
     __pipeline_commit();
     __pipeline_wait_prior(0);
     __syncthreads();
@@ -108,8 +116,11 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
       const int stage = (step - begin) % kStages;
 #pragma unroll 1
       for (int line = 0; line < lines; ++line)
-        copy_lines<kOthers>(stages + stage * stage_units + line * kOthers * 8, task.other, int64_t(step) * kOthers,
-                            lines, line);
+        copy_lines<kOthers>(stages + stage * stage_units + line * kOthers * 8, task.other.lines,
+                            int64_t(step) * kOthers, lines, line);
+      if (kWithSpread)
+        copy_lines<kOthers>(stages + stage * stage_units + lines * kOthers * 8, features.spreads,
+                            int64_t(step) * kOthers, 1, 0);
       if (int(threadIdx.x) < kOthers) {
         const int to = stage * kOthers + int(threadIdx.x);
         const int64_t from = int64_t(step) * kOthers + threadIdx.x;
@@ -123,6 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
   for (int ahead = 0; ahead < kStages - 1; ++ahead) copy(begin + ahead);
 
   float sums[2 * kMaxSteps][4] = {}, total[2] = {}, total_lost[2] = {};
+  float spread[kWithSpread ? 2 * kSpreadSteps : 1][4] = {};
   float max[2] = {Limits<float>::kLowest, Limits<float>::kLowest};
   for (int now = begin; now < end; ++now) {
     __pipeline_wait_prior(kStages - 2);
@@ -149,6 +161,10 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
         add_product<kParts, kOwnAreRows>(b[2 * j + 1], own[step], y, 1);
       }
     }
+    const auto add_row = [&](const ItemTerms& row, float& x) {
+      x += row.constant;
+      x = x < task.limit ? -INFINITY : x + row.weighted;
+    };
     const float own_scale[2] = {task.own.terms[lane_own].scale, task.own.terms[lane_own + 8].scale};
     const float own_constant[2] = {task.own.terms[lane_own].constant, task.own.terms[lane_own + 8].constant};
 #pragma unroll
@@ -158,10 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
         const ItemTerms& other = terms[8 * j + i % 2];
         const float c = kOwnAreRows ? other.constant : own_constant[i / 2];
         b[j][i] = fma(b[j][i], own_scale[i / 2] * other.scale, c);
-        if constexpr (!kOwnAreRows && !kCertified) {
-          b[j][i] += other.constant;
-          b[j][i] = b[j][i] < task.limit ? -INFINITY : b[j][i] + other.weighted;
-        }
+        if constexpr (!kOwnAreRows && !kCertified) add_row(other, b[j][i]);
       }
     }
     if constexpr (kCertified) {
@@ -170,15 +183,16 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
       const float slope = allowed_slope(mix.D);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const ItemBounds component = task.own.bounds[lane_own + 8 * half];
+        const ItemBounds own_bounds = task.own.bounds[lane_own + 8 * half];
 #pragma unroll
         for (int j = 0; j < kOthers / 8; ++j) {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            const ItemBounds row = bounds[8 * j + i % 2];
+            const ItemBounds& other = bounds[8 * j + i % 2];
+            const ItemBounds &row = kOwnAreRows ? own_bounds : other, &component = kOwnAreRows ? other : own_bounds;
             const float e = fma(row.linear, component.linear, row.square * component.square);
             const bool certified = fma(slope, b[j][i], e + row.shift) <= component.allowed && e <= kMaxError;
-            const bool left_out = b[j][i] + e + terms[8 * j + i % 2].constant < task.limit;
+            const bool left_out = !kOwnAreRows && b[j][i] + e + terms[8 * j + i % 2].constant < task.limit;
             uncertain |= unsigned(!certified && !left_out) << (4 * j + i);
           }
         }
@@ -192,8 +206,10 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
           while (__any_sync(0xFFFFFFFFu, uncertain != 0)) {  // one pair of each lane that has some left
             const int bit = __ffs(int(uncertain)) - 1;
             float exact = 0;
+            const int own_item = lane_own + bit % 4 / 2 * 8,
+                      other = now * kOthers + bit / 4 * 8 + lane % 4 * 2 + bit % 2;
             for_each_uncertain(mix, features, __ballot_sync(0xFFFFFFFFu, uncertain != 0),
-                               now * kOthers + bit / 4 * 8 + lane % 4 * 2 + bit % 2, lane_own + bit % 4 / 2 * 8,
+                               kOwnAreRows ? own_item : other, kOwnAreRows ? other : own_item,
                                [&](float exponent) { exact = exponent; });
 #pragma unroll
             for (int n = 0; n < kOthers / 2; ++n)
@@ -203,15 +219,11 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
         }
       }
     }
-    if constexpr (kCertified) {
+    if constexpr (!kOwnAreRows && kCertified) {
 #pragma unroll
       for (int j = 0; j < kOthers / 8; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const ItemTerms& other = terms[8 * j + i % 2];
-          b[j][i] += other.constant;
-          b[j][i] = b[j][i] < task.limit ? -INFINITY : b[j][i] + other.weighted;
-        }
+        for (int i = 0; i < 4; ++i) add_row(terms[8 * j + i % 2], b[j][i]);
       }
     }
     if (task.exclude) {
@@ -244,6 +256,10 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
         if (kCertified) total_lost[half] *= shrink;
 #pragma unroll
         for (int j = 0; j < 2 * kMaxSteps; ++j) sums[j][2 * half] *= shrink, sums[j][2 * half + 1] *= shrink;
+        if constexpr (kWithSpread) {
+#pragma unroll
+          for (int j = 0; j < 2 * kSpreadSteps; ++j) spread[j][2 * half] *= shrink, spread[j][2 * half + 1] *= shrink;
+        }
         max[half] = largest;
       }
     }
@@ -315,6 +331,24 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
 #pragma unroll
       for (int i = 0; i < 8; ++i) sums[2 * step + i / 4][i % 4] += (kCertified ? step_sums : part)[i / 4][i % 4];
     }
+    if constexpr (kWithSpread) {
+#pragma unroll
+      for (int step = 0; step < kSpreadSteps; ++step) {
+        if (kStep * step >= task.columns - kStep * steps) break;
+        float part[2][4] = {};
+#pragma unroll
+        for (int group = 0; group < kOthers / 16; ++group) {
+          uint32_t x[4];
+          const int unit = (2 * step) ^ (lane / 16) ^ (lane % 8);
+          load_matrices_transposed(x, others + (lines * kOthers + 16 * group + lane % 16) * 8 + unit);
+#pragma unroll
+          for (int column = 0; column < 2; ++column)
+            multiply_add(part[column], weights[group][0], x[2 * column], x[2 * column + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) spread[2 * step + i / 4][i % 4] += part[i / 4][i % 4];
+      }
+    }
   }
 
 #pragma unroll
@@ -326,8 +360,16 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
 #pragma unroll
     for (int j = 0; j < 2 * kMaxSteps; ++j) {
       if (j >= 2 * steps) break;
-      float2* out = reinterpret_cast<float2*>(task.sums + to * steps * kStep + 8 * j + lane % 4 * 2);
+      float2* out = reinterpret_cast<float2*>(task.sums + to * task.columns + 8 * j + lane % 4 * 2);
       *out = make_float2(sums[j][2 * half], sums[j][2 * half + 1]);
+    }
+    if constexpr (kWithSpread) {
+#pragma unroll
+      for (int j = 0; j < 2 * kSpreadSteps; ++j) {
+        if (kStep * steps + 8 * j >= task.columns) break;
+        float2* out = reinterpret_cast<float2*>(task.sums + to * task.columns + kStep * steps + 8 * j + lane % 4 * 2);
+        *out = make_float2(spread[j][2 * half], spread[j][2 * half + 1]);
+      }
     }
   }
 }

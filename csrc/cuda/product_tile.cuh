@@ -13,12 +13,12 @@ namespace fastvae::cuda {
 // in different banks.
 __device__ __forceinline__ int unit_at(int item, int unit) { return item * 8 + (unit ^ (item & 7)); }
 
-// Begins to copy one line of each of kItems items to shared memory.
+// Begins to copy one of the `lines` of each of kItems items to shared memory.
 template <int kItems>
-__device__ __forceinline__ void copy_lines(uint4* to, const Items& items, int64_t first, int lines, int line) {
+__device__ __forceinline__ void copy_lines(uint4* to, const uint4* from, int64_t first, int lines, int line) {
   constexpr int kAtOnce = kThreads / 8;  // items
   const int thread = int(thread_index()), item = thread / 8, unit = thread % 8;
-  const uint4* from = items.lines + ((first + item) * lines + line) * 8 + unit;
+  from += ((first + item) * lines + line) * 8 + unit;
   to += unit_at(item, unit);
 #pragma unroll
   for (int step = 0; step < kItems / kAtOnce; ++step) {

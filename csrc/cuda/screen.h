@@ -40,12 +40,12 @@ struct SplitSums {
   int splits_z, splits_parameters;
 };
 
-// The gradients of the parameters in the product form, where that is as exact as the difference form (certificate.cuh).
-// `uncertain` and `repeated`, for each kRepeated components, are on the device: where both are not 0 afterwards, the
-// difference form has to compute these components.  only_if: see Packed, or null.
+// The gradients that are wanted, in the product form where that is as exact as the difference form (certificate.cuh).
+// `uncertain` and `repeated` are on the device: where both are not 0 afterwards, the difference form has to compute these
+// tiles.  only_if: see Packed, or null.
 int64_t certified_backward_scratch(const Mixture<float>&, const Gradients<float>&);
 void mixture_certified_backward(const Mixture<float>&, const Gradients<float>&, const SplitSums&, const int* only_if,
-                                int* uncertain, int* repeated, float* scratch, Stream);
+                                int* uncertain, Repeated repeated, float* scratch, Stream);
 
 int64_t screened_backward_scratch(const Mixture<float>&);
 // Fills the sums of the gradients that are wanted.  `uncertain` is on the device, and not 0 afterwards where most pairs

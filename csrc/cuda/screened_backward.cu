@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2) screened_sums(ScreenTask task) {
   for (int i = int(threadIdx.x); i < kOwnItems * (kOwnAreRows ? D : 2 * D + 1); i += kThreads) sums[i] = 0.0f;
   uint32_t own[kMaxSteps][4];  // the own items' features, by way of the stages' memory
   for (int line = 0; line < lines; ++line) {
-    copy_lines<kOwnItems>(stages, owns, first_own, lines, line);
+    copy_lines<kOwnItems>(stages, owns.lines, first_own, lines, line);
     __pipeline_commit();
     __pipeline_wait_prior(0);
     __syncthreads();
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 2) screened_sums(ScreenTask task) {
 
   const auto copy = [&](int panel, int stage) {
     for (int line = 0; line < lines; ++line)
-      copy_lines<kOthers>(stages + (stage * lines + line) * kOthers * 8, others, int64_t(panel) * kOthers, lines, line);
+      copy_lines<kOthers>(stages + (stage * lines + line) * kOthers * 8, others.lines, int64_t(panel) * kOthers, lines,
+                          line);
     if (int(threadIdx.x) < kOthers)
       __pipeline_memcpy_async(&shared.terms[stage][threadIdx.x], others.screen + int64_t(panel) * kOthers + threadIdx.x,
                               sizeof(ScreenTerms));

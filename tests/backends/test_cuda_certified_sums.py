@@ -1,4 +1,4 @@
-"""The parameters' gradients on CUDA by sums of products, where these are certified (csrc/cuda/certificate.cuh).
+"""The gradients on CUDA by sums of products, where these are certified (csrc/cuda/certificate.cuh).
 
 In the emulation, whose tensor cores lose more digits than any device's.  All take the same log p.
 """
@@ -23,6 +23,7 @@ from .test_cuda_certificate import mostly_diffuse
 
 Backward = Callable[..., list[Tensor]]
 NAMES = ("dz", "dmu", "dlogvar", "dlog_weights")
+TILES = (128, 64, 64, 64)  # rows, and components, that the difference form computes together
 ROUNDOFF = 2.0**-24
 
 
@@ -30,7 +31,7 @@ ROUNDOFF = 2.0**-24
 def backward(emulated_tiled: Operators, monkeypatch: pytest.MonkeyPatch) -> Backward:
     """backward(case, tried) -> the four gradients; those that are not wanted are empty."""
 
-    def run(case: Case, tried: bool, dense: bool = False, wanted: str = "dmu dlogvar dlog_weights") -> list[Tensor]:
+    def run(case: Case, tried: bool, dense: bool = False, wanted: str = " ".join(NAMES)) -> list[Tensor]:
         args = case.z, case.mu, case.logvar, case.log_weights, case.exclude
         monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
         log_prob = emulated_tiled.mixture_log_prob(*args)
@@ -42,7 +43,7 @@ def backward(emulated_tiled: Operators, monkeypatch: pytest.MonkeyPatch) -> Back
 
 
 def wide_case(M: int, K: int, D: int) -> Case:
-    """Diffuse, with upstream gradients of one sign; sigma is such that a few rows are enough for the certificate."""
+    """Diffuse, with upstream gradients of one sign; sigma is such that a few items are enough for the certificate."""
     inputs = diffuse(M, K, D)
     grad = -0.5 - torch.rand(M, generator=torch.Generator().manual_seed(3))
     return Case(inputs.z, inputs.mu, inputs.logvar + 1.5, inputs.log_weights, grad)
@@ -52,21 +53,25 @@ def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a.nan_to_num(1.5), b.nan_to_num(1.5)) for a, b in zip(one, other, strict=True))
 
 
+def tiles_by_products(exact: list[Tensor], got: list[Tensor]) -> list[list[bool]]:
+    """Of each gradient and each of its tiles, whether it is another than the difference form's."""
+    return [
+        [not torch.equal(one, other) for one, other in zip(a.split(size), b.split(size), strict=True)]
+        for a, b, size in zip(exact, got, TILES, strict=True)
+    ]
+
+
 def assert_by_products(backward: Backward, case: Case, dense: bool = False) -> None:
-    """All gradients, of every tile of 64 components, and within the budget."""
+    """All gradients, of every tile, and within the budget."""
     exact, got = backward(case, False, dense), backward(case, True, dense)
-    for by_differences, by_products in zip(exact[1:], got[1:], strict=True):
-        for one, other in zip(by_differences.split(64), by_products.split(64), strict=True):
-            assert not torch.equal(one, other)
+    assert all(all(tiles) for tiles in tiles_by_products(exact, got))
     assert_gradients_within(got, case, dense)
 
 
 def assert_gradients_within(got: list[Tensor], case: Case, dense: bool = False) -> None:
     want, allowed = allowance(case, dense)
-    of_parameters = {"dmu": got[1], "dlogvar": got[2]}
-    if case.log_weights is not None:
-        of_parameters["dlog_weights"] = got[3]
-    assert_within(want._replace(**of_parameters), want, allowed)
+    gradients = {name: gradient for name, gradient in zip(NAMES, got, strict=True) if gradient.numel()}
+    assert_within(want._replace(**gradients), want, allowed)
 
 
 @pytest.mark.parametrize("M, K, D", [(130, 200, 40), (70, 300, 64), (300, 50, 33), (1030, 70, 48)])
@@ -78,33 +83,44 @@ def test_diffuse_inputs(M: int, K: int, D: int, backward: Backward) -> None:
 
 
 def test_what_benchmarks_call_diffuse(backward: Backward) -> None:
-    """With more rows the tests allow sums more."""
-    case = wide_case(1030, 70, 64)
-    assert_by_products(backward, replace(case, logvar=case.logvar - 1.5))
+    """With more rows, or components, the tests allow sums more."""
+    for M, K, wanted in ((1030, 70, "dmu dlogvar dlog_weights"), (70, 1100, "dz")):
+        case = wide_case(M, K, 64)
+        case = replace(case, logvar=case.logvar - 1.5)
+        exact, got = backward(case, False, wanted=wanted), backward(case, True, wanted=wanted)
+        assert all(all(tiles) for tiles in tiles_by_products(exact, got)[wanted != "dz" :][: len(wanted.split())])
+        assert_gradients_within(got, case)
+
+
+def test_every_dimension_in_units_of_its_own(backward: Backward) -> None:
+    case, unit = wide_case(130, 200, 40), torch.logspace(-6, 6, 40)
+    assert_by_products(
+        backward, replace(case, z=case.z * unit, mu=case.mu * unit, logvar=case.logvar + 2 * unit.log())
+    )
 
 
 def test_shared_variance_and_equal_weights(backward: Backward) -> None:
     case = wide_case(130, 200, 40)
     shared = replace(case, logvar=torch.linspace(1, 2, 40)[None])
     exact, got = backward(shared, False), backward(shared, True)
-    assert not any(torch.equal(a, b) for a, b in zip(exact[1:], got[1:], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(exact, got, strict=True))
     assert_gradients_within(got, shared)
     plain = replace(case, log_weights=None)
-    got = backward(plain, True, wanted="dmu dlogvar")
-    assert not torch.equal(got[1], backward(plain, False, wanted="dmu dlogvar")[1])
+    got = backward(plain, True, wanted="dz dmu dlogvar")
+    exact = backward(plain, False, wanted="dz dmu dlogvar")
+    assert not any(torch.equal(a, b) for a, b in zip(exact[:2], got[:2], strict=True))
     assert_gradients_within(got, plain)
 
 
-@pytest.mark.parametrize("wanted", ["dmu", "dlogvar", "dlog_weights", "dz dmu dlog_weights"])
+@pytest.mark.parametrize("wanted", [*NAMES, "dz dmu dlog_weights"])
 def test_any_gradients_alone(wanted: str, backward: Backward) -> None:
-    """The gradient in z is made of differences."""
     for case in (wide_case(130, 100, 40), replace(wide_case(130, 100, 40), logvar=torch.full((1, 40), 1.5))):
         every = backward(case, True, wanted=" ".join(NAMES))
         got, exact = backward(case, True, wanted=wanted), backward(case, False, wanted=wanted)
         for name, a, b, c in zip(NAMES, got, every, exact, strict=True):
             if name in wanted.split():
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
-                assert torch.equal(a, c) == (name == "dz"), name
+                assert not torch.equal(a, c), name
 
 
 def test_absent_components_and_rows_without_density(backward: Backward) -> None:
@@ -115,11 +131,14 @@ def test_absent_components_and_rows_without_density(backward: Backward) -> None:
         mu[k], logvar[k], log_weights[k] = value, value, -math.inf
     z[9, 5] = math.inf
     got = backward(replace(case, z=z, mu=mu, logvar=logvar, log_weights=log_weights), True)
+    assert torch.equal(got[0][9], torch.zeros(40))
     plain = replace(case, mu=mu.nan_to_num(0, 0, 0), logvar=logvar.nan_to_num(0, 0, 0), log_weights=log_weights)
     kept = torch.arange(130) != 9
     plain = replace(plain, z=case.z[kept], grad=case.grad[kept])
+    got[0] = got[0][kept]
     assert_gradients_within(got, plain)
-    assert not torch.equal(got[1], backward(plain, False)[1])
+    exact = backward(plain, False)
+    assert not torch.equal(got[0], exact[0]) and not torch.equal(got[1], exact[1])
 
 
 def one_gradient(case: Case) -> Case:
@@ -154,10 +173,12 @@ def far_row(case: Case) -> Case:
     return replace(case, z=case.z.index_fill(0, torch.tensor(5), 20.0))
 
 
-GIVEN_UP = (one_gradient, few_rows, mixed_signs, narrow, not_a_number, infinite_gradient, far_row)
+def few_components(case: Case) -> Case:
+    """Nearly all density of each row is that of a few components."""
+    return replace(case, log_weights=torch.where(torch.arange(len(case.mu)) % 40 == 7, 0.0, -9.0))
 
 
-@pytest.mark.parametrize("change", GIVEN_UP, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [narrow, not_a_number, infinite_gradient, far_row], ids=lambda case: case.__name__)
 def test_where_it_gives_up_the_difference_form_computes_all(
     change: Callable[[Case], Case], backward: Backward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,17 +190,28 @@ def test_where_it_gives_up_the_difference_form_computes_all(
         assert_gradients_within(backward(case, True), case)
 
 
-def test_components_whose_sums_cancel_are_computed_in_the_difference_form(backward: Backward) -> None:
-    """With the others of their tiles of 64, and no more."""
+@pytest.mark.parametrize(
+    "change", [one_gradient, few_rows, mixed_signs, few_components], ids=lambda change: change.__name__
+)
+def test_where_one_side_gives_up_the_other_does_not(change: Callable[[Case], Case], backward: Backward) -> None:
+    case = change(wide_case(130, 200, 40))
+    exact, got = backward(case, False), backward(case, True)
+    of_rows, of_components = (exact[:1], got[:1]), (exact[1:], got[1:])
+    given_up, by_products = (of_rows, of_components) if change is few_components else (of_components, of_rows)
+    assert same_bits(*given_up) and not same_bits(*by_products)
+    assert_gradients_within(got, case)
+
+
+def test_what_cancels_is_computed_in_the_difference_form(backward: Backward) -> None:
+    """With the others of its tile of 64 components or 128 rows, and no more."""
     case = wide_case(130, 300, 40)
     logvar, mu = case.logvar.clone(), case.mu.clone()
     logvar[70], mu[70] = -4.0, case.z[3]
     case = replace(case, logvar=logvar, mu=mu)
     exact, got = backward(case, False), backward(case, True)
-    for one, other in zip(exact[1:], got[1:], strict=True):
-        assert [torch.equal(a, b) for a, b in zip(one.split(64), other.split(64), strict=True)] == [
-            tile == 1 for tile in range(5)
-        ]
+    of_rows, *of_components = tiles_by_products(exact, got)
+    assert of_components == [[tile != 1 for tile in range(5)]] * 3
+    assert of_rows == [False, True]  # row 3 has nearly all of its density there, and z - mu is 0
     assert_gradients_within(got, case)
 
 
@@ -211,7 +243,7 @@ def test_after_the_screen(backward: Backward, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("FASTVAE_SCREEN", "1")
     assert same_bits(backward(trained, False, wanted=every), backward(trained, True, wanted=every))
     after, differences = backward(case, True, wanted=every), backward(case, False, wanted=every)
-    assert same_bits(after[1:], products[1:]) and torch.equal(after[0], differences[0])
+    assert same_bits(after, products) and not any(torch.equal(a, b) for a, b in zip(after, differences, strict=True))
 
 
 @pytest.mark.parametrize("order", ["descending", "shuffled"])
@@ -236,6 +268,34 @@ def test_gradients_of_any_size_keep_their_digits(size: float, backward: Backward
     plain, scaled = backward(case, True), backward(replace(case, grad=case.grad * size), True)
     for one, other in zip(plain[1:], scaled[1:], strict=True):
         torch.testing.assert_close(other.double() / size, one.double(), rtol=1e-5, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("mean", ["one number", "ties", "two numbers"])
+def test_scores_lose_no_more_than_their_bounds(mean: str, backward: Backward) -> None:
+    """Where all components are alike that count, the score is v (mu - z), whatever the responsibilities.
+
+    The origin is 0, because there is a component without weight at -mu for each.
+    """
+    M, K, D, rng = 65, 1000, 40, torch.Generator().manual_seed(0)
+    mu = 0.2 + torch.rand(1, D, generator=rng)
+    if mean == "ties":
+        mu = (1 + 2.0**-11 + 2.0**-20 + 2.0**-22) * torch.exp2(torch.randint(-2, 1, (1, D), generator=rng).float())
+    means = torch.cat([mu, -mu]).repeat(K // 2, 1)
+    if mean == "two numbers":
+        means[2::4] *= 1 + 2.0**-12
+    log_weights = torch.where(torch.arange(K) % 2 == 0, 0.0, -60.0) + torch.rand(K, generator=rng)
+    z = (3 + torch.rand(M, D, generator=rng)) * torch.randn(M, D, generator=rng).sign()
+    case = Case(z, means, torch.full((K, D), 2.5), log_weights, torch.ones(M))
+    got, exact = backward(case, True)[0], backward(case, False)[0]
+    assert not torch.equal(got, exact)
+
+    v, logvar = math.exp(-2.5), case.logvar.double()
+    r = torch.softmax(reference.component_log_prob(z.double(), means.double(), logvar, log_weights.double()), 1)
+    m1, m2 = r @ means.double(), r @ means.double() ** 2
+    each = 28 + math.sqrt(K / 32 + 1) + 1
+    bound = v * (each * m2.sqrt() + 12 * m1.abs() + (each + 12) * z.abs()) * ROUNDOFF
+    worst = float(((got - v * (m1 - z)).abs() / bound).max())
+    assert 0.01 < worst <= 1, worst
 
 
 @pytest.mark.parametrize("rows", ["one number", "ties", "two numbers"])
@@ -264,7 +324,7 @@ def test_sums_lose_no_more_than_their_bounds(rows: str, backward: Backward) -> N
         reference.component_log_prob(*(t.double() for t in (z, mu, case.logvar, case.log_weights))), 1
     )
     mean, square = (weights.T @ z.double() ** n / weights.sum(0)[:, None] for n in (1, 2))
-    each = 28 + math.sqrt(M / 32 + 8)
+    each = 28 + math.sqrt(M / 32 + 1) + 1
     e0, e1, e2 = 12.0, each * square.sqrt(), each * square
     off = (got[1].double() / v - (mean - mu) * s0).abs() / s0 / ROUNDOFF
     bound = e1 + mu.abs() * e0

@@ -4,8 +4,8 @@
 
 It makes the features of csrc/cuda/product.h and the bounds of csrc/cuda/certificate.cuh and screen.h in float64.  Of
 the pairs that count in logsumexp it counts those that are certified; of all pairs, those that forward and backward
-compute in the difference form.  Of the sums that the parameters' gradients are made of, it says how much of what the
-tests allow their bounds take.
+compute in the difference form.  Of the sums that the gradients are made of, it says how much of what the tests allow
+their bounds take.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from . import command
 ERROR, ROUNDOFF, MAX_ERROR = 24.0, 2.0**-24, 1.5e-4 * math.log(2)  # as in certificate.cuh, nats
 SCREEN = 2.0**-10 * 1.02  # of |x| |y|, as in screen.h
 ROWS = 512
-SUMS, TOTAL, TILE = 28.0, 12.0, 64  # as in certificate.cuh; the components that the difference form computes together
-COMPONENTS = 4096  # of which sums are counted
+SUMS, TOTAL, SPREAD = 28.0, 12.0, 2.0**-10 * 1.02  # as in certificate.cuh
+TILE, ROW_TILE = 64, 128  # the components, and rows, that the difference form computes together
 WIDTH, PANELS = 32, 12  # of forward: the components of a panel that a warp has, and the panels of a split
 
 
@@ -112,20 +112,42 @@ def forward_share(a: Tensor, bound: Tensor, certified: Tensor) -> float:
     return computed / (M * K)
 
 
+def splits_of(own: int, others: int) -> int:
+    """plan_splits of csrc/cuda/plan.h, for tiles of 64 others."""
+    tiles, blocks = -(-others // 64), -(-own // 128)
+    return min(
+        range(1, min(tiles, max(1, 4 * 132 // blocks)) + 1),
+        key=lambda splits: (-(-blocks * splits // 132) * -(-tiles // splits), splits),
+    )
+
+
+def each_loses(own: int, others: int) -> float:
+    """(kSumsError + sqrt n + sqrt s) u."""
+    splits = splits_of(own, others)
+    return ROUNDOFF * (SUMS + math.sqrt(others / 32 / splits + 1) + math.sqrt(splits))
+
+
+def floor_of(r: Tensor, features: Tensor) -> tuple[float, Tensor]:
+    """What small features lose of a sum's weights r [own, others]; and what all sums of an item lose, over its weights.
+
+    The weights are divided by the features' scales, and reach 2^14.
+    """
+    scale = 2 ** (torch.floor(torch.log2(features.abs().amax(1))) - 13)
+    largest = (r * scale).amax(1)  # becomes 2^14
+    return float(scale.max()) * 2.0**-25, (2.0**-11 * len(features) + 4) * largest / 2.0**14 / r.sum(1)
+
+
 def count_sums(inputs: MixtureInputs) -> dict[str, float]:
     """The largest share of what is allowed, for dmu and dlogvar; and how many tiles the difference form computes."""
     z, mu, v, unit, square_unit = centred(inputs)
     (M, D), K = z.shape, len(mu)
     log_weights = inputs.log_weights.double()
     c = log_weights + 0.5 * torch.log(v).sum(1) - 0.5 * (mu**2 * v).sum(1)
-    s0, s1, s2 = z.new_zeros(K), torch.zeros_like(mu), torch.zeros_like(mu)
-    for rows in z.split(256):
-        r = torch.softmax(c + rows @ (mu * v).T - 0.5 * rows**2 @ v.T, 1)
-        s0, s1, s2 = s0 + r.sum(0), s1 + r.T @ rows, s2 + r.T @ rows**2
-    s0 = s0[:, None]
-    largest = torch.maximum((z * unit).abs().max(), ((z * unit) ** 2 * square_unit).max())
-    floor = 2.0 ** (math.floor(math.log2(float(largest))) - 13) * (2.0**-12 + 2.0**-25 * (M + 1)) * s0
-    each = ROUNDOFF * (SUMS + math.sqrt(M / 32 + 1))
+    w = torch.softmax(c + z @ (mu * v).T - 0.5 * z**2 @ v.T, 1).T
+    s0, s1, s2 = w.sum(1), w @ z, w @ z**2
+    small, lost = floor_of(w, torch.cat([z * unit, (z * unit) ** 2 * square_unit], 1))
+    s0, each = s0[:, None], each_loses(K, M)
+    floor = (small + lost[:, None]) * s0
     e0, e2 = TOTAL * ROUNDOFF * s0, each * s2 + floor / (unit**2 * square_unit)
     e1 = each * (s0 * (s2 + e2)).sqrt() + floor / unit
     wu = s1 - mu * s0
@@ -140,7 +162,31 @@ def count_sums(inputs: MixtureInputs) -> dict[str, float]:
     of_variance = variance_error / (weights * far + rounded)
     certified = (of_mean <= 1).all(1) & (of_variance <= 1).all(1)
     tiles = certified[: K // TILE * TILE].view(-1, TILE).all(1)
-    return {"dmu": float(of_mean.max()), "dlogvar": float(of_variance.max()), "tiles": share(~tiles)}
+    return {"dmu": float(of_mean.max()), "dlogvar": float(of_variance.max()), "component_tiles": share(~tiles)}
+
+
+def count_scores(inputs: MixtureInputs) -> dict[str, float]:
+    """The largest share of what is allowed for the gradient in z; and how many tiles the difference form computes."""
+    z, mu, v, unit, square_unit = centred(inputs)
+    (M, D), K = z.shape, len(mu)
+    c = inputs.log_weights.double() + 0.5 * torch.log(v).sum(1) - 0.5 * (mu**2 * v).sum(1)
+    r = torch.softmax(c + z @ (mu * v).T - 0.5 * z**2 @ v.T, 1)
+    s0, s1, s2 = r @ v, r @ (mu * v), r @ (mu**2 * v)
+    score, max_mean = s1 - z * s0, mu.abs().amax(0)
+    small, lost = floor_of(r, torch.cat([mu * v / unit, 0.5 * (v - v.amin(0)) / unit**2 / square_unit], 1))
+    floor = small + lost[:, None]
+    spread_unit = 2 ** (torch.floor(torch.log2(max_mean * unit)) + 1)
+    each, total = each_loses(M, K), TOTAL * ROUNDOFF
+    e2, e0 = SPREAD * s2 + floor * spread_unit, (each + total) * s0 + 2 * floor * unit**2 * square_unit
+    e1 = each * ((s0 + e0) * (s2 + e2)).sqrt() + floor * unit + total * s1.abs()
+    error = e1 + z.abs() * e0
+    least_square = s2 - z * (s1 + score) - (e2 + z.abs() * (e1 + error))
+    least = torch.maximum(least_square / (max_mean + z.abs()), score.abs() - error)
+    weights = 0.5 * ROUNDOFF * (1 + math.sqrt(D)) * D * math.log(2 * math.pi)
+    of_score = error / ((weights + ROUNDOFF * (8 + math.sqrt(K))) * least)
+    certified = ((of_score <= 1) & (least > 0)).all(1)
+    tiles = certified[: M // ROW_TILE * ROW_TILE].view(-1, ROW_TILE).all(1)
+    return {"dz": float(of_score.where(least > 0, torch.inf).max()), "row_tiles": share(~tiles)}
 
 
 def measure() -> dict[str, Any]:
@@ -148,11 +194,12 @@ def measure() -> dict[str, Any]:
     cases[f"trained, made up {(ROWS, 12_500, 40)}"] = concentrated(ROWS, 12_500, 40)
     if (path := find_latents()) is not None:
         cases[f"mnist_latents {(ROWS, 12_500, 40)}"] = from_file(path, ROWS, 12_500)
-    shapes = [(M, COMPONENTS, D) for D in (32, 40, 64) for M in (1024, 4096)]
+    shapes = [(M, K, D) for D in (32, 40, 64) for M, K in ((1024, 4096), (4096, 4096), (4096, 16384))]
+    sums = {f"diffuse {shape}": diffuse(*shape) for shape in shapes}
     return {
         "versions": {"torch": torch.__version__},
         "cases": {name: count(inputs) for name, inputs in cases.items()},
-        "sums": {f"diffuse {shape}": count_sums(diffuse(*shape)) for shape in shapes},
+        "sums": {name: count_sums(inputs) | count_scores(inputs) for name, inputs in sums.items()},
     }
 
 
@@ -168,9 +215,15 @@ def markdown(content: dict[str, Any]) -> str:
 
 def sums_markdown(content: dict[str, Any]) -> str:
     """A line for each case."""
-    headings = ["", "of what dmu may be off, at most", "of what dlogvar may be off", "tiles computed as differences"]
+    headings = [
+        *("", "of what dmu may be off, at most", "of what dlogvar may be off", "components' tiles computed as differences"),
+        *("of what dz may be off", "rows' tiles computed as differences"),
+    ]
     rows = [
-        [name, f"{found['dmu']:.2f}", f"{found['dlogvar']:.2f}", f"{100 * found['tiles']:.3g} %"]
+        [
+            *(name, f"{found['dmu']:.2f}", f"{found['dlogvar']:.2f}", f"{100 * found['component_tiles']:.3g} %"),
+            *(f"{found['dz']:.2f}", f"{100 * found['row_tiles']:.3g} %"),
+        ]
         for name, found in content["sums"].items()
     ]
     return formatting.markdown(headings, rows)
