@@ -342,7 +342,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t m = begin + int(threadIdx.x) / across; m < end && d < mix.D; m += kThreads / across) {
     const float l = weights.log_prob[m], grad = upstream_gradient(weights.grad, weights.negated, m);
     if (l == -INFINITY) continue;
-    if (!(fabs(l) <= kDoubtful && fabs(grad) < INFINITY)) *features.uncertain = kGivenUp;
+    const bool fits = features.rows.bounds[m].linear < -Limits<float>::kLowest;  // as in pack_components
+    if (!(fabs(l) <= kDoubtful && fabs(grad) < INFINITY && fits)) *features.uncertain = kGivenUp;
     if (grad == 0.0f) continue;
     if (d == 0) features.signs[grad < 0.0f] = 1;
     size = fmaxf(size, fabs(mix.z[m * mix.D + d] - features.survey.origin[d]));

@@ -94,9 +94,7 @@ def test_what_benchmarks_call_diffuse(backward: Backward) -> None:
 
 def test_every_dimension_in_units_of_its_own(backward: Backward) -> None:
     case, unit = wide_case(130, 200, 40), torch.logspace(-6, 6, 40)
-    assert_by_products(
-        backward, replace(case, z=case.z * unit, mu=case.mu * unit, logvar=case.logvar + 2 * unit.log())
-    )
+    assert_by_products(backward, replace(case, z=case.z * unit, mu=case.mu * unit, logvar=case.logvar + 2 * unit.log()))
 
 
 def test_shared_variance_and_equal_weights(backward: Backward) -> None:
@@ -200,6 +198,18 @@ def test_where_one_side_gives_up_the_other_does_not(change: Callable[[Case], Cas
     given_up, by_products = (of_rows, of_components) if change is few_components else (of_components, of_rows)
     assert same_bits(*given_up) and not same_bits(*by_products)
     assert_gradients_within(got, case)
+
+
+def test_rows_too_large_for_features_are_left_to_the_difference_form(backward: Backward) -> None:
+    """Five rows 2^98 times as far out as the others, all of a component that is as wide."""
+    case = wide_case(130, 65, 20)
+    far = torch.arange(130) % 32 == 5
+    size = torch.where(far, 2.0**40, math.exp(-40))[:, None]
+    z = torch.where(far[:, None], case.z.abs(), case.z) * size
+    logvar = (case.logvar - 80).index_fill(0, torch.tensor(64), 80 * math.log(2))
+    case = replace(case, z=z, mu=case.mu * math.exp(-40), logvar=logvar)
+    for wanted in ("dmu", "dmu dlogvar dlog_weights"):
+        assert_gradients_within(backward(case, True, wanted=wanted), case)
 
 
 def test_what_cancels_is_computed_in_the_difference_form(backward: Backward) -> None:
