@@ -99,7 +99,8 @@ __device__ __forceinline__ void for_each_uncertain(const Mixture<float>& mix, co
 //
 // - hi + lo, of a feature and of its weight, and lo lo: 12 u sum w |z'| as above, which is at most 12 u sqrt(S0 S2);
 // - what tensor cores cut off of the products of 16 rows, as above: 12 u; z' and mu' are rounded: 4 u;
-// - n additions of 32 rows, in s splits, and those of the splits: u times the roots of both, as in tests/budget.py;
+// - n additions of 32 rows, in s splits, and those of the splits: u times the roots of both, as in tests/budget.py.  Equal
+//   rows, or components, in thousands of additions lose more: the difference form, with 32 times as many, loses the most;
 // - floor: a small feature, or a weight, is off by 2^-25, and weights are left out that are together below 2^-26 of the
 //   largest.  As the sums are made, a feature is below 2^14 and a weight at most that.
 // - S0 is summed apart: 8 numbers, and then with compensation.

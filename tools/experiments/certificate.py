@@ -216,7 +216,12 @@ def markdown(content: dict[str, Any]) -> str:
 def sums_markdown(content: dict[str, Any]) -> str:
     """A line for each case."""
     headings = [
-        *("", "of what dmu may be off, at most", "of what dlogvar may be off", "components' tiles computed as differences"),
+        *(
+            "",
+            "of what dmu may be off, at most",
+            "of what dlogvar may be off",
+            "components' tiles computed as differences",
+        ),
         *("of what dz may be off", "rows' tiles computed as differences"),
     ]
     rows = [
