@@ -154,6 +154,7 @@ def keep_comparison(
         "config": {key: value for key, value in asdict(config).items() if key not in ("prior", "seed")},
         "split": plan.split,
         "importance_samples": plan.samples,
+        "precision": plan.precision,
         "seeds": list(range(len(rows[0].log_likelihood))),
         "priors": [asdict(row) for row in rows],
         "verdict": {**asdict(verdict), "beyond_noise": verdict.beyond_noise, "sentence": str(verdict)},

@@ -133,7 +133,7 @@ def _number(variable: str, low: int, end: int | None) -> int:
 
 
 def _meet(device: str, patience: timedelta) -> None:
-    """Make the default process group, with that patience, once all ranks have started: for which they have PATIENCE."""
+    """Make the default process group, once all ranks have started, which may take PATIENCE whatever `patience` is."""
     import torch.distributed as dist
 
     kind = device.partition(":")[0]
