@@ -90,6 +90,17 @@ def evaluate(what: str, density: Callable[[Tensor], Any], z: Tensor) -> Tensor:
     return require_shape(f"{what} of z {list(z.shape)}", density(z), z.shape[:-1])
 
 
+def require_index(index: Tensor, N: int, *, others: bool = False) -> None:
+    """index must be int64 [B] in 0 ... N - 1, or -1 for `others`; its values are looked at where that is free."""
+    if require_tensor("index", index).dtype != torch.int64 or index.ndim != 1:
+        raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
+    if index.numel() and index.device.type == "cpu" and is_readable(index):
+        smallest, hint = (-1, ", -1 for what is not in the data") if others else (0, "")
+        low, high = (int(value) for value in index.aminmax())
+        if low < smallest or high >= N:
+            raise ValueError(f"index must be in {smallest} ... {N - 1} for N = {N}{hint}, and spans {low} ... {high}")
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether a check may look at the values: not while they are traced, and not where there are none."""
     return (

@@ -135,7 +135,7 @@ class HierarchicalVAE(VAE):
         constants = {name: parameter.detach() for name, parameter in self.lower_encoder.named_parameters()}
         output = torch.func.functional_call(self.lower_encoder, constants, (x.detach(), z2))
         mu, logvar = self._checked_lower(output, x, z2)
-        log_q = _gaussian_log_prob(z1.detach(), mu, logvar)
+        log_q = gaussian_log_prob(z1.detach(), mu, logvar)
         return log_q - log_q.detach()
 
     def _densities(self, x: Tensor, y: Tensor | None, mu: Tensor, log_prior: Density) -> tuple[Density, Density]:
@@ -144,7 +144,7 @@ class HierarchicalVAE(VAE):
 
         def log_p(z: Tensor) -> Tensor:
             z1, z2 = _levels(z, mu)
-            log_p1 = _gaussian_log_prob(z1, *self._lower_prior_of(z2, z1.shape[-1]))
+            log_p1 = gaussian_log_prob(z1, *self._lower_prior_of(z2, z1.shape[-1]))
             return log_p1 + evaluate("the prior's log_prob", log_prior, z2)
 
         return log_likelihood, log_p
@@ -182,7 +182,7 @@ def _levels(z: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
     return z[..., :-D2], z[..., -D2:]
 
 
-def _gaussian_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+def gaussian_log_prob(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """log N(z; mu, exp(logvar)), [...], nats, of z, mu and logvar [..., D]: a Gaussian of its own for each row."""
     z, mu, logvar = _wide(z), _wide(mu), _wide(logvar)
     return -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + LOG_2PI).sum(-1)

@@ -27,10 +27,9 @@ from torch import Tensor
 
 from fastvae import _checks
 from fastvae import functional as F
-from fastvae._noise import LOG_2PI
 from fastvae.backends import choice
 from fastvae.contracts import evaluate, require_methods
-from fastvae.hierarchical import HierarchicalVAE
+from fastvae.hierarchical import HierarchicalVAE, gaussian_log_prob
 from fastvae.priors import Density
 from fastvae.vae import VAE, is_conditional, rows_on
 
@@ -224,8 +223,7 @@ class Target:
         log_x, gradient = _value_and_gradient("log p(x | z)", self._log_likelihood, z)
         if self.start == "prior":
             return Point(z, log_p, log_p + log_x, score, score + gradient)
-        off = z - self._mu
-        log_q = -0.5 * (off.square() * torch.exp(-self._logvar) + self._logvar + LOG_2PI).sum(-1)
+        log_q, off = gaussian_log_prob(z, self._mu, self._logvar), z - self._mu
         return Point(z, log_q, log_p + log_x, -off * torch.exp(-self._logvar), score + gradient)
 
     def _log_likelihood(self, z: Tensor) -> Tensor:

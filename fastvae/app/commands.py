@@ -185,7 +185,7 @@ def evaluate_command(
     images, or with --limit on some images alone, gets a file of its own, such as evaluation-test-first-100.json. Under
     torchrun, processes share the images.
     """
-    plan = EvaluationPlan(split, samples, limit)
+    plan = EvaluationPlan(split, samples, limit, precision or "highest")
     _check_run(run_dir, data, data_dir, device)
     options.check_backend(impl, precision)
     with interruptible(console, lambda: "The same command goes on from here."), _first_locks(run_dir):
@@ -310,7 +310,7 @@ def compare_command(
     names = [name.strip() for name in priors.split(",")]
     if len(names) < 2 or len(set(names)) < len(names) or not set(names) <= set(PRIORS):
         raise ConfigError(f"--priors is {priors!r}; it should be two or more of {', '.join(PRIORS)}.")
-    plan = EvaluationPlan(split, samples, limit)
+    plan = EvaluationPlan(split, samples, limit, precision or "highest")
     config = make_config(options.given(context))
     check_name(config.data, config.data_dir, binarize=config.binarize)
     options.check_device(device)

@@ -117,9 +117,7 @@ def compare_priors(
             folder, label = _folder(out, prior, seed), f"{prior}, seed {seed}:"
             with locked(folder.path):
                 run = _trained(console, _with(config, prior, seed), dataset, folder, device, label)
-                evaluation = earlier_evaluation(run, plan)
-                if evaluation is None:
-                    evaluation = evaluate_run(console, run, plan, f"{label} evaluating")
+                evaluation = evaluate_once(console, run, plan, f"{label} evaluating")
             console.print(
                 f"{label} log-likelihood {evaluation.log_likelihood:.2f} "
                 f"(epoch {run.checkpoint['best_epoch']}, the best of {run.checkpoint['epoch']})",
@@ -156,6 +154,7 @@ def keep_comparison(
         "config": {key: value for key, value in asdict(config).items() if key not in ("prior", "seed")},
         "split": plan.split,
         "importance_samples": plan.samples,
+        "precision": plan.precision,
         "seeds": list(range(len(rows[0].log_likelihood))),
         "priors": [asdict(row) for row in rows],
         "verdict": {**asdict(verdict), "beyond_noise": verdict.beyond_noise, "sentence": str(verdict)},
@@ -190,7 +189,7 @@ def reproduce_figure(
         run = load_run(out, dataset=dataset, device=device)
     else:
         run = _trained(console, config, dataset, folder, device, label="")
-    evaluation = earlier_evaluation(run, protocol.plan) or evaluate_run(console, run, protocol.plan)
+    evaluation = evaluate_once(console, run, protocol.plan)
     reproduction = reproduction_of(protocol, run, evaluation)
     write_reproduction(reproduction, folder.reproduction)
     return reproduction
@@ -230,15 +229,31 @@ def _trained(
     return train_run(console, config, dataset, folder.path, resume=folder.holds_run(), device=device, label=label)
 
 
-def earlier_evaluation(run: TrainedRun, plan: EvaluationPlan) -> Evaluation | None:
-    """The evaluation that is in the run's folder, if it is whole and of the same plan."""
+def evaluate_once(console: Console, run: TrainedRun, plan: EvaluationPlan, label: str = "evaluating") -> Evaluation:
+    """The evaluation that is in the run's folder, if it is whole and of the same plan; else `evaluate_run`.
+
+    One of another plan is kept under another name, and the user is told.
+    """
+    part = plan.part(run.dataset)
+    path = run.folder.evaluation(part)
     try:
-        evaluation = _EVALUATION.validate_json(run.folder.evaluation(plan.part(run.dataset)).read_bytes())
+        earlier = _EVALUATION.validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
-        return None
-    asked = (plan.split, plan.samples, len(plan.images(run.dataset)))
-    same = (evaluation.split, evaluation.importance_samples, evaluation.images) == asked
-    return evaluation if same else None
+        return evaluate_run(console, run, plan, label)
+    asked = plan.split, len(plan.images(run.dataset)), plan.samples, plan.precision
+    if asked == (earlier.split, earlier.images, earlier.importance_samples, earlier.precision):
+        return earlier
+    kept = run.folder.other_evaluation(part, earlier.importance_samples, earlier.precision)
+    path.replace(kept)
+    console.print(
+        f"{path} was measured with {earlier.importance_samples} importance samples at precision "
+        f"{earlier.precision or 'unknown'}; it is kept as {kept}, and made anew with {plan.samples} at "
+        f"{plan.precision}.",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+    return evaluate_run(console, run, plan, label)
 
 
 _EVALUATION = TypeAdapter(Evaluation)

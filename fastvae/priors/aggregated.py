@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvae import _checks
 from fastvae import functional as F
-from fastvae.contracts import encode, evaluate, is_readable, require_shape, require_tensor
+from fastvae.contracts import encode, evaluate, require_index, require_shape, require_tensor
 from fastvae.estimate import Estimate
 from fastvae.priors.base import Prior
 from fastvae.priors.mixture import Mixture, expanded_logvar
@@ -96,12 +96,7 @@ class AggregatedPosterior(Mixture):
             TypeError, ValueError: index is not int64 [B] in 0 ... N - 1, or mu and logvar are not [B, D].
         """
         N, D = self.mu.shape
-        if require_tensor("index", index).dtype != torch.int64 or index.ndim != 1:
-            raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
-        if index.numel() and index.device.type == "cpu" and is_readable(index):
-            low, high = (int(v) for v in index.aminmax())
-            if low < 0 or high >= N:
-                raise ValueError(f"index must be in 0 ... {N - 1} for N = {N}, it spans {low} ... {high}")
+        require_index(index, N)
         require_shape(f"mu for index {list(index.shape)}", mu, (len(index), D))
         mu, logvar = _checks.gaussian(mu, require_tensor("logvar", logvar), mu.dtype)
         # not in place: a graph may hold the tensors, and so may the caller who gave them

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import functional as F
-from fastvae.contracts import is_readable, require_tensor
+from fastvae.contracts import require_index, require_tensor
 from fastvae.priors.base import Density, Prior
 from fastvae.priors.encoded import EncodedMixture
 
@@ -108,10 +108,8 @@ class ExemplarPrior(EncodedMixture):
         """(mu [K, D], logvar, own int64 [B]): the components of a step, and which of them each row is, or -1."""
         N = len(self.data)
         self._warn_without(index)
-        if index is not None and (require_tensor("index", index).dtype != torch.int64 or index.ndim != 1):
-            raise ValueError(f"index must be int64 [B], not {index.dtype} {list(index.shape)}")
-        if index is not None and not _within(index, -1, N - 1):
-            raise ValueError(f"index must be in -1 ... {N - 1} for N = {N}, -1 for what is not in the data")
+        if index is not None:
+            require_index(index, N, others=True)
         if self.subset is None or not self.training:
             return (*self._refreshed(index, near), index)
         chosen = torch.randperm(N, device=self.data.device)[: self.subset]
@@ -141,11 +139,3 @@ class ExemplarPrior(EncodedMixture):
     def _encode(self, u: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         mu, logvar = super()._encode(u, y)
         return mu, logvar if self.logvar is None else self.logvar.expand(mu.shape)
-
-
-def _within(index: Tensor, low: int, high: int) -> bool:
-    """Whether indices are in low ... high; True where that cannot be seen, or only by waiting for a device."""
-    if not index.numel() or index.device.type != "cpu" or not is_readable(index):
-        return True
-    smallest, largest = (int(value) for value in index.aminmax())
-    return low <= smallest and largest <= high

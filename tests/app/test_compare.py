@@ -48,6 +48,7 @@ def test_compare_and_compare_again(cli: Cli, tmp_path: Path, tiny_npz: Path) -> 
     assert code == 0, error
     summary = json.loads((tmp_path / "compare.json").read_text())
     assert [r["prior"] for r in summary["priors"]] == ["standard", "vamp"]
+    assert summary["precision"] == "highest"
     assert all(len(r["log_likelihood"]) == 2 for r in summary["priors"])
     assert summary["verdict"]["sentence"] in text and "+- is the standard deviation over 2 seeds" in text
     for name in ("compare.png", *summary["pictures"]):

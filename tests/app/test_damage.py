@@ -6,18 +6,23 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastvae._files import FileError, whole_file, whole_files, write_json
+from fastvae.app import workflow
 from fastvae.app.run.checkpoint import read_checkpoint
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.trained import load_run
-from fastvae.app.workflow import earlier_evaluation
+from fastvae.app.workflow import evaluate_once
 
 from .conftest import TINY, Cli
 
@@ -131,15 +136,16 @@ def test_another_runs_settings_with_this_checkpoint(cli: Cli, tmp_path: Path, ti
         assert "is of another model than" in refused(cli, *command)
 
 
-def test_an_evaluation_that_is_damaged_counts_as_none(cli: Cli, run: Path) -> None:
+def test_an_evaluation_that_is_damaged_counts_as_none(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli("evaluate", run, "-s", 3)[0] == 0
     path, plan, loaded = run / "evaluation.json", EvaluationPlan(samples=3), load_run(run)
-    whole = json.loads(path.read_text())
-    assert earlier_evaluation(loaded, plan) is not None
-    assert earlier_evaluation(loaded, EvaluationPlan(samples=4)) is None
+    whole, console = json.loads(path.read_text()), Console(file=StringIO())
+    monkeypatch.setattr(workflow, "evaluate_run", mock.Mock(side_effect=AssertionError("made anew")))
+    assert asdict(evaluate_once(console, loaded, plan)) == whole
     for content in ("", "{}", "[]", json.dumps({**whole, "log_likelihood": "high"}), json.dumps({**whole, "gap": 5})):
         path.write_text(content)
-        assert earlier_evaluation(loaded, plan) is None
+        with pytest.raises(AssertionError, match="made anew"):
+            evaluate_once(console, loaded, plan)
 
 
 @pytest.fixture

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from fastvae import VAE
+from fastvae import VAE, use_backend
 from fastvae.app import workflow
 from fastvae.app.run import evaluation
+from fastvae.app.run.evaluation_plan import EvaluationPlan
+from fastvae.app.run.trained import load_run
+from fastvae.backends.choice import current
 
 from .conftest import Cli
 
@@ -23,7 +29,7 @@ def test_evaluation_goes_on(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
     command = ["evaluate", run, "--samples", 20]
     assert cli(*command)[0] == 0
     whole = json.loads((run / "evaluation.json").read_text())
-    unfinished = run / "evaluation-unfinished-20.json"
+    unfinished = run / "evaluation-unfinished-20-highest.json"
     assert not unfinished.exists()
 
     log_likelihood, calls = VAE.log_likelihood, []
@@ -38,7 +44,8 @@ def test_evaluation_goes_on(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
     code, text, _ = cli(*command)
     assert code == 130 and "goes on from here" in text
     assert len(json.loads(unfinished.read_text())["log_likelihood"]) == 6
-    for other in (["--samples", 21, "--limit", 3], ["--samples", 21]):  # these neither take it up nor replace it
+    # These neither take it up nor replace it.
+    for other in (["--samples", 21, "--limit", 3], ["--samples", 21], ["--samples", 20, "--precision", "high"]):
         code, _, error = cli("evaluate", run, *other)
         assert code == 0, error
         assert len(json.loads(unfinished.read_text())["log_likelihood"]) == 6
@@ -48,6 +55,38 @@ def test_evaluation_goes_on(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
     assert not unfinished.exists()
     again = json.loads((run / "evaluation.json").read_text())
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+
+
+@pytest.mark.parametrize("plan", [EvaluationPlan(samples=5), EvaluationPlan(samples=5, precision="medium")])
+def test_the_precision_is_the_plans(run: Path, monkeypatch: pytest.MonkeyPatch, plan: EvaluationPlan) -> None:
+    """Whatever is said outside."""
+    log_likelihood, found = VAE.log_likelihood, set()
+
+    def looking(self: VAE, *arguments: Any, **options: Any) -> Tensor:
+        found.add(current().precision)
+        return log_likelihood(self, *arguments, **options)
+
+    monkeypatch.setattr(VAE, "log_likelihood", looking)
+    with use_backend(precision="high"):
+        assert evaluation.evaluate(load_run(run), plan).precision == plan.precision
+    assert found == {plan.precision}
+
+
+def test_an_evaluation_by_another_plan_is_made_anew_and_kept(run: Path) -> None:
+    """Also one of before its precision was kept: nobody knows what it was."""
+    told, loaded, path, plan = StringIO(), load_run(run), run / "evaluation.json", EvaluationPlan(samples=3)
+    console = Console(file=told)
+    workflow.evaluate_run(console, loaded, EvaluationPlan(samples=3, precision="medium"))
+    by_medium = path.read_bytes()
+    found = workflow.evaluate_once(console, loaded, plan)
+    assert found.precision == "highest" and (run / "evaluation-3-medium.json").read_bytes() == by_medium
+    assert f"it is kept as {run / 'evaluation-3-medium.json'}, and made anew with 3 at highest" in told.getvalue()
+    assert workflow.evaluate_once(console, loaded, plan) == found
+    old = json.loads(path.read_text())
+    del old["precision"]
+    path.write_text(json.dumps(old | {"log_likelihood": -1.0}))
+    assert workflow.evaluate_once(console, loaded, plan).log_likelihood == found.log_likelihood
+    assert json.loads((run / "evaluation-3-unknown.json").read_text())["log_likelihood"] == -1.0
 
 
 @pytest.mark.parametrize(("module", "name"), [(evaluation, "measure_gap"), (workflow, "draw_gap")])
@@ -96,7 +135,7 @@ def test_killed(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_damaged_unfinished_evaluation(cli: Cli, run: Path, damage: str) -> None:
     assert cli("evaluate", run, "--samples", 5)[0] == 0
     whole = json.loads((run / "evaluation.json").read_text())
-    (run / "evaluation-unfinished-5.json").write_text(damage)
+    (run / "evaluation-unfinished-5-highest.json").write_text(damage)
     code, _, error = cli("evaluate", run, "--samples", 5)
     assert code == 0, error
     assert json.loads((run / "evaluation.json").read_text())["log_likelihood"] == whole["log_likelihood"]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+import threading
+from datetime import timedelta
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
 
 import fastvae
 from fastvae._noise import PartOfBatch, rows_of_batch
+from fastvae.app.run import ranks
 from fastvae.app.run.device import pick_device
-from fastvae.app.run.ranks import ALONE, PATIENCE, Ranks, _process_group, launched
-from fastvae.app.user_errors import ConfigError
+from fastvae.app.run.ranks import ALONE, Ranks, _process_group, launched
+from fastvae.app.user_errors import ConfigError, RunError
 
 from .conftest import Cli
 
@@ -127,16 +131,51 @@ def test_a_step_that_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch)
         Ranks(1, 2).from_first(fail)  # which is not called here
 
 
-def test_ranks_that_end_together_leave_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else its threads may still run when Python ends, and abort the process."""
+YEAR = timedelta(days=365)
+
+
+@pytest.fixture
+def environment() -> dict[str, Any]:
+    """Of one rank, alone."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    return {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def test_ranks_that_end_together_leave_the_group(monkeypatch: pytest.MonkeyPatch, environment: dict[str, Any]) -> None:
+    """Else its threads may still run when Python ends, and abort the process."""
+    for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(SystemExit), _process_group("cpu", PATIENCE):
-        assert torch.distributed.is_initialized()
+    with pytest.raises(SystemExit), _process_group("cpu", YEAR):
+        group = torch.distributed.group.WORLD
+        assert group is not None and group._get_backend(torch.device("cpu")).options._timeout == YEAR
         raise SystemExit(1)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "another"])
+def test_a_rank_that_never_starts_does_not_hold_up_the_others(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, Any], launcher: str
+) -> None:
+    """Though their patience is long once they have met."""
+    if launcher == "torchrun":  # which keeps the store itself
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**environment, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=2))
+    told: list[str] = []
+
+    def meet() -> None:
+        with pytest.raises(RunError) as error, _process_group("cpu", YEAR):
+            pass
+        told.append(str(error.value))
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert told and "The ranks do not meet: rank 0 waits" in told[0] and "for all 2 (WORLD_SIZE)" in told[0]
     assert not torch.distributed.is_initialized()
 
 

@@ -14,6 +14,7 @@ from fastvae import VampPrior
 from fastvae.app.data.dataset import Dataset, make_split
 from fastvae.app.run import protocol
 from fastvae.app.run.config import make_config, read_config
+from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.networks import TruncatedLogistic, build
 from fastvae.app.run.optimizer import NormalizedAdam
 from fastvae.app.run.protocol import protocol_names, read_protocol
@@ -55,7 +56,7 @@ def tiny_protocol(tmp_path: Path, tiny_npz: Path, monkeypatch: pytest.MonkeyPatc
 def test_protocol(name: str) -> None:
     read = read_protocol(name)
     assert read.name == name and read.title
-    assert (read.plan.split, read.plan.samples, read.plan.limit) == ("test", 5000, None)
+    assert read.plan == EvaluationPlan("test", samples=5000, limit=None, precision="highest")
     # By the paper of Tomczak and Welling, whose figures most of these are.
     assert (read.config.warmup, read.config.patience, read.config.batch_size) == (100, 50, 100)
     assert all(figure.source and figure.log_likelihood < -80 for figure in read.published)
@@ -88,6 +89,17 @@ def test_run_and_record(cli: Cli, tmp_path: Path, tiny_protocol: str) -> None:
     code, text, error = cli("reproduce", tiny_protocol, "--out", out, "--seed", 3)
     assert code == 0, error
     assert times == {path: path.stat().st_mtime_ns for path in times}  # nothing is done twice
+
+
+def test_an_evaluation_by_other_settings_is_not_recorded(cli: Cli, tmp_path: Path, tiny_protocol: str) -> None:
+    out = tmp_path / "run"
+    assert cli("reproduce", tiny_protocol, "--out", out)[0] == 0
+    assert cli("evaluate", out, "--precision", "medium")[0] == 0
+    by_medium = (out / "evaluation.json").read_bytes()
+    code, text, error = cli("reproduce", tiny_protocol, "--out", out)
+    assert code == 0 and "evaluation-5000-medium.json" in text, error
+    assert json.loads((out / "reproduction.json").read_text())["evaluation"]["precision"] == "highest"
+    assert (out / "evaluation-5000-medium.json").read_bytes() == by_medium
 
 
 def test_as_it_is(cli: Cli, tmp_path: Path, tiny_protocol: str) -> None:

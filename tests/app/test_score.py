@@ -46,6 +46,15 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in ("z.npy", "mixture.npz"))
 
 
+def saved(path: Path, z: np.ndarray) -> Path:
+    """Points in a file of the format that its name says."""
+    if path.suffix == ".npy":
+        np.save(path, z)
+    else:
+        pytest.importorskip("safetensors.torch").save_file({"z": torch.from_numpy(z)}, path)
+    return path
+
+
 def test_densities_and_scores(cli: Cli, tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     out, score = tmp_path / "log_prob.npy", tmp_path / "score.npy"
     code, text, error = cli(*options(inputs, out), "--score", score)
@@ -100,12 +109,76 @@ def test_a_logvar_of_another_byte_order_that_all_components_share(
 
 
 @pytest.mark.parametrize("rows", [np.s_[300:500], ...])
-def test_a_file_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path, rows: Any) -> None:
-    np.save(tmp_path / "z.npy", np.zeros((500, 3)))
-    opened = arrays.NpyRows(tmp_path / "z.npy")
-    os.truncate(tmp_path / "z.npy", 9000)
-    with pytest.raises(DataError, match=r"z\.npy: was cut short while it was read"):
+@pytest.mark.parametrize("name", ["z.npy", "z.safetensors"])
+def test_a_file_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path, name: str, rows: Any) -> None:
+    """Where the file is mapped, the operating system ends the process instead."""
+    opened = arrays.open_points(saved(tmp_path / name, np.zeros((500, 3)))).arrays["z"]
+    os.truncate(tmp_path / name, 9000)
+    with pytest.raises(DataError, match=r"z\.[a-z]*: was cut short while it was read"):
         opened[rows]
+
+
+@pytest.mark.parametrize("name", ["z.npy", "z.safetensors"])
+@pytest.mark.parametrize("left_over", [3000, -1, 100, 8, 3, 0])
+def test_a_file_that_is_cut_short_is_told_before_the_work(
+    cli: Cli, tmp_path: Path, inputs: tuple[Path, Path], name: str, left_over: int
+) -> None:
+    z = saved(tmp_path / name, np.load(inputs[0]))
+    whole = z.stat().st_size
+    size = left_over % whole
+    os.truncate(z, size)
+    before = left(tmp_path)
+    code, _, error = cli(*options((z, inputs[1]), tmp_path / "out.npy"))
+    assert code == 1 and f"{z}: is" in error and "is cut short" in error, error
+    if size > 1000:  # more than the header
+        assert f"it should hold {whole:,} bytes or more, and it holds {size:,}." in error
+    assert left(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (0, 3), (4, 2, 3)])
+def test_rows_of_safetensors(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As their library reads them."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    stored = {"first": torch.zeros(3, dtype=torch.uint8), "z": (10 * torch.randn(shape)).to(dtype)}
+    save_file(stored, tmp_path / "z.safetensors", metadata={"a": "b"})
+    z = arrays.open_points(tmp_path / "z.safetensors").arrays["z"]
+    for rows in (..., np.s_[:], np.s_[1:4], np.s_[9:12])[: None if shape else 1]:
+        assert z[rows].dtype == dtype and torch.equal(z[rows], stored["z"][rows])
+
+
+def test_a_vector_of_a_program_that_stores_columns_is_read(tmp_path: Path) -> None:
+    """Its header says so of a vector too, whose rows are one after the other whatever it says."""
+    with open(tmp_path / "z.npy", "wb") as file:
+        described = {"descr": "<f8", "fortran_order": True, "shape": (5,)}
+        np.lib.format.write_array_header_1_0(file, described)
+        np.arange(5.0).tofile(file)
+    assert arrays.open_points(tmp_path / "z.npy").arrays["z"][1:3].tolist() == [1.0, 2.0]
+
+
+GOOD = {"dtype": "F32", "shape": [4, 3], "data_offsets": [0, 48]}
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ([], "its header is not that of one"),
+        ({"z": 1}, "its header is not that of one"),
+        ({"z": GOOD | {"shape": [-4, -3]}}, "its header is not that of one"),
+        ({"z": GOOD | {"data_offsets": [-8, 40]}}, "its header is not that of one"),
+        ({"z": GOOD | {"shape": [4, 4]}}, "z takes 64 bytes by its shape and dtype, and has 48"),
+        ({"z": GOOD | {"dtype": "F8_E4M3"}}, "z is F8_E4M3, which cannot be read"),
+        ({"z": GOOD | {"dtype": "I32"}}, "z must be a floating tensor, not torch.int32"),
+    ],
+)
+def test_a_wrong_header_of_safetensors_is_told(
+    cli: Cli, tmp_path: Path, inputs: tuple[Path, Path], header: Any, told: str
+) -> None:
+    text, z = json.dumps(header).encode(), tmp_path / "z.safetensors"
+    z.write_bytes(len(text).to_bytes(8, "little") + text + bytes(48))
+    code, _, error = cli(*options((z, inputs[1]), tmp_path / "out.npy"))
+    assert code == 1 and str(z) in error and told in error and "Traceback" not in error, error
+    assert left(tmp_path) == ["z.safetensors"]
 
 
 def test_no_points(cli: Cli, tmp_path: Path, inputs: tuple[Path, Path]) -> None:

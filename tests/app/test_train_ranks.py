@@ -84,7 +84,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path: Path, three: processes
 
 def test_three_ranks_evaluate_as_one_process_does(run: Path, three: processes.Ranks) -> None:
     """To the bit; also where another number of ranks goes on, and where the last ranks have no images left."""
-    kept = RunFolder(run).unfinished_evaluation("", 7)
+    kept = RunFolder(run).unfinished_evaluation("", 7, "highest")
     together = three(evaluate_on, 3, run, 7)
     content = json.loads(kept.read_bytes())
     kept.unlink()

@@ -326,8 +326,15 @@ def test_an_index_of_the_wrong_length(arguments: dict[str, Any], count: int) -> 
         model(data[:4], index=[0, 1, 2, 3], **arguments)
 
 
-@pytest.mark.parametrize("index", [torch.tensor([0, 7]), torch.tensor([-2, 0]), torch.tensor([0.0, 1.0])])
-def test_index_out_of_range(index: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        (torch.tensor([0, 7]), r"index must be in -1 \.\.\. \d for N = \d, -1 for .*, and spans 0 \.\.\. 7"),
+        (torch.tensor([-2, 0]), r"index must be in -1 \.\.\. \d for N = \d, -1 for .*, and spans -2 \.\.\. 0"),
+        (torch.tensor([0.0, 1.0]), "index must be int64"),
+    ],
+)
+def test_index_out_of_range(index: Tensor, told: str) -> None:
     prior, _ = made()
-    with pytest.raises(ValueError, match="index must be"):
+    with pytest.raises(ValueError, match=told):
         prior.density(index)

@@ -61,7 +61,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     """
     key = name.removesuffix(".npy")
     with archive.open(name) as file:
-        shape, dtype = _read_header(file)
+        shape, _, dtype = read_npy_header(file)
         header = file.tell()
     if dtype.hasobject:
         raise DataError(
@@ -81,14 +81,17 @@ def _read_member(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
         return np.asarray(npy_format.read_array(file, allow_pickle=False))
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and the type of the numbers in an .npy file."""
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """What an .npy file begins with: the shape, whether the first index changes fastest, and the numbers' dtype.
+
+    Raises:
+        ValueError: it is no .npy file, or is cut short here.
+    """
     version = npy_format.read_magic(file)
     read = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"an array is stored in format {version[0]}.{version[1]}, which no array of numbers needs")
-    shape, _, dtype = read(file)
-    return shape, dtype
+    return read(file)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvae import VAE
+from fastvae import VAE, use_backend
 from fastvae._files import write_json
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.gap import Gap, measure_gap
@@ -35,7 +35,8 @@ class Evaluation:
     """Means over the images of a set, in nats. `standard_error` is that of the mean log-likelihood.
 
     One image tells neither a standard error nor which units are active: both are None then. `gap` is about the
-    training images: how far the prior is from what the encoder makes of them all.
+    training images: how far the prior is from what the encoder makes of them all. `precision` is the plan's; None in
+    files of versions that did not keep it.
     """
 
     split: str
@@ -50,6 +51,7 @@ class Evaluation:
     latent: int
     gap: Gap
     seconds: float
+    precision: str | None = None
 
 
 def evaluate(
@@ -74,8 +76,10 @@ def evaluate(
     log_likelihood = log_likelihoods(run, plan, on_images, ranks)
     reseed(run.config.seed, Stream.EVALUATE)
     several = len(x) > 1
-    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES, y=y)
-    means = posterior_means(run.vae, x, y)
+    with use_backend(precision=plan.precision):
+        measures = measure(run.vae, x, num_samples=BOUND_SAMPLES, y=y)
+        means = posterior_means(run.vae, x, y)
+        gap = measure_gap(run)
     return Evaluation(
         split=plan.split,
         images=len(x),
@@ -87,8 +91,9 @@ def evaluate(
         kl=measures["kl"],
         active_units=int((means.var(0, correction=0) > ACTIVE).sum()) if several else None,
         latent=means.shape[1],
-        gap=measure_gap(run),
+        gap=gap,
         seconds=time.perf_counter() - started,
+        precision=plan.precision,
     )
 
 
@@ -111,6 +116,7 @@ def log_likelihoods(
         "best_bound": run.checkpoint["best_bound"],
         "samples": plan.samples,
         "images": len(x),
+        "precision": plan.precision,
     }
     ranks.check_same(identity)
     done = ranks.gather(_read_unfinished(unfinished, identity))[0]
@@ -121,7 +127,8 @@ def log_likelihoods(
             start = len(done) + BATCH * ranks.rank  # of the rank's batch, which may lie behind the last image
             reseed(run.config.seed, Stream.EVALUATE, 1 + start)  # an image's noise is the same whenever it is measured
             some = slice(start, start + BATCH)
-            values = vae.log_likelihood(x[some], plan.samples, y=None if y is None else y[some])
+            with use_backend(precision=plan.precision):
+                values = vae.log_likelihood(x[some], plan.samples, y=None if y is None else y[some])
             together = torch.cat(ranks.gather(values.cpu()))
             if not bool(together.isfinite().all()):
                 number = int(together.isfinite().logical_not().nonzero()[0])
@@ -141,10 +148,10 @@ def log_likelihoods(
 
 def unfinished_evaluation(run: TrainedRun, plan: EvaluationPlan) -> Path:
     """The file that keeps what an evaluation by this plan has done."""
-    return run.folder.unfinished_evaluation(plan.part(run.dataset), plan.samples)
+    return run.folder.unfinished_evaluation(plan.part(run.dataset), plan.samples, plan.precision)
 
 
-def _read_unfinished(path: Path, identity: dict[str, float]) -> list[float]:
+def _read_unfinished(path: Path, identity: dict[str, object]) -> list[float]:
     """The log-likelihoods of the first images that an earlier evaluation of this identity kept."""
     try:
         content = json.loads(path.read_bytes())

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class EvaluationPlan:
     """What to measure on: the "validation" or "test" set, or its first `limit` images; and how closely.
 
-    `samples` are the importance samples for each image's log-likelihood.
+    `samples` are the importance samples for each image's log-likelihood, and `precision` is the lowest that the kernels
+    may compute with.
     """
 
     split: str = "test"
     samples: int = 5000
     limit: int | None = None
+    precision: str = "highest"
 
     def __post_init__(self) -> None:
         if self.split not in ("validation", "test"):

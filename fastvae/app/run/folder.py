@@ -45,9 +45,13 @@ class RunFolder:
         """What evaluation gave, as JSON: of all test images, or of that `part` of the data."""
         return self.path / (f"evaluation-{part}.json" if part else "evaluation.json")
 
-    def unfinished_evaluation(self, part: str, samples: int) -> Path:
-        """What an evaluation with so many importance samples, that is under way or was stopped, has done, as JSON."""
-        return self.evaluation(f"{part}-unfinished-{samples}" if part else f"unfinished-{samples}")
+    def unfinished_evaluation(self, part: str, samples: int, precision: str) -> Path:
+        """What an evaluation with these settings, that is under way or was stopped, has done, as JSON."""
+        return self.evaluation(f"{part and f'{part}-'}unfinished-{samples}-{precision}")
+
+    def other_evaluation(self, part: str, samples: int, precision: str | None) -> Path:
+        """Where an evaluation with these settings is kept once one with others takes its place."""
+        return self.evaluation(f"{part and f'{part}-'}{samples}-{precision or 'unknown'}")
 
     @property
     def reproduction(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from fastvae.app.user_errors import ConfigError, RunError
 
-PATIENCE = timedelta(minutes=10)  # for a rank that others wait for: it may be writing a checkpoint, or reading data
+PATIENCE = timedelta(minutes=10)  # for a rank that others wait for: it may be starting, or writing a checkpoint
 _WORDS = "gloo", "NCCL", "TCPStore", "process group", "lost the other ranks"  # in a failed communication's message
 
 Arguments = ParamSpec("Arguments")
@@ -101,10 +101,11 @@ class Ranks:
 
         Args:
             device: where they compute.
-            patience: how long a rank may keep the others waiting; one that ends is noticed at once.
+            patience: how long a rank may keep the others waiting in the block; one that ends is noticed at once.
 
         Raises:
-            RunError: from the block, where a rank has ended, or has kept the others waiting.
+            RunError: not all ranks have started within PATIENCE; or, from the block, a rank has ended, or has kept the
+                others waiting.
         """
         return nullcontext() if self.size == 1 else _process_group(device, patience)
 
@@ -131,28 +132,51 @@ def _number(variable: str, low: int, end: int | None) -> int:
     return int(text)
 
 
-@contextmanager
-def _process_group(device: str, patience: timedelta) -> Iterator[None]:
+def _meet(device: str, patience: timedelta) -> None:
+    """Make the default process group, once all ranks have started, which may take PATIENCE whatever `patience` is."""
     import torch.distributed as dist
 
     kind = device.partition(":")[0]
     # Plain Python values go by way of the CPU, whatever the tensors' device is.
     backends = "cpu:gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     try:
-        try:
-            dist.init_process_group(backends, timeout=patience)
-        except ValueError as error:  # an environment variable is missing
-            raise ConfigError(f"{error}; torchrun sets it.") from None
+        dist.init_process_group(backends, timeout=PATIENCE)
+    except ValueError as error:  # an environment variable is missing
+        raise ConfigError(f"{error}; torchrun sets it.") from None
+    except RuntimeError as error:
+        raise RunError(
+            f"The ranks do not meet: rank {os.environ['RANK']} waits {_minutes(PATIENCE)} at most for all "
+            f"{os.environ['WORLD_SIZE']} (WORLD_SIZE). See whether each has started, with the same MASTER_ADDR and "
+            f"MASTER_PORT, and what it said. ({_first_sentence(error)})"
+        ) from error
+    assert dist.group.WORLD is not None
+    dist.group.WORLD.set_timeout(patience)
+
+
+def _minutes(time: timedelta) -> str:
+    return f"{time.total_seconds() / 60:g} minutes"
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().split(". ")[0]
+
+
+@contextmanager
+def _process_group(device: str, patience: timedelta) -> Iterator[None]:
+    import torch.distributed as dist
+
+    _meet(device, patience)
+    try:
         yield
     except SystemExit:  # all ranks end, see `Ranks.each`; Python may crash at its end if the group is still there
         dist.destroy_process_group()
         raise
     except RuntimeError as error:
-        told = str(error)
-        if not (isinstance(error, dist.DistError) or any(word.lower() in told.lower() for word in _WORDS)):
+        told = str(error).lower()
+        if not (isinstance(error, dist.DistError) or any(word.lower() in told for word in _WORDS)):
             raise
         raise RunError(
             "the other ranks are lost: one of them has ended, or has kept the others waiting for "
-            f"{patience.total_seconds() / 60:g} minutes; see what it said. ({told.strip().split('. ')[0]})"
+            f"{_minutes(patience)}; see what it said. ({_first_sentence(error)})"
         ) from error
     dist.destroy_process_group()  # after an error the other ranks may never come to theirs

@@ -11,31 +11,46 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt, TypeAdapter
+from pydantic_core import from_json
 from torch import Tensor
 
-from fastvae.app.data.array_files import read_npz
+from fastvae.app.data.array_files import read_npy_header, read_npz
 from fastvae.app.user_errors import DataError
 
 _SCANNED = 2**24  # bytes of a block that is looked through
 _MIXTURE = ("mu", "logvar", "log_weights")
+_SAFETENSORS_DTYPES = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"},
+    **{f"{letter}{8 * size}": f"<{letter.lower()}{size}" for letter in "IU" for size in (1, 2, 4, 8)},
+}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class NpyRows:
-    """The rows of an .npy file as tensors, read and not mapped.
+class FileRows:
+    """The rows of an array in a file as tensors, read and not mapped.
 
     A mapped file that another process cuts short ends this one without a message, and its pages count as memory.
+
+    Args:
+        path: the file.
+        shape, dtype: of the array, as it is stored.
+        offset: bytes before it.
+        bfloat16: whether its uint16 numbers are the bits of bfloat16 numbers, which NumPy has no dtype for.
+
+    Raises:
+        DataError: the file ends before the array does.
     """
 
-    def __init__(self, path: Path) -> None:
-        try:
-            header = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{path}: is not an .npy file of numbers, or is cut short ({error}).") from error
-        if not isinstance(header, np.memmap) or (header.ndim and not header.flags.c_contiguous):
-            raise DataError(f"{path}: should be rows one after the other; save numpy.ascontiguousarray of it.")
-        self.path, self.shape, self.dtype = path, header.shape, header.dtype
-        self._offset = header.offset
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, *, bfloat16: bool = False
+    ) -> None:
+        self.path, self.shape, self.dtype, self._offset, self._bfloat16 = path, shape, dtype, offset, bfloat16
+        needed, size = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
+        if size < needed:
+            raise DataError(
+                f"{path}: is cut short: by its header it should hold {needed:,} bytes or more, and it holds {size:,}."
+            )
 
     def __getitem__(self, rows: Any) -> Tensor:
         first, shape = 0, self.shape
@@ -50,9 +65,10 @@ class NpyRows:
         if found.size != count:
             raise DataError(f"{self.path}: was cut short while it was read.")
         try:  # a tensor of the very memory that was read into
-            return torch.from_numpy(found.reshape(shape).astype(self.dtype.newbyteorder("="), copy=False))
+            block = torch.from_numpy(found.reshape(shape).astype(self.dtype.newbyteorder("="), copy=False))
         except TypeError as error:
             raise DataError(f"{self.path}: cannot be read as a tensor ({error}).") from error
+        return block.view(torch.bfloat16) if self._bfloat16 else block
 
 
 @dataclass(frozen=True)
@@ -111,9 +127,9 @@ def _open(path: Path, names: tuple[str, ...]) -> Arrays:
     """All arrays of a file, or those of these names of a folder."""
     if path.is_dir():
         files = [file for name in names if (file := path / f"{name}.npy").is_file()]
-        return Arrays(path, {file.stem: NpyRows(file) for file in files}, tuple(files))
+        return Arrays(path, {file.stem: _npy(file) for file in files}, tuple(files))
     if path.suffix == ".npy":
-        return Arrays(path, {path.stem: NpyRows(path)}, (path,))
+        return Arrays(path, {path.stem: _npy(path)}, (path,))
     if path.suffix == ".npz":
         return Arrays(path, dict(read_npz(path)), (path,))
     if path.suffix == ".safetensors":
@@ -121,16 +137,64 @@ def _open(path: Path, names: tuple[str, ...]) -> Arrays:
     raise DataError(f"{path}: should be an .npy, .npz or .safetensors file, or a folder of .npy files.")
 
 
-def _safetensors(path: Path) -> dict[str, Any]:
+def _npy(path: Path) -> FileRows:
     try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        raise DataError(f"{path}: reading it needs safetensors; pip install safetensors") from error
+        with path.open("rb") as file:
+            shape, fortran, dtype = read_npy_header(file)
+            offset = file.tell()
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: is not an .npy file of numbers, or is cut short ({error}).") from error
+    if fortran and sum(size > 1 for size in shape) > 1:
+        raise DataError(f"{path}: should be rows one after the other; save numpy.ascontiguousarray of it.")
+    if dtype.hasobject:
+        raise DataError(f"{path}: holds Python objects, not numbers; save it as float32 or another floating dtype.")
+    return FileRows(path, shape, dtype, offset)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the header of a safetensors file says of an array."""
+
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+_HEADER = TypeAdapter(dict[str, _Stored])
+
+
+def _safetensors(path: Path) -> dict[str, FileRows]:
+    """All arrays of a safetensors file: 8 bytes with the header's length, the header in JSON, the arrays' bytes.
+
+    The safetensors library is not asked, because it maps the file; see :class:`FileRows`.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise DataError(
+                f"{path}: is not a safetensors file, or is cut short: by its first 8 bytes it should hold "
+                f"{8 + length:,} bytes or more, and it holds {size:,}."
+            )
+        header = file.read(length)
     try:
-        file = safe_open(path, framework="pt")
-        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: is not a safetensors file, or is damaged ({error}).") from error
+        said = from_json(header)
+        said.pop("__metadata__", None)
+        stored = _HEADER.validate_python(said)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: is not a safetensors file, or is damaged: its header is not that of one.") from error
+    arrays = {}
+    for name, array in stored.items():
+        if array.dtype not in _SAFETENSORS_DTYPES:
+            raise DataError(f"{path}: {name} is {array.dtype}, which cannot be read; save the file without it.")
+        dtype, (begin, end) = np.dtype(_SAFETENSORS_DTYPES[array.dtype]), array.data_offsets
+        needed = math.prod(array.shape) * dtype.itemsize
+        if end - begin != needed:
+            raise DataError(
+                f"{path}: is damaged: {name} takes {needed:,} bytes by its shape and dtype, and has {end - begin:,}."
+            )
+        arrays[name] = FileRows(path, array.shape, dtype, 8 + length + begin, bfloat16=array.dtype == "BF16")
+    return arrays
 
 
 def _names(found: Arrays) -> str:
@@ -166,7 +230,7 @@ def fingerprint(opened: Arrays, on_bytes: Callable[[int], None]) -> str:
                 )
             digest.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             on_bytes(block.nbytes)
-        described.append(f"{name} {_plain(dtype)} {list(_shape(array))}")
+        described.append(f"{name} {_plain(dtype)} {list(array.shape)}")
     return f"{', '.join(described)}, digest {digest.hexdigest()}"
 
 
@@ -176,7 +240,7 @@ def size_in_bytes(opened: Arrays) -> int:
 
 
 def _row_blocks(path: Path, name: str, array: Any) -> Iterator[tuple[int, Tensor]]:
-    shape = _shape(array)
+    shape = array.shape
     width = max(1, int(np.prod(shape[1:], dtype=np.int64)))
     step = max(1, _SCANNED // (8 * width))
     try:
@@ -185,10 +249,6 @@ def _row_blocks(path: Path, name: str, array: Any) -> Iterator[tuple[int, Tensor
             yield start, block if isinstance(block, Tensor) else torch.tensor(block)
     except TypeError as error:
         raise DataError(f"{path}: {name} should be numbers in floating point ({error}).") from error
-
-
-def _shape(array: Any) -> tuple[int, ...]:
-    return tuple(array.get_shape() if hasattr(array, "get_shape") else array.shape)
 
 
 def _plain(dtype: torch.dtype | None) -> str:

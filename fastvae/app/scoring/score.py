@@ -22,7 +22,7 @@ from fastvae.app.show.progress import counting_progress
 from fastvae.app.user_errors import DataError, RunError
 from fastvae.streaming import StreamedScores
 
-PATIENCE = timedelta(days=365)  # the ranks meet before the work and after it, which takes as long as it takes
+PATIENCE = timedelta(days=365)  # of ranks that are done, for those that are not: the work takes as long as it takes
 
 
 @dataclass(frozen=True)
