@@ -1,18 +1,17 @@
-"""What an exemplar prior is worth by the way in which it is trained, beside a VampPrior: static MNIST, 30 epochs, one seed.
+"""What an exemplar prior is worth by the way in which it is trained, beside a VampPrior: static MNIST, one seed.
 
     python -m tools.experiments.exemplar RUNS [--only NAME ...] [--as-they-are] [--out FILE.json]
 
-RUNS is a folder with a run of `fastvae train` for each way.  Those that are not there, or not at their end, are trained
-first; what was stopped goes on.  --as-they-are trains no further.
+RUNS is a folder with a run of `fastvae train` for each way, of 30 epochs.  Those that are not there, or not at their end,
+are trained first; what was stopped goes on.  With --as-they-are none is trained further, and unfinished ones give curves.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -28,35 +27,42 @@ from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.measuring import measure
 from fastvae.app.run.randomness import Stream, reseed
 from fastvae.app.run.trained import TrainedRun, load_run
-from fastvae.app.run.training import Watchers, train
+from fastvae.app.run.training import Watchers, finished, train
 from fastvae.benchmarks import formatting
-from fastvae.benchmarks.record import code, machine, versions, write_record
+from fastvae.benchmarks.record import code, machine, versions
 from fastvae.contracts import encode
+from fastvae.functional import gaussian_rsample
+from fastvae.priors import ExemplarPrior
 
 from . import command
 
-DATA, EPOCHS = "static-mnist", 30
-PLAN = EvaluationPlan("test", samples=1000, limit=1000)
+SETTINGS: dict[str, Any] = {"data": "static-mnist", "prior": "exemplar", "epochs": 30}  # else the defaults
+PLAN = EvaluationPlan("test", samples=1000, limit=1000)  # of the log-likelihood; all else is of all test images
 REFERENCE = "vamp"
-REFRESH: dict[str, Any] = {"refresh": 0.01, "neighbours": 5}
+OWN: dict[str, Any] = {"shared_variance": False}  # each exemplar has the variance that the encoder gives it
 SHARED: dict[str, Any] = {"shared_variance": True}
+SUBSET: dict[str, Any] = {"subset": 500}
+REFRESH: dict[str, Any] = {"refresh": 0.01, "neighbours": 5}
 WAYS: dict[str, dict[str, Any]] = {
     REFERENCE: {"prior": "vamp"},
-    "refresh": REFRESH,
-    "refresh-shared": REFRESH | SHARED,
-    "subset-500": {"subset": 500},
-    "subset-500-shared": {"subset": 500} | SHARED,
+    "subset-500": SUBSET | OWN,
+    "subset-500-shared": SUBSET | SHARED,
     "subset-2500-shared": {"subset": 2500} | SHARED,
+    "refresh": REFRESH | OWN,
+    "refresh-shared": REFRESH | SHARED,
 }
+OF_GRADIENTS = "subset-500", "subset-500-shared"  # the models whose gradients are looked at
+BATCHES, DRAWS, CHUNK = 5, 5, 1000  # of images, and of exemplars for each; exemplars encoded at once
+SHOWN, TERMS = (5, 10, 20, 30), ("reconstruction", "kl", "log_likelihood")  # epochs and measures of the table
 
 
-def settings(name: str, epochs: int = EPOCHS) -> TrainConfig:
-    """Those of a way's run: the defaults of `fastvae train`, but for what the way changes."""
-    return make_config({"data": DATA, "prior": "exemplar", "epochs": epochs, **WAYS[name]})
+def settings(name: str) -> TrainConfig:
+    """Those of a way's run."""
+    return make_config(SETTINGS | WAYS[name])
 
 
-def trained(name: str, folder: RunFolder, dataset: Dataset) -> TrainedRun:
-    """A way's run, trained to its end."""
+def trained(name: str, folder: RunFolder, dataset: Dataset) -> None:
+    """Train a way's run to its end."""
     config, resume = settings(name), folder.holds_run()
     if resume:
         config = continued(read_config(folder.config), asdict(config))
@@ -65,67 +71,117 @@ def trained(name: str, folder: RunFolder, dataset: Dataset) -> TrainedRun:
         print(f"{name}: epoch {line['epoch']}, validation bound {line['validation']['bound']:.2f}", file=sys.stderr)
 
     train(config, dataset, folder.path, resume=resume, watchers=Watchers(epoch=tell))
-    return load_run(folder.path, dataset=dataset)
 
 
-@torch.no_grad()
-def worth(run: TrainedRun) -> tuple[dict[str, Any], Tensor]:
-    """What the record keeps of a run, and the log-likelihood of each image of the plan, float64 [N]."""
-    each, x = log_likelihoods(run, PLAN), PLAN.images(run.dataset)
-    reseed(run.config.seed, Stream.EVALUATE)
-    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES)
-    means = posterior_means(run.vae, x)
-    _, logvar, _ = run.vae.prior.components()
+def curves(run: TrainedRun) -> dict[str, Any]:
+    """What the record keeps of a run's history."""
     history = run.checkpoint["history"]
-    changed = {
-        field.name: getattr(run.config, field.name)
-        for field in fields(TrainConfig)
-        if field.name not in ("data", "data_dir", "data_sha256")
-    }
-    found = {
-        "settings": changed,
+    return {
+        "settings": {name: value for name, value in asdict(run.config).items() if name != "data_dir"},
         "epochs": run.checkpoint["epoch"],
-        "best_epoch": run.checkpoint["best_epoch"],
-        "seconds_per_epoch": round(median(line["seconds"] for line in history), 2),
+        "finished": finished(run.config, run.checkpoint),
+        # The shortest: other work on the machine makes an epoch longer.
+        "seconds_per_epoch": round(min(line["seconds"] for line in history), 1),
         "train_elbo": [round(line["train"]["elbo"], 3) for line in history],
         "validation": {
             name: [round(line["validation"][name], 3) for line in history] for name in ("elbo", "reconstruction", "kl")
         },
+    }
+
+
+@torch.no_grad()
+def worth(run: TrainedRun) -> tuple[dict[str, Any], Tensor]:
+    """What the record keeps of a finished run's best model, and log p(x) of each image of the plan, float64 [N]."""
+    each, x = log_likelihoods(run, PLAN), run.dataset.test.x
+    reseed(run.config.seed, Stream.EVALUATE)
+    measures = measure(run.vae, x, num_samples=BOUND_SAMPLES)
+    _, logvar, _ = run.vae.prior.components()  # type: ignore[operator]
+    found = {
+        "best_epoch": run.checkpoint["best_epoch"],
         "log_likelihood": float(each.mean()),
         "standard_error": float(each.std()) / len(each) ** 0.5,
         "elbo": measures["elbo"],
         "reconstruction": measures["reconstruction"],
         "kl": measures["kl"],
-        "active_units": int((means.var(0, correction=0) > ACTIVE).sum()),
-        "posterior_logvar": float(encode(run.vae.encoder, x)[1].mean()),
-        "prior_logvar": float(logvar.mean()),
+        "active_units": int((posterior_means(run.vae, x).var(0, correction=0) > ACTIVE).sum()),
+        "posterior_variance": float(encode(run.vae.encoder, x)[1].mean().exp()),
+        "component_variance": float(logvar.mean().exp()),
     }
     return found, each
 
 
-def measured(runs: Path, names: list[str], train_on: bool) -> dict[str, Any]:
+def gradients(run: TrainedRun) -> dict[str, Any]:
+    """How far the expected gradient of the KL term, in the encoder's weights, is from that with all exemplars encoded.
+
+    `distance` is the norm of the difference over the norm of that gradient.  `arrives` is of the part that comes by way
+    of the exemplars: its component along the same part with all encoded, over the norm of that.  Encodings that a step
+    keeps from earlier ones are not old here, so that the difference is that of what is encoded alone.
+    """
+    whole, by_exemplars = _mean_gradients(run, {}, draws=1)
+    found = {}
+    for name, options in (("refresh", REFRESH), ("subset", SUBSET)):
+        other, other_by_exemplars = _mean_gradients(run, options, DRAWS)
+        found[name] = {
+            "distance": float((other - whole).norm() / whole.norm()),
+            "arrives": float(other_by_exemplars @ by_exemplars / by_exemplars.square().sum()),
+        }
+    return found
+
+
+def _mean_gradients(run: TrainedRun, options: dict[str, Any], draws: int) -> tuple[Tensor, Tensor]:
+    """(of the KL term, of its part by way of the exemplars), means over batches of training images and draws."""
+    images, encoder, trained_prior = run.dataset.train.x, run.vae.encoder, run.vae.prior
+    assert isinstance(trained_prior, ExemplarPrior)
+    parameters = list(encoder.parameters())
+    prior = ExemplarPrior(encoder, images, chunk_size=CHUNK, **options).train()
+    prior.logvar = trained_prior.logvar
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+
+    def gradient(loss: Tensor) -> Tensor:
+        parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    total = torch.zeros(2, sum(parameter.numel() for parameter in parameters))
+    for number, index in enumerate(order[: BATCHES * run.config.batch_size].split(run.config.batch_size)):
+        for draw in range(draws):
+            torch.manual_seed(number)  # the same z, whatever is encoded
+            mu, logvar = encode(encoder, images[index])
+            z, log_q = gaussian_rsample(mu, logvar)
+            torch.manual_seed(BATCHES + number * draws + draw)
+            density = prior.density(index, mu)
+            total[0] += gradient((log_q - density(z)).mean())
+            total[1] += gradient(-density(z.detach()).mean())
+    kl_term, by_exemplars = total / (BATCHES * draws)
+    return kl_term, by_exemplars
+
+
+def measured(runs: Path, names: list[str], as_they_are: bool) -> dict[str, Any]:
     """The record."""
     torch.set_num_threads(1)
-    dataset, ways, every = load(DATA), {}, {}
+    dataset, ways, every, of_gradients = load(SETTINGS["data"]), {}, {}, {}
     for name in names:
         folder = RunFolder(runs / name)
-        if train_on:
-            run = trained(name, folder, dataset)
-        elif folder.holds_run():
-            run = load_run(folder.path, dataset=dataset)
-        else:
+        if not as_they_are:
+            trained(name, folder, dataset)
+        elif not folder.holds_run():
             continue
-        ways[name], every[name] = worth(run)
-    for name, found in ways.items():
-        if REFERENCE in every and name != REFERENCE:
-            difference = every[name] - every[REFERENCE]  # of the same images, so that their own spread is not in it
-            found["better_by"] = float(difference.mean())
-            found["better_by_error"] = float(difference.std()) / len(difference) ** 0.5
+        run = load_run(folder.path, dataset=dataset)
+        ways[name] = curves(run)
+        if ways[name]["finished"]:
+            found, every[name] = worth(run)
+            ways[name] |= found
+        if name in OF_GRADIENTS:
+            of_gradients[name] = gradients(run)
+    for name, values in every.items():
+        if name != REFERENCE and REFERENCE in every:
+            difference = values - every[REFERENCE]  # of the same images, so that their own spread is not in it
+            ways[name]["better_by"] = float(difference.mean())
+            ways[name]["better_by_error"] = float(difference.std()) / len(difference) ** 0.5
     return {
-        "data": DATA,
         "images": PLAN.limit,
         "importance_samples": PLAN.samples,
         "ways": ways,
+        "gradients": of_gradients,
         "machine": machine("cpu"),
         "versions": versions(),
         "code": code("cpu"),
@@ -133,40 +189,37 @@ def measured(runs: Path, names: list[str], train_on: bool) -> dict[str, Any]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """A line for each way."""
+    """The table of the ways."""
     rows = []
     for name, found in content["ways"].items():
-        elbos = found["validation"]["elbo"]
-        better, error = found.get("better_by"), found.get("better_by_error")
+        elbos, better = found["validation"]["elbo"], found.get("better_by")
         rows.append(
             [
-                words(name, found["settings"]),
+                _words(name, found["settings"]),
                 f"{found['seconds_per_epoch']:.0f} s",
                 *(f"{elbos[epoch - 1]:.2f}" if epoch <= len(elbos) else formatting.NOTHING for epoch in SHOWN),
-                f"{found['reconstruction']:.2f}",
-                f"{found['kl']:.2f}",
-                f"{found['log_likelihood']:.2f}",
-                formatting.NOTHING if better is None else f"{better:+.2f} +- {error:.2f}",
+                *(f"{found[name]:.2f}" if name in found else formatting.NOTHING for name in TERMS),
+                formatting.NOTHING if better is None else f"{better:+.2f} +- {found['better_by_error']:.2f}",
             ]
         )
     header = [
-        "in a step of training",
+        "a step of training",
         "an epoch",
         *(f"validation ELBO, epoch {epoch}" for epoch in SHOWN),
-        "reconstruction",
+        "test reconstruction",
         "KL",
-        "test log-likelihood",
+        "log-likelihood",
         "better than the VampPrior by",
     ]
     return formatting.markdown(header, rows)
 
 
-def words(name: str, settings: dict[str, Any]) -> str:
+def _words(name: str, chosen: dict[str, Any]) -> str:
     """How a way trains, as its options say it."""
-    if settings["prior"] == "vamp":
-        return f"VampPrior, {settings['components']} pseudo-inputs"
-    said = [f"`--{option.replace('_', '-')} {settings[option]}`" for option in WAYS[name] if option != "shared_variance"]
-    return ", ".join([*said, *(["`--shared-variance`"] if settings["shared_variance"] else [])])
+    if chosen["prior"] == "vamp":
+        return f"VampPrior, K = {chosen['components']}"
+    counts = ", ".join(f"{option} {chosen[option]:g}" for option in WAYS[name] if option != "shared_variance")
+    return f"{counts}, {'one variance' if chosen['shared_variance'] else 'own variances'}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -178,9 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--as-they-are", action="store_true", help="train no run further")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there too")
     options = parser.parse_args(arguments)
-    return command.keep(
-        lambda: measured(options.runs, options.only, not options.as_they_are), markdown, options.out
-    )
+    return command.keep(lambda: measured(options.runs, options.only, options.as_they_are), markdown, options.out)
 
 
 if __name__ == "__main__":
