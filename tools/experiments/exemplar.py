@@ -2,8 +2,9 @@
 
     python -m tools.experiments.exemplar RUNS [--only NAME ...] [--as-they-are] [--out FILE.json]
 
-RUNS is a folder with a run of `fastvae train` for each way, of 30 epochs.  Those that are not there, or not at their end,
-are trained first; what was stopped goes on.  With --as-they-are none is trained further, and unfinished ones give curves.
+RUNS is a folder with a run of `fastvae train` for each way, of 30 epochs.  Those that are not there, or not at their
+end, are trained first; what was stopped goes on.  With --as-they-are none is trained further, and unfinished ones give
+curves.
 """
 
 from __future__ import annotations
