@@ -59,10 +59,13 @@ def test_ways_are_trained_and_recorded(
     )
     table = exemplar.markdown(found).splitlines()
     assert len(table) == 2 + len(NAMES) and "own variances" in table[3] and "one variance" in table[4]
+    assert len(exemplar.gradient_table(found).splitlines()) == 2 + 2
 
     (tmp_path / "record.json").unlink()
     assert exemplar.main([*command, "--as-they-are"]) == 0
     again = json.loads((tmp_path / "record.json").read_text())
+    for way in (*again["ways"].values(), *found["ways"].values()):
+        assert 0 < way.pop("step_seconds") < 1
     assert again["ways"] == found["ways"] and again["gradients"] == found["gradients"]
 
 

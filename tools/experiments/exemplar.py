@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
+from fastvae import TrainingStep
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.data.named_sets import load
 from fastvae.app.run.checkpoint import Epoch
@@ -54,6 +58,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 OF_GRADIENTS = "subset-500", "subset-500-shared"  # the models whose gradients are looked at
 BATCHES, DRAWS, CHUNK = 5, 5, 1000  # of images, and of exemplars for each; exemplars encoded at once
+STEPS = 20  # that are timed
 SHOWN, TERMS = (5, 10, 20, 30), ("reconstruction", "kl", "log_likelihood")  # epochs and measures of the table
 
 
@@ -81,8 +86,6 @@ def curves(run: TrainedRun) -> dict[str, Any]:
         "settings": {name: value for name, value in asdict(run.config).items() if name != "data_dir"},
         "epochs": run.checkpoint["epoch"],
         "finished": finished(run.config, run.checkpoint),
-        # The shortest: other work on the machine makes an epoch longer.
-        "seconds_per_epoch": round(min(line["seconds"] for line in history), 1),
         "train_elbo": [round(line["train"]["elbo"], 3) for line in history],
         "validation": {
             name: [round(line["validation"][name], 3) for line in history] for name in ("elbo", "reconstruction", "kl")
@@ -105,10 +108,22 @@ def worth(run: TrainedRun) -> tuple[dict[str, Any], Tensor]:
         "reconstruction": measures["reconstruction"],
         "kl": measures["kl"],
         "active_units": int((posterior_means(run.vae, x).var(0, correction=0) > ACTIVE).sum()),
-        "posterior_variance": float(encode(run.vae.encoder, x)[1].mean().exp()),
+        "posterior_variance": float(encode(run.vae.encoder, x)[1].mean().exp()),  # geometric means
         "component_variance": float(logvar.mean().exp()),
     }
     return found, each
+
+
+def step_seconds(run: TrainedRun) -> float:
+    """Seconds of the processor for a step of training: the median of some, which leave the weights as they are."""
+    images, times = run.dataset.train.x, []
+    step = TrainingStep(run.vae.train(), Adam(run.vae.parameters(), lr=0.0), prepare=lambda rows: images[rows])
+    for rows in torch.randint(len(images), (1 + STEPS, run.config.batch_size)):
+        started = time.process_time()
+        step(rows, index=rows)
+        times.append(time.process_time() - started)
+    run.vae.eval()
+    return median(times[1:])  # the first may encode all exemplars, and does so once in an epoch
 
 
 def gradients(run: TrainedRun) -> dict[str, Any]:
@@ -167,7 +182,7 @@ def measured(runs: Path, names: list[str], as_they_are: bool) -> dict[str, Any]:
         elif not folder.holds_run():
             continue
         run = load_run(folder.path, dataset=dataset)
-        ways[name] = curves(run)
+        ways[name] = curves(run) | {"step_seconds": step_seconds(run)}
         if ways[name]["finished"]:
             found, every[name] = worth(run)
             ways[name] |= found
@@ -197,15 +212,15 @@ def markdown(content: dict[str, Any]) -> str:
         rows.append(
             [
                 _words(name, found["settings"]),
-                f"{found['seconds_per_epoch']:.0f} s",
+                f"{1e3 * found['step_seconds']:.0f} ms",
                 *(f"{elbos[epoch - 1]:.2f}" if epoch <= len(elbos) else formatting.NOTHING for epoch in SHOWN),
                 *(f"{found[name]:.2f}" if name in found else formatting.NOTHING for name in TERMS),
                 formatting.NOTHING if better is None else f"{better:+.2f} +- {found['better_by_error']:.2f}",
             ]
         )
     header = [
-        "a step of training",
-        "an epoch",
+        "a step of training takes",
+        "its time",
         *(f"validation ELBO, epoch {epoch}" for epoch in SHOWN),
         "test reconstruction",
         "KL",
@@ -215,12 +230,28 @@ def markdown(content: dict[str, Any]) -> str:
     return formatting.markdown(header, rows)
 
 
+def gradient_table(content: dict[str, Any]) -> str:
+    """What of the gradient arrives, by what a step encodes and the model that it is asked of."""
+    rows = []
+    for name, of_model in content["gradients"].items():
+        for way, found in of_model.items():
+            counts = _counts(REFRESH if way == "refresh" else SUBSET)
+            model = "one variance" if content["ways"][name]["settings"]["shared_variance"] else "own variances"
+            rows.append([model, counts, *(formatting.percent(found[part]) for part in ("arrives", "distance"))])
+    header = ["model", "a step takes", "of the part through the exemplars arrives", "the KL term's gradient is off by"]
+    return formatting.markdown(header, rows, left=2)
+
+
 def _words(name: str, chosen: dict[str, Any]) -> str:
     """How a way trains, as its options say it."""
     if chosen["prior"] == "vamp":
         return f"VampPrior, K = {chosen['components']}"
-    counts = ", ".join(f"{option} {chosen[option]:g}" for option in WAYS[name] if option != "shared_variance")
+    counts = _counts({option: chosen[option] for option in WAYS[name] if option != "shared_variance"})
     return f"{counts}, {'one variance' if chosen['shared_variance'] else 'own variances'}"
+
+
+def _counts(options: dict[str, Any]) -> str:
+    return ", ".join(f"`{option}={value:g}`" for option, value in options.items())
 
 
 def main(arguments: list[str] | None = None) -> int:
