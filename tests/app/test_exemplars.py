@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastvae import ExemplarPrior
+from fastvae.app import workflow
 from fastvae.app.data.named_sets import load
 from fastvae.app.run import config as config_module
 from fastvae.app.run.config import TrainConfig, begun, make_config, read_config
@@ -25,8 +26,10 @@ SMALL = {"hidden": 8, "latent": 2, "epochs": 2, "warmup": 0, "prior": "exemplar"
 
 @pytest.fixture
 def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eighty images of `tiny_npz` are many: sixty-four are for training."""
+    """The sixty-four training images of `tiny_npz` are many; and no pictures, which take most of the time."""
     monkeypatch.setattr(config_module, "EXEMPLARS", 10)
+    for name in ("draw_run", "draw_gap", "draw_comparison"):
+        monkeypatch.setattr(workflow, name, lambda *_: None)
 
 
 def settings(folder: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from fastvae.priors import ExemplarPrior
 from . import command
 
 SETTINGS: dict[str, Any] = {"data": "static-mnist", "prior": "exemplar", "epochs": 30}  # else the defaults
-PLAN = EvaluationPlan("test", samples=1000, limit=1000)  # of the log-likelihood; all else is of all test images
+PLAN = EvaluationPlan("test", samples=1000, limit=500)  # of the log-likelihood; all else is of all test images
 REFERENCE = "vamp"
 OWN: dict[str, Any] = {"shared_variance": False}  # each exemplar has the variance that the encoder gives it
 SHARED: dict[str, Any] = {"shared_variance": True}
