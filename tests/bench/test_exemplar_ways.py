@@ -11,7 +11,6 @@ import pytest
 
 from fastvae.app.data.named_sets import load
 from fastvae.app.run.checkpoint import read_checkpoint
-from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.trained import load_run
 from tools.experiments import exemplar
@@ -26,7 +25,8 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     np.savez(file, x=(random.random((80, 5, 5)) < 0.3).astype(np.uint8))
     small = {"data": str(file), "prior": "exemplar", "hidden": 8, "latent": 2, "components": 6, "epochs": 2}
     monkeypatch.setattr(exemplar, "SETTINGS", small)
-    monkeypatch.setattr(exemplar, "PLAN", EvaluationPlan("test", samples=5, limit=4))
+    monkeypatch.setattr(exemplar, "EVERY", 2)
+    monkeypatch.setattr(exemplar, "SAMPLES", 5)
     monkeypatch.setattr(exemplar, "SHOWN", (1, 2, 3))
     monkeypatch.setattr(exemplar, "SUBSET", {"subset": 20})
     monkeypatch.setattr(exemplar, "REFRESH", {"refresh": 0.01, "neighbours": 5})
@@ -46,7 +46,11 @@ def test_ways_are_trained_and_recorded(
     assert exemplar.main(command) == 0
     assert capsys.readouterr().err.count("vamp: epoch") == 2, "the first epoch is not trained again"
     found = json.loads((tmp_path / "record.json").read_text())
-    assert list(found["ways"]) == list(NAMES) and found["importance_samples"] == 5 and found["code"]["digest"]
+    assert (
+        list(found["ways"]) == list(NAMES)
+        and (found["images"], found["importance_samples"]) == (4, 5)
+        and found["code"]["digest"]
+    )
     for name, way in found["ways"].items():
         assert way["finished"] and len(way["validation"]["elbo"]) == way["epochs"] == 2
         assert way["elbo"] == pytest.approx(way["reconstruction"] - way["kl"]) and way["elbo"] < way["log_likelihood"]
