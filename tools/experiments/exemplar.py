@@ -59,7 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
 OF_GRADIENTS = "subset-500", "subset-500-shared"  # the models whose gradients are looked at
 BATCHES, DRAWS, CHUNK = 5, 5, 1000  # of images, and of exemplars for each; exemplars encoded at once
 STEPS = 20  # that are timed
-SHOWN, TERMS = (5, 10, 20, 30), ("reconstruction", "kl", "log_likelihood")  # epochs and measures of the table
+SHOWN = 5, 10, 20, 30  # epochs
 
 
 def settings(name: str) -> TrainConfig:
@@ -208,7 +208,7 @@ def measured(runs: Path, names: list[str], as_they_are: bool) -> dict[str, Any]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The table of the ways."""
+    """The ways, with what a step costs, the curve of the bound, and the log-likelihood."""
     rows = []
     for name, found in content["ways"].items():
         elbos, better = found["validation"]["elbo"], found.get("better_by")
@@ -217,20 +217,29 @@ def markdown(content: dict[str, Any]) -> str:
                 _words(name, found["settings"]),
                 f"{1e3 * found['step_seconds']:.0f} ms",
                 *(f"{elbos[epoch - 1]:.2f}" if epoch <= len(elbos) else formatting.NOTHING for epoch in SHOWN),
-                *(f"{found[name]:.2f}" if name in found else formatting.NOTHING for name in TERMS),
+                f"{found['log_likelihood']:.2f}" if found["finished"] else formatting.NOTHING,
                 formatting.NOTHING if better is None else f"{better:+.2f} +- {found['better_by_error']:.2f}",
             ]
         )
-    header = [
-        "a step of training takes",
-        "its time",
-        *(f"validation ELBO, epoch {epoch}" for epoch in SHOWN),
-        "test reconstruction",
-        "KL",
-        "log-likelihood",
-        "better than the VampPrior by",
-    ]
+    epochs = (f"{'validation ELBO, ' if epoch == SHOWN[0] else ''}epoch {epoch}" for epoch in SHOWN)
+    header = ["", "a step", *epochs, "test log-likelihood", "better than the VampPrior"]
     return formatting.markdown(header, rows)
+
+
+def term_table(content: dict[str, Any]) -> str:
+    """What the ELBO of each finished run is made of, and how wide posteriors and components are."""
+    rows = [
+        [
+            _words(name, found["settings"]),
+            *(f"{found[term]:.2f}" for term in ("elbo", "reconstruction", "kl")),
+            str(found["active_units"]),
+            *(f"{found[of]:.2f}" for of in ("posterior_variance", "component_variance")),
+        ]
+        for name, found in content["ways"].items()
+        if found["finished"]
+    ]
+    variances = ["variance of a posterior", "of a component"]
+    return formatting.markdown(["", "test ELBO", "reconstruction", "KL", "active units", *variances], rows)
 
 
 def gradient_table(content: dict[str, Any]) -> str:

@@ -266,6 +266,12 @@ def exemplar_ways(results: Results) -> str:
     return exemplar.markdown(results.read("exemplar.json"))
 
 
+@table("exemplar-terms", "exemplar.json")
+def exemplar_terms(results: Results) -> str:
+    """What the ELBO is made of, by the way in which an exemplar prior is trained."""
+    return exemplar.term_table(results.read("exemplar.json"))
+
+
 @table("exemplar-gradients", "exemplar.json")
 def exemplar_gradients(results: Results) -> str:
     """What a step that encodes a part of the exemplars leaves of the gradient."""
