@@ -128,7 +128,7 @@ FOR_DATA: dict[str, dict[str, Any]] = {
 
 FOR_BOUND: dict[str, dict[str, Any]] = {"iwae": {"num_samples": 50, "gradient": "dreg"}}
 
-# By `python -m tools.experiments.exemplar`.
+# Found by `python -m tools.experiments.exemplar`.
 FOR_PRIOR: dict[str, dict[str, Any]] = {"exemplar": {"shared_variance": True}}
 EXEMPLARS = 500  # that a step of training takes, unless it is said how many, or to refresh a share of all
 
@@ -158,8 +158,7 @@ def begun(config: TrainConfig, images: int) -> TrainConfig:
 
     Where it was not said how many exemplars a step takes, it takes `EXEMPLARS` of them, or all if there are no more.
     """
-    all_are_few = config.prior != "exemplar" or images <= EXEMPLARS
-    if all_are_few or config.subset is not None or config.refresh < 1:
+    if config.prior != "exemplar" or config.subset is not None or config.refresh < 1 or images <= EXEMPLARS:
         return config
     return replace(config, subset=EXEMPLARS)
 
