@@ -59,7 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
 OF_GRADIENTS = "subset-500", "subset-500-shared"  # the models whose gradients are looked at
 BATCHES, DRAWS, CHUNK = 5, 5, 1000  # of images, and of exemplars for each; exemplars encoded at once
 STEPS = 20  # that are timed
-SHOWN = 3, 10, 20, 30  # epochs
+SHOWN = 8, 10, 20, 30  # epochs
 
 
 def settings(name: str) -> TrainConfig:
