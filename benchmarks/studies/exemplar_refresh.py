@@ -19,6 +19,8 @@ def study() -> dict[str, Any]:
         "all": {},
         "subset=300": {"subset": 300},
         "subset=60": {"subset": 60},
+        "all, shared_variance": {"shared_variance": True},
+        "subset=300, shared_variance": {"subset": 300, "shared_variance": True},
         "refresh=0.05": {"refresh": 0.05},
         "refresh=0.05, neighbours=2": {"refresh": 0.05, "neighbours": 2},
         "refresh=0.05, neighbours=5": {"refresh": 0.05, "neighbours": 5},

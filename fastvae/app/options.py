@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fastvae.app.data.places import is_own_file, own_file
-from fastvae.app.run.config import FOR_DATA, TrainConfig
+from fastvae.app.run.config import EXEMPLARS, FOR_DATA, TrainConfig
 from fastvae.app.user_errors import ConfigError
 
 
@@ -164,7 +164,8 @@ ChunkSize = Annotated[
 Subset = Annotated[
     int | None,
     typer.Option(
-        help="How many exemplars each training step takes, at random; evaluation takes all. (default: all)",
+        help="How many exemplars each training step takes, at random; evaluation takes all. "
+        f"(default {EXEMPLARS}, or all if there are no more; with --refresh all)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -186,8 +187,9 @@ Neighbours = Annotated[
 SharedVariance = Annotated[
     bool | None,
     typer.Option(
-        "--shared-variance",
-        help="Give all exemplars one learned variance, as Norouzi et al. (2020) do, in place of the encoder's.",
+        "--shared-variance/--no-shared-variance",
+        help="Give all exemplars one learned variance, as Norouzi et al. (2020) do, or each the encoder's own. "
+        "(default: one)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -377,4 +379,10 @@ def given(context: typer.Context) -> dict[str, Any]:
     if chosen["data"] is not None and is_own_file(chosen["data"]):
         chosen["data"] = str(own_file(chosen["data"], chosen["data_dir"]))
     # A flag that is not there means "as it was", not "no".
-    return {name: None if value is False else value for name, value in chosen.items()}
+    return {name: value if _is_said(context, name) else None for name, value in chosen.items()}
+
+
+def _is_said(context: typer.Context, name: str) -> bool:
+    """Whether the command line gives a parameter; by a word, as typer has click's enumeration or one of its own."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

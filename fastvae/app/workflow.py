@@ -16,7 +16,7 @@ from fastvae._files import write_json
 from fastvae.app.data.dataset import Dataset
 from fastvae.app.run.checkpoint import read_checkpoint
 from fastvae.app.run.comparison import Row, Verdict, judge
-from fastvae.app.run.config import PriorName, TrainConfig, continued, option, read_config
+from fastvae.app.run.config import FOR_PRIOR, PriorName, TrainConfig, continued, option, read_config
 from fastvae.app.run.evaluation import Evaluation, evaluate, unfinished_evaluation
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import RunFolder
@@ -212,7 +212,7 @@ def _folder(out: Path, prior: str, seed: int) -> RunFolder:
 
 
 def _with(config: TrainConfig, prior: str, seed: int = 0) -> TrainConfig:
-    return replace(config, prior=cast(PriorName, prior), seed=seed)
+    return replace(config, prior=cast(PriorName, prior), seed=seed, **FOR_PRIOR.get(prior, {}))
 
 
 def _trained(

@@ -62,7 +62,7 @@ def test_train_evaluate_sample(cli: Cli, tmp_path: Path) -> None:
 def test_exemplars_with_the_iwae_bound(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     """A new prior and a new bound through train, evaluate and sample; what is told names the bound."""
     out = tmp_path / "run"
-    model = ["--prior", "exemplar", "--refresh", 0.2, "--neighbours", 2, "--chunk-size", 16]
+    model = ["--prior", "exemplar", "--no-shared-variance", "--refresh", 0.2, "--neighbours", 2, "--chunk-size", 16]
     bound = ["--bound", "iwae", "--samples", 6, "--gradient", "dreg"]
     code, text, error = cli("train", "--data", tiny_npz, "--out", out, *TINY, *model, *bound)
     assert code == 0, error
@@ -71,7 +71,7 @@ def test_exemplars_with_the_iwae_bound(cli: Cli, tmp_path: Path, tiny_npz: Path)
     assert line["validation"]["bound"] > line["validation"]["elbo"]
     config = json.loads((out / "config.json").read_text())
     given = {"prior": "exemplar", "refresh": 0.2, "neighbours": 2, "chunk_size": 16, "num_samples": 6}
-    assert given.items() <= config.items() and config["gradient"] == "dreg"
+    assert given.items() <= config.items() and config["gradient"] == "dreg" and not config["shared_variance"]
     code, _, error = cli("train", "--out", out, "--resume", "--samples", 7)
     assert code == 1 and "--samples is 7, but the run to be resumed was begun with 6" in error
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastvae.app.run.protocol import protocol_names, read_protocol
 from fastvae.benchmarks import formatting
 
-from ..experiments import anchor, labels
+from ..experiments import anchor, exemplar, labels
 from .registry import Results, table
 
 FREYFACES_PIXELS = 28 * 20
@@ -258,6 +258,24 @@ def bounds_refresh(results: Results) -> str:
         for row in results.read("bounds-refresh.json")["rows"]
     ]
     return formatting.markdown(["in a step of training", "exemplars encoded", "log-likelihood, nats"], rows)
+
+
+@table("exemplar-ways", "exemplar.json")
+def exemplar_ways(results: Results) -> str:
+    """An exemplar prior by the way in which it is trained."""
+    return exemplar.markdown(results.read("exemplar.json"))
+
+
+@table("exemplar-terms", "exemplar.json")
+def exemplar_terms(results: Results) -> str:
+    """What the ELBO is made of, by the way in which an exemplar prior is trained."""
+    return exemplar.term_table(results.read("exemplar.json"))
+
+
+@table("exemplar-gradients", "exemplar.json")
+def exemplar_gradients(results: Results) -> str:
+    """What a step that encodes a part of the exemplars leaves of the gradient."""
+    return exemplar.gradient_table(results.read("exemplar.json"))
 
 
 @table("bounds-memory", "bounds-memory.json")

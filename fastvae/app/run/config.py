@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -128,23 +128,39 @@ FOR_DATA: dict[str, dict[str, Any]] = {
 
 FOR_BOUND: dict[str, dict[str, Any]] = {"iwae": {"num_samples": 50, "gradient": "dreg"}}
 
+# Found by `python -m tools.experiments.exemplar`.
+FOR_PRIOR: dict[str, dict[str, Any]] = {"exemplar": {"shared_variance": True}}
+EXEMPLARS = 500  # that a step of training takes, unless it is said how many, or to refresh a share of all
+
 
 def make_config(given: dict[str, Any]) -> TrainConfig:
-    """The settings of a new run: what was `given`, else what suits the data, else the general default.
+    """The settings of a new run: what was `given`, else what suits data, prior and bound, else the general default.
 
     Entries of `given` that are None count as not given. A warm-up that was not given takes no more than a
-    fifth of the epochs.
+    fifth of the epochs. How many exemplars a step takes is left open, see :func:`begun`.
 
     Raises:
         ConfigError: a setting, or a combination of them, makes no sense; the message names the option.
     """
     named = {key: value for key, value in given.items() if value is not None}
-    for_bound = FOR_BOUND.get(named.get("bound", TrainConfig.bound), {})
-    chosen = FOR_DATA.get(named.get("data", TrainConfig.data), {}) | for_bound | named
+    chosen: dict[str, Any] = {}
+    for field, settings in (("data", FOR_DATA), ("prior", FOR_PRIOR), ("bound", FOR_BOUND)):
+        chosen |= settings.get(named.get(field, getattr(TrainConfig, field)), {})
+    chosen |= named
     if "warmup" not in named:
         epochs = chosen.get("epochs", TrainConfig.epochs)
         chosen["warmup"] = min(chosen.get("warmup", TrainConfig.warmup), max(epochs, 0) // 5)
     return _validated(chosen)
+
+
+def begun(config: TrainConfig, images: int) -> TrainConfig:
+    """The settings of a new run once it is known how many training images there are.
+
+    Where it was not said how many exemplars a step takes, it takes `EXEMPLARS` of them, or all if there are no more.
+    """
+    if config.prior != "exemplar" or config.subset is not None or config.refresh < 1 or images <= EXEMPLARS:
+        return config
+    return replace(config, subset=EXEMPLARS)
 
 
 def continued(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:

@@ -184,7 +184,8 @@ def _exemplar_prior(config: TrainConfig, dataset: Dataset, encoder: nn.Module, r
     Those that a step draws or keeps, by `subset` or `refresh`, are the same on all ranks, and all encode all of them.
     """
     images, chunk_size = dataset.train.x, config.chunk_size or EXEMPLAR_CHUNK
-    if ranks.size > 1 and config.subset is None and config.refresh == 1:
+    subset = None if config.subset == len(images) else config.subset  # all of them
+    if ranks.size > 1 and subset is None and config.refresh == 1:
         from torch.distributed import new_group
 
         from fastvae.distributed import ShardedExemplarPrior
@@ -200,7 +201,7 @@ def _exemplar_prior(config: TrainConfig, dataset: Dataset, encoder: nn.Module, r
         encoder,
         images,
         shared_variance=config.shared_variance,
-        subset=config.subset,
+        subset=subset,
         chunk_size=chunk_size,
         refresh=config.refresh,
         neighbours=config.neighbours,

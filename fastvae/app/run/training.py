@@ -27,7 +27,7 @@ from fastvae.app.run.checkpoint import (
     write_checkpoint,
     write_first_checkpoint,
 )
-from fastvae.app.run.config import TrainConfig, option
+from fastvae.app.run.config import TrainConfig, begun, option
 from fastvae.app.run.data_parallel import shared_training
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.measuring import Meter, Total
@@ -95,6 +95,8 @@ def train(
         folder.refuse_run()
     config = with_fingerprint(config, dataset)
     earlier = read_checkpoint(folder, device) if resume and folder.holds_run() else None
+    if earlier is None:
+        config = begun(config, len(dataset.train))
     _check_ranks(ranks, config, dataset, earlier)  # before anything else that they do together
     vae = build(config, dataset, ranks).to(device)
     kind = NormalizedAdam if config.normalize_gradients else Adam
