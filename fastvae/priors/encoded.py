@@ -81,11 +81,14 @@ class EncodedMixture(Mixture):
         return encode(self.encoder, u, y)
 
     def _encoded(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(mu [n, D], logvar [n, D]), in chunks whose activations are not kept but computed again in backward."""
+        """(mu [n, D], logvar [n, D]), in chunks whose activations are not kept but computed again in backward.
+
+        Those of a single chunk are kept: backward would need as much memory for them.
+        """
         u, y = self._inputs(index), self.component_labels()
         if y is not None and index is not None:
             y = y[index]
-        if self.chunk_size is None:
+        if self.chunk_size is None or len(u) <= self.chunk_size:
             return self._encode(u, y)
         parts = zip(u.split(self.chunk_size), repeat(None) if y is None else y.split(self.chunk_size), strict=False)
         encoded = [checkpoint(self._encode, *part, use_reentrant=False) for part in parts]

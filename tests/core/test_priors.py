@@ -203,7 +203,8 @@ def test_chunks_give_the_same_density_and_gradients(chunk_size: int) -> None:
     # matrix products of other heights may round otherwise in the last place
     assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(*results, strict=True))
     assert max(parts.encoder.rows) <= chunk_size
-    assert sum(parts.encoder.rows) == 10  # each pseudo-input once forward, once more in backward
+    # each pseudo-input once forward; with several chunks, once more in backward
+    assert sum(parts.encoder.rows) == (5 if chunk_size >= 5 else 10)
 
 
 def test_learned_weights() -> None:
