@@ -25,13 +25,13 @@ exp(+-(da + dl)), but never by more than 1.  The gradients are differences of su
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from budget import Case, Result
 from torch import Tensor
 
 from fastvae import reference
+from tools.experiments.certificate import centred
 
 U = 2.0**-24
 FACTORS = {"high": 3 * 2.0**-22, "medium": 2.0**-10 + 2.0**-22}  # what a product loses by its factors
@@ -39,36 +39,9 @@ CUT_OFF = 20 * 2.0**-23  # what a sum of 16 features loses
 FLOOR = 2.0**-38  # what a feature is off by at least, as a part of the item's largest
 
 
-class Centred(NamedTuple):
-    """z' [M, D], mu' [K, D], 1 / sigma^2 [K, D], and the powers of two that scale features [D]."""
-
-    z: Tensor
-    mu: Tensor
-    v: Tensor
-    unit: Tensor
-    square_unit: Tensor
-
-    def features(self) -> tuple[Tensor, Tensor]:
-        """|x| [M, F] and |y| [K, F]."""
-        scaled = self.z * self.unit
-        x = torch.cat([scaled, scaled.square() * self.square_unit], -1)
-        excess = 0.5 * (self.v - self.v.amin(0))
-        y = torch.cat([self.mu * self.v / self.unit, excess / (self.unit.square() * self.square_unit)], -1)
-        return x.abs(), y.abs()
-
-
-def centred(case: Case) -> Centred:
-    s = torch.exp(-0.5 * case.logvar.expand_as(case.mu))
-    mu = case.mu - (s * case.mu).sum(0) / s.sum(0)
-    variance = (s * mu.square()).sum(0) / s.sum(0)
-    unit = torch.exp2(torch.log2(s).mean(0).round())
-    square_unit = torch.exp2((-0.5 * torch.log2(3.5 * (variance * unit.square() + 1))).round())
-    return Centred(case.z - (case.mu - mu)[0], mu, s.square(), unit, square_unit)
-
-
 def exponent_band(case: Case, precision: str) -> Tensor:
     """What each exponent may be off [M, K]; `case` is what the kernel was given, as float64, all components present."""
-    z, mu, v, *_ = about = centred(case)
+    z, mu, v, *_ = about = centred(case.z, case.mu, case.logvar)
     K, D = mu.shape
     whole = 0.5 * ((z.abs()[:, None] + mu.abs()).square() * v).sum(-1)
     log_weights = torch.full((K,), -math.log(K)) if case.log_weights is None else case.log_weights
@@ -84,7 +57,7 @@ def exponent_band(case: Case, precision: str) -> Tensor:
 def product_band(case: Case, precision: str) -> Result:
     """What value and gradients may be off, of the same inputs."""
     M, K = len(case.z), len(case.mu)
-    z, mu, v, unit, square_unit = about = centred(case)
+    z, mu, v, unit, square_unit = about = centred(case.z, case.mu, case.logvar)
     a = reference.component_log_prob(case.z, case.mu, case.logvar, case.log_weights)
     if case.exclude is not None:
         a = a.masked_fill(case.exclude[:, None] == torch.arange(K), -math.inf)

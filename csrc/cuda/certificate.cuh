@@ -64,7 +64,8 @@ __device__ __forceinline__ float exact_exponent(const Mixture<float>& mix, const
   const ItemBounds& component = features.components.bounds[k];
   const double less = 0.5 * double(squares) + double(features.row_term[m]);  // R may be large: it is rounded once
   const float exponent = float(double(component.shift) - less * kLog2E);
-  if (fma(allowed_slope(mix.D), exponent, features.rows.bounds[m].shift) > component.allowed) *features.uncertain = 1;
+  if (fma(allowed_slope(mix.D), exponent, features.rows.bounds[m].shift) > component.allowed)
+    *features.uncertain = kGivenUp;
   return exponent;
 }
 

@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_forward(Mixture<float> mi
         if (__any_sync(0xFFFFFFFFu, uncertain != 0)) {
           uncertain_pairs += warp_count(uncertain);
           if (uncertain_pairs > kMaxUncertain * (panel - begin + kHeadStart)) {
-            if (lane == 0) *features.uncertain = 1;
+            if (lane == 0) *features.uncertain = kGivenUp;
           } else {
 #pragma unroll 1
             while (__any_sync(0xFFFFFFFFu, uncertain != 0)) {  // one pair of each lane that has some left

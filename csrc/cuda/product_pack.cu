@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) pack_rows(Mixture<float> mix, RowWei
     const float l = m < mix.M ? log_prob : -INFINITY, limit = l + log_negligible<float>(mix.K);
     const float max_peak = from_ordered(features.maxima[0]), max_ratio = from_ordered(features.maxima[1]);
     const bool in_range = fabs(l) <= kMaxScreenedLogProb && fabs(term) < INFINITY;
-    if (!in_range && l != -INFINITY) *features.uncertain = 1;
+    if (!in_range && l != -INFINITY) *features.uncertain = kGivenUp;
     const float score_limit = limit - log_t_bound(limit, max_peak, max_ratio) - max_ratio;
     features.rows.screen[m] = {screen_level(l, limit, term), power_of_two(exponent), bounds.linear, bounds.square};
     features.score_levels[m] = screen_level(l, score_limit, term);

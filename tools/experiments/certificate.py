@@ -39,7 +39,7 @@ class Norms(NamedTuple):
 
 
 class Centred(NamedTuple):
-    """z' [M, D], mu' and v [K, D], and the powers of two that scale features [D]."""
+    """z' [M, D], mu' [K, D], v = 1 / sigma^2 [K, D], and the powers of two that scale features [D]."""
 
     z: Tensor
     mu: Tensor
@@ -47,23 +47,41 @@ class Centred(NamedTuple):
     unit: Tensor
     square_unit: Tensor
 
+    def features(self) -> tuple[Tensor, Tensor]:
+        """|x| [M, 2 D] and |y| [K, 2 D]: those of z' and mu' v, then those of the squares."""
+        scaled = self.z * self.unit
+        x = torch.cat([scaled, scaled.square() * self.square_unit], -1)
+        excess = 0.5 * (self.v - self.v.amin(0))
+        y = torch.cat([self.mu * self.v / self.unit, excess / (self.unit.square() * self.square_unit)], -1)
+        return x.abs(), y.abs()
 
-def centred(inputs: MixtureInputs) -> Centred:
-    z, mu, logvar = inputs.z.double(), inputs.mu.double(), inputs.logvar.double()
-    s, v = torch.exp(-0.5 * logvar), torch.exp(-logvar)
+
+def centred(z: Tensor, mu: Tensor, logvar: Tensor) -> Centred:
+    """Of z [M, D], mu [K, D], and logvar [K, D] or what broadcasts to it, float64."""
+    logvar = logvar.expand_as(mu)
+    s = torch.exp(-0.5 * logvar)
     origin = (s * mu).sum(0) / s.sum(0)
     z, mu = z - origin, mu - origin
     unit = 2 ** torch.round(-0.5 * logvar.mean(0) / math.log(2))
     spread = (s * mu**2).sum(0) / s.sum(0) * unit**2
-    return Centred(z, mu, v, unit, 2 ** torch.round(-0.5 * torch.log2(3.5 * (spread + 1))))
+    return Centred(z, mu, torch.exp(-logvar), unit, 2 ** torch.round(-0.5 * torch.log2(3.5 * (spread + 1))))
+
+
+def centred_inputs(inputs: MixtureInputs) -> Centred:
+    return centred(inputs.z.double(), inputs.mu.double(), inputs.logvar.double())
 
 
 def norms(inputs: MixtureInputs) -> tuple[Norms, Norms]:
     """Of the rows and of the components."""
-    z, mu, v, unit, square_unit = centred(inputs)
-    rows = Norms((z * unit).norm(dim=1), ((z * unit) ** 2 * square_unit).norm(dim=1))
-    excess = 0.5 * (v - v.amin(0))
-    return rows, Norms((mu * v / unit).norm(dim=1), (excess / unit**2 / square_unit).norm(dim=1))
+    x, y = (Norms(*features.unflatten(1, (2, -1)).norm(dim=2).T) for features in centred_inputs(inputs).features())
+    return x, y
+
+
+def responsibilities(about: Centred, log_weights: Tensor) -> Tensor:
+    """[M, K]."""
+    z, mu, v, *_ = about
+    c = log_weights + 0.5 * torch.log(v).sum(1) - 0.5 * (mu**2 * v).sum(1)
+    return torch.softmax(c + z @ (mu * v).T - 0.5 * z**2 @ v.T, 1)
 
 
 def count(inputs: MixtureInputs) -> dict[str, float]:
@@ -95,6 +113,11 @@ def count(inputs: MixtureInputs) -> dict[str, float]:
 
 def share(pairs: Tensor) -> float:
     return float(pairs.double().mean())
+
+
+def repeated_share(certified: Tensor, size: int) -> float:
+    """Of the whole tiles of so many items, those that hold one that is not certified."""
+    return share(~certified[: len(certified) // size * size].view(-1, size).all(1))
 
 
 def forward_share(a: Tensor, bound: Tensor, certified: Tensor) -> float:
@@ -132,20 +155,19 @@ def floor_of(r: Tensor, features: Tensor) -> tuple[float, Tensor]:
 
     The weights are divided by the features' scales, and reach 2^14.
     """
-    scale = 2 ** (torch.floor(torch.log2(features.abs().amax(1))) - 13)
+    scale = 2 ** (torch.floor(torch.log2(features.amax(1))) - 13)
     largest = (r * scale).amax(1)  # becomes 2^14
     return float(scale.max()) * 2.0**-25, (2.0**-11 * len(features) + 4) * largest / 2.0**14 / r.sum(1)
 
 
 def count_sums(inputs: MixtureInputs) -> dict[str, float]:
     """The largest share of what is allowed, for dmu and dlogvar; and how many tiles the difference form computes."""
-    z, mu, v, unit, square_unit = centred(inputs)
+    z, mu, v, unit, square_unit = about = centred_inputs(inputs)
     (M, D), K = z.shape, len(mu)
     log_weights = inputs.log_weights.double()
-    c = log_weights + 0.5 * torch.log(v).sum(1) - 0.5 * (mu**2 * v).sum(1)
-    w = torch.softmax(c + z @ (mu * v).T - 0.5 * z**2 @ v.T, 1).T
+    w = responsibilities(about, log_weights).T
     s0, s1, s2 = w.sum(1), w @ z, w @ z**2
-    small, lost = floor_of(w, torch.cat([z * unit, (z * unit) ** 2 * square_unit], 1))
+    small, lost = floor_of(w, about.features()[0])
     s0, each = s0[:, None], each_loses(K, M)
     floor = (small + lost[:, None]) * s0
     e0, e2 = TOTAL * ROUNDOFF * s0, each * s2 + floor / (unit**2 * square_unit)
@@ -161,19 +183,18 @@ def count_sums(inputs: MixtureInputs) -> dict[str, float]:
     rounded = ROUNDOFF * ((10 + math.sqrt(M)) * v * (wuu - square_error) + (4 + math.sqrt(M)) * s0)
     of_variance = variance_error / (weights * far + rounded)
     certified = (of_mean <= 1).all(1) & (of_variance <= 1).all(1)
-    tiles = certified[: K // TILE * TILE].view(-1, TILE).all(1)
-    return {"dmu": float(of_mean.max()), "dlogvar": float(of_variance.max()), "component_tiles": share(~tiles)}
+    repeated = repeated_share(certified, TILE)
+    return {"dmu": float(of_mean.max()), "dlogvar": float(of_variance.max()), "component_tiles": repeated}
 
 
 def count_scores(inputs: MixtureInputs) -> dict[str, float]:
     """The largest share of what is allowed for the gradient in z; and how many tiles the difference form computes."""
-    z, mu, v, unit, square_unit = centred(inputs)
+    z, mu, v, unit, square_unit = about = centred_inputs(inputs)
     (M, D), K = z.shape, len(mu)
-    c = inputs.log_weights.double() + 0.5 * torch.log(v).sum(1) - 0.5 * (mu**2 * v).sum(1)
-    r = torch.softmax(c + z @ (mu * v).T - 0.5 * z**2 @ v.T, 1)
+    r = responsibilities(about, inputs.log_weights.double())
     s0, s1, s2 = r @ v, r @ (mu * v), r @ (mu**2 * v)
     score, max_mean = s1 - z * s0, mu.abs().amax(0)
-    small, lost = floor_of(r, torch.cat([mu * v / unit, 0.5 * (v - v.amin(0)) / unit**2 / square_unit], 1))
+    small, lost = floor_of(r, about.features()[1])
     floor = small + lost[:, None]
     spread_unit = 2 ** (torch.floor(torch.log2(max_mean * unit)) + 1)
     each, total = each_loses(M, K), TOTAL * ROUNDOFF
@@ -185,8 +206,8 @@ def count_scores(inputs: MixtureInputs) -> dict[str, float]:
     weights = 0.5 * ROUNDOFF * (1 + math.sqrt(D)) * D * math.log(2 * math.pi)
     of_score = error / ((weights + ROUNDOFF * (8 + math.sqrt(K))) * least)
     certified = ((of_score <= 1) & (least > 0)).all(1)
-    tiles = certified[: M // ROW_TILE * ROW_TILE].view(-1, ROW_TILE).all(1)
-    return {"dz": float(of_score.where(least > 0, torch.inf).max()), "row_tiles": share(~tiles)}
+    largest = of_score.where(least > 0, torch.inf).max()
+    return {"dz": float(largest), "row_tiles": repeated_share(certified, ROW_TILE)}
 
 
 def measure() -> dict[str, Any]:
