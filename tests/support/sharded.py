@@ -222,6 +222,7 @@ def lose_a_rank(rank: int, case: Case, sharding: Sharding, how: str) -> str:
     """
     way, when, where = how.split()
     group = dist.new_group(timeout=datetime.timedelta(seconds=3))  # the default group's is as long as starting takes
+    dist.barrier()  # all are connected before one is lost
 
     def end(*_: Any) -> None:
         if way == "killed":
