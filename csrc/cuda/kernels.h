@@ -89,8 +89,9 @@ template <class T>
 void mixture_backward(const Mixture<T>&, Gradients<T>, T* scratch, Stream);
 
 // In the product form (product.h), on tensor cores: kParts = 2 is precision "high", 1 is "medium".  Backward takes at
-// most kMaxProductDimensions, and writes log_prob as well, unless it is null, where dz is wanted.
-constexpr int64_t kMaxProductDimensions = 64;
+// most kMaxProductDimensions, beyond which it would be no faster than the difference form, and writes log_prob as well,
+// unless it is null, where dz is wanted.
+constexpr int64_t kMaxProductDimensions = 512;
 template <int kParts>
 int64_t product_forward_scratch(const Mixture<float>&);
 template <int kParts>
@@ -99,6 +100,9 @@ template <int kParts>
 void mixture_product_forward(const Mixture<float>&, float* scratch, float* log_prob, Stream);
 template <int kParts>
 void mixture_product_backward(const Mixture<float>&, const Gradients<float>&, float* log_prob, float* scratch, Stream);
+
+// Where products are as exact as the difference form; sums of them at most in kMaxCertifiedDimensions.
+constexpr int64_t kMaxCertifiedDimensions = 64;
 
 // log p in the product form where that is as exact as the difference form.  `uncertain` is on the device, and not 0
 // afterwards where the result does not count.

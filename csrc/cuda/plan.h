@@ -69,7 +69,7 @@ bool has_any(const Gradients<T>& wanted) {
 // dimensions, the tests allow sums less than products may lose.
 template <class T>
 Gradients<T> certified_of(const Mixture<T>& mix, Gradients<T> wanted) {
-  const bool tried = mix.D <= kMaxProductDimensions && is_certificate_tried(mix),
+  const bool tried = mix.D <= kMaxCertifiedDimensions && is_certificate_tried(mix),
              always = std::getenv("FASTVAE_CERTIFICATE");
   if (!tried || !(always || (mix.D > 24 && mix.K >= (mix.D > 48 ? 1024 : mix.D > 32 ? 4096 : 16384))))
     wanted.dz = nullptr;

@@ -158,7 +158,8 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own
   task.negligible = dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
   task.doubtful = nullptr;
   const int64_t blocks = task.own.count / kOwnItems;
-  task.splits = plan_splits(blocks_for(task.others, kOthers<false>), blocks, kMultiprocessors);
+  task.slices = with_sums ? int(blocks_for(task.shape.steps, kSliceSteps)) : 1;
+  task.splits = plan_splits(blocks_for(task.others, kOthers<false>), blocks * task.slices, kMultiprocessors);
   task.columns = task.shape.steps * kStep + (with_spread ? int(round_up(mix.D, kStep)) : 0);
   task.reference = scratch.take(task.splits * task.own.count);
   task.total = scratch.take(task.splits * task.own.count);
@@ -168,6 +169,8 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own
 
 template <int kParts, bool kOwnAreRows, bool kCertified = false>
 void launch_sums(const Mixture<float>& mix, const Features& features, const SumsTask& task, Stream stream) {
+  if constexpr (!kCertified)
+    if (task.shape.steps > kMaxSteps) return launch_sliced_sums<kParts, kOwnAreRows>(task, stream);
   launch(stream, task.own.count / kOwnItems, task.splits, kThreads,
          size_t(sums_shared_bytes<kOwnAreRows, kCertified>(task.shape.lines)),
          weighted_sums<kParts, kOwnAreRows, kCertified>, task, mix, features);

@@ -33,7 +33,8 @@ constexpr int kOthers = kCertified ? 32 : 64;
 template <bool kCertified>
 constexpr int kStages = kCertified ? 4 : 3;  // together they have room for a line of the own items
 static_assert(kStages<true> * kOthers<true> >= kOwnItems && kStages<false> * kOthers<false> >= kOwnItems);
-constexpr int kMaxSteps = 8;  // D <= 64: the sums of more features would not fit into the registers
+constexpr int kMaxSteps = 8;  // more features and their sums would not fit into the registers: see product_slices.cu
+constexpr int kSliceSteps = 16;
 
 // What is subtracted from exponents whose largest is `max`.  Weights then reach 2^14, as fp16 numbers are precise above
 // 2^-14 only.  Where |max| is so large that the difference would be rounded, they reach 1.
@@ -45,14 +46,194 @@ struct SumsTask {
   int64_t others;          // without the padding
   const int64_t* exclude;  // [M], or null
   int64_t M;
-  float limit;            // pairs whose b is below it have no weight: the skipping rule, on the components' side
-  float negligible;       // bits below the largest weight so far at which a pair does not count in the sums
-  const float* doubtful;  // [own.count] or null: blocks whose own items are all 0 here have nothing to do
-  int splits;
+  float limit;               // pairs whose b is below it have no weight: the skipping rule, on the components' side
+  float negligible;          // bits below the largest weight so far at which a pair does not count in the sums
+  const float* doubtful;     // [own.count] or null: blocks whose own items are all 0 here have nothing to do
+  int splits, slices;        // slices: of the features, see product_slices.cu
   int columns;               // of the sums: the features, and the spread
   float *reference, *total;  // [splits, own.count]
   float* sums;               // [splits, own.count, columns]; null where only totals are wanted
 };
+
+// Whether a block has anything to do.
+__device__ __forceinline__ bool has_work(const SumsTask& task, int first_own) {
+  if (!task.doubtful) return true;
+  bool any = false;
+  for (int i = int(threadIdx.x) % 32; i < kOwnItems; i += 32) any |= task.doubtful[first_own + i] != 0.0f;
+  return __any_sync(0xFFFFFFFFu, any);
+}
+
+// The pieces of a warp's tile: 16 own items, of which a lane has lane / 4 and 8 further, and kTiles times 8 others, of
+// which it has two of each 8: b[j][i] is that of own item i / 2 and other 8 j + i % 2.  `terms` are those of the lane's
+// first other.
+
+// Adds the products of kStep features: the own items' are in registers, and the others' begin at `unit` of their lines.
+template <bool kOwnAreRows, int kParts, int kTiles>
+__device__ __forceinline__ void add_products(float (&b)[kTiles][4], const uint32_t (&own)[kParts][4],
+                                             const uint4* lines, int unit) {
+#pragma unroll
+  for (int j = 0; j < kTiles / 2; ++j) {
+    uint32_t y[kParts][4];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) load_as_columns(y[part], lines, 16 * j, 4 * part + unit);
+    add_product<kParts, kOwnAreRows>(b[2 * j], own, y, 0);
+    add_product<kParts, kOwnAreRows>(b[2 * j + 1], own, y, 1);
+  }
+}
+
+// Scales the products, and adds the components' constants.
+template <bool kOwnAreRows, int kTiles>
+__device__ __forceinline__ void scale_products(float (&b)[kTiles][4], const ItemTerms* own, const ItemTerms* terms) {
+  const float scale[2] = {own[0].scale, own[8].scale}, constant[2] = {own[0].constant, own[8].constant};
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const ItemTerms& other = terms[8 * j + i % 2];
+      b[j][i] = fma(b[j][i], scale[i / 2] * other.scale, kOwnAreRows ? other.constant : constant[i / 2]);
+    }
+  }
+}
+
+// Adds what the other items, which are rows, have: their constants, and the exponents of their weights.
+template <int kTiles>
+__device__ __forceinline__ void add_rows(float (&b)[kTiles][4], const ItemTerms* terms, float limit) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const ItemTerms& row = terms[8 * j + i % 2];
+      b[j][i] += row.constant;
+      b[j][i] = b[j][i] < limit ? -INFINITY : b[j][i] + row.weighted;
+    }
+  }
+}
+
+// first_other: of the lane.
+template <bool kOwnAreRows, int kTiles>
+__device__ __forceinline__ void leave_out_excluded(float (&b)[kTiles][4], const SumsTask& task, int lane_own,
+                                                   int first_other) {
+  if (!task.exclude) return;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int own = lane_own + i / 2 * 8, other = first_other + 8 * j + i % 2;
+      const int m = kOwnAreRows ? own : other, k = kOwnAreRows ? other : own;
+      if (m < task.M && task.exclude[m] == k) b[j][i] = -INFINITY;
+    }
+  }
+}
+
+// What is left to add to b: the components' exponents only after a reference of any size is subtracted, so that they are
+// not lost in it.
+template <bool kOwnAreRows>
+__device__ __forceinline__ float weighted(float x, const ItemTerms& other) {
+  return kOwnAreRows ? x + other.weighted : x;
+}
+
+// Raises the largest exponent of an own item, 0 or 1 of the lane's, where one of b's is larger; then what was summed has to
+// shrink by a factor.
+template <bool kOwnAreRows, int kTiles>
+__device__ __forceinline__ bool is_raised(float& max, float& shrink, int half, const float (&b)[kTiles][4],
+                                          const ItemTerms* terms) {
+  float largest = max;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+    largest = fmaxf(largest, fmaxf(weighted<kOwnAreRows>(b[j][2 * half], terms[8 * j]),
+                                   weighted<kOwnAreRows>(b[j][2 * half + 1], terms[8 * j + 1])));
+  largest = quad_max(largest);
+  if (!__any_sync(0xFFFFFFFFu, largest > max)) return false;
+  shrink = exp2_term(reference_below(max) - reference_below(largest));
+  max = largest;
+  return true;
+}
+
+template <int kSums>
+__device__ __forceinline__ void shrink_sums(float (&sums)[kSums][4], int half, float factor) {
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) sums[j][2 * half] *= factor, sums[j][2 * half + 1] *= factor;
+}
+
+// The weights, in the places of an operand of the second product: hi, and lo.  Adds them to `total`, and says which groups
+// of 16 others have one that counts.
+template <bool kOwnAreRows, int kParts, int kTiles>
+__device__ __forceinline__ unsigned make_weights(uint32_t (&weights)[kTiles / 2][kParts][4], float (&total)[2],
+                                                 const float (&b)[kTiles][4], const float (&max)[2],
+                                                 const ItemTerms* terms, float negligible) {
+  unsigned active = 0;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const ItemTerms &first = terms[8 * j], &second = terms[8 * j + 1];
+    bool counts = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float reference = reference_below(max[half]);
+      const float x[2] = {weighted<kOwnAreRows>(b[j][2 * half] - reference, first),
+                          weighted<kOwnAreRows>(b[j][2 * half + 1] - reference, second)};
+      counts |= !(fmaxf(x[0], x[1]) < max[half] - reference - negligible);
+      float w[2] = {exp2_term(x[0]), exp2_term(x[1])};
+      total[half] = fma(w[0], first.inverse_scale, fma(w[1], second.inverse_scale, total[half]));
+      w[0] = copysignf(w[0], first.inverse_scale), w[1] = copysignf(w[1], second.inverse_scale);
+      const __half2 hi = __floats2half2_rn(w[0], w[1]);
+      uint32_t (&group)[kParts][4] = weights[j / 2];
+      memcpy(&group[0][j % 2 * 2 + half], &hi, sizeof hi);
+      if constexpr (kParts == 2) {
+        const float2 back = __half22float2(hi);
+        const __half2 lo = __floats2half2_rn(w[0] - back.x, w[1] - back.y);
+        memcpy(&group[1][j % 2 * 2 + half], &lo, sizeof lo);
+      }
+    }
+    if (__any_sync(0xFFFFFFFFu, counts)) active |= 1u << j / 2;
+  }
+  return active;
+}
+
+// Adds the weighted sums of kStep features, which begin at `unit` of the others' lines.  The products of all groups of 16
+// others are summed from 0, as in add_product; where kCertified, those of each.
+template <bool kCertified, int kParts, int kGroups>
+__device__ __forceinline__ void add_weighted(float (&first)[4], float (&second)[4], const uint4* lines, int unit,
+                                             const uint32_t (&weights)[kGroups][kParts][4], unsigned active) {
+  const int lane = int(threadIdx.x) % 32;
+  float part[2][4] = {}, step_sums[2][4] = {};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    if (!(active >> group & 1)) continue;
+    uint32_t x[kParts][4];
+#pragma unroll
+    for (int p = 0; p < kParts; ++p)
+      load_matrices_transposed(x[p],
+                               lines + (16 * group + lane % 16) * 8 + ((4 * p + unit) ^ (lane / 16) ^ (lane % 8)));
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+      if constexpr (kParts == 2) {
+        multiply_add(part[column], weights[group][1], x[0][2 * column], x[0][2 * column + 1]);
+        multiply_add(part[column], weights[group][0], x[1][2 * column], x[1][2 * column + 1]);
+      }
+      multiply_add(part[column], weights[group][0], x[0][2 * column], x[0][2 * column + 1]);
+      if constexpr (kCertified) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) step_sums[column][i] += part[column][i], part[column][i] = 0;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    first[i] += kCertified ? step_sums[0][i] : part[0][i];
+    second[i] += kCertified ? step_sums[1][i] : part[1][i];
+  }
+}
+
+// Stores the sums of an own item: 8 kSums features at most, from `to` on.
+template <int kSums>
+__device__ __forceinline__ void store_sums(float* to, const float (&sums)[kSums][4], int half, int features) {
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) {
+    if (8 * j >= features) break;
+    *reinterpret_cast<float2*>(to + 8 * j + threadIdx.x % 4 * 2) =
+        make_float2(sums[j][2 * half], sums[j][2 * half + 1]);
+  }
+}
 
 template <bool kOwnAreRows, bool kCertified>
 constexpr bool kWithSpread = kOwnAreRows && kCertified;
@@ -79,11 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
   int* const given_up = reinterpret_cast<int*>(stage_bounds + kStages * kOthers);  // [2]
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int first_own = int(blockIdx.x) * kOwnItems, lane_own = first_own + warp * 16 + lane / 4;
-  if (task.doubtful) {
-    bool any = false;
-    for (int i = lane; i < kOwnItems; i += 32) any |= task.doubtful[first_own + i] != 0.0f;
-    if (!__any_sync(0xFFFFFFFFu, any)) return;
-  }
+  if (!has_work(task, first_own)) return;
   const int all = int((task.others + kOthers - 1) / kOthers);
   const int begin = part_begin(all, task.splits, int(blockIdx.y)),
             end = part_begin(all, task.splits, int(blockIdx.y) + 1);
@@ -151,32 +328,9 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
     for (int step = 0; step < kMaxSteps; ++step) {
       if (step >= steps) break;
       const uint4* line = others + step / kLineSteps * kOthers * 8;
-#pragma unroll
-      for (int j = 0; j < kOthers / 16; ++j) {
-        uint32_t y[kParts][4];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part)
-          load_as_columns(y[part], line, 16 * j, 4 * part + 2 * (step % kLineSteps));
-        add_product<kParts, kOwnAreRows>(b[2 * j], own[step], y, 0);
-        add_product<kParts, kOwnAreRows>(b[2 * j + 1], own[step], y, 1);
-      }
+      add_products<kOwnAreRows>(b, own[step], line, 2 * (step % kLineSteps));
     }
-    const auto add_row = [&](const ItemTerms& row, float& x) {
-      x += row.constant;
-      x = x < task.limit ? -INFINITY : x + row.weighted;
-    };
-    const float own_scale[2] = {task.own.terms[lane_own].scale, task.own.terms[lane_own + 8].scale};
-    const float own_constant[2] = {task.own.terms[lane_own].constant, task.own.terms[lane_own + 8].constant};
-#pragma unroll
-    for (int j = 0; j < kOthers / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const ItemTerms& other = terms[8 * j + i % 2];
-        const float c = kOwnAreRows ? other.constant : own_constant[i / 2];
-        b[j][i] = fma(b[j][i], own_scale[i / 2] * other.scale, c);
-        if constexpr (!kOwnAreRows && !kCertified) add_row(other, b[j][i]);
-      }
-    }
+    scale_products<kOwnAreRows>(b, task.own.terms + lane_own, terms);
     if constexpr (kCertified) {
       unsigned uncertain = 0;  // a bit for each of the lane's pairs
       const ItemBounds* bounds = stage_bounds + stage * kOthers + lane % 4 * 2;
@@ -219,79 +373,23 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
         }
       }
     }
-    if constexpr (!kOwnAreRows && kCertified) {
-#pragma unroll
-      for (int j = 0; j < kOthers / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) add_row(terms[8 * j + i % 2], b[j][i]);
-      }
-    }
-    if (task.exclude) {
-#pragma unroll
-      for (int j = 0; j < kOthers / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int own = lane_own + i / 2 * 8, other = now * kOthers + 8 * j + lane % 4 * 2 + i % 2;
-          const int m = kOwnAreRows ? own : other, k = kOwnAreRows ? other : own;
-          if (m < task.M && task.exclude[m] == k) b[j][i] = -INFINITY;
-        }
-      }
-    }
+    if constexpr (!kOwnAreRows) add_rows(b, terms, task.limit);
+    leave_out_excluded<kOwnAreRows>(b, task, lane_own, now * kOthers + lane % 4 * 2);
 
-    // What is left to add to b: the components' exponents only after a reference of any size is subtracted, so that
-    // they are not lost in it.
-    const auto weighted = [&](float x, int j, int column) {
-      return kOwnAreRows ? x + terms[8 * j + column].weighted : x;
-    };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = max[half];
-#pragma unroll
-      for (int j = 0; j < kOthers / 8; ++j)
-        largest = fmaxf(largest, fmaxf(weighted(b[j][2 * half], j, 0), weighted(b[j][2 * half + 1], j, 1)));
-      largest = quad_max(largest);
-      if (__any_sync(0xFFFFFFFFu, largest > max[half])) {
-        const float shrink = exp2_term(reference_below(max[half]) - reference_below(largest));
-        total[half] *= shrink;
-        if (kCertified) total_lost[half] *= shrink;
-#pragma unroll
-        for (int j = 0; j < 2 * kMaxSteps; ++j) sums[j][2 * half] *= shrink, sums[j][2 * half + 1] *= shrink;
-        if constexpr (kWithSpread) {
-#pragma unroll
-          for (int j = 0; j < 2 * kSpreadSteps; ++j) spread[j][2 * half] *= shrink, spread[j][2 * half + 1] *= shrink;
-        }
-        max[half] = largest;
-      }
+      float shrink;
+      if (!is_raised<kOwnAreRows>(max[half], shrink, half, b, terms)) continue;
+      total[half] *= shrink;
+      if (kCertified) total_lost[half] *= shrink;
+      shrink_sums(sums, half, shrink);
+      if constexpr (kWithSpread) shrink_sums(spread, half, shrink);
     }
 
-    // The weights, in the places of an operand of the second product: hi, and lo.
     uint32_t weights[kOthers / 16][kParts][4];
-    unsigned active = 0;  // the groups of 16 others that have a weight which counts
     float step_total[2] = {};
-#pragma unroll
-    for (int j = 0; j < kOthers / 8; ++j) {
-      const ItemTerms &first = terms[8 * j], &second = terms[8 * j + 1];
-      bool counts = false;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float reference = reference_below(max[half]);
-        const float x[2] = {weighted(b[j][2 * half] - reference, j, 0), weighted(b[j][2 * half + 1] - reference, j, 1)};
-        counts |= !(fmaxf(x[0], x[1]) < max[half] - reference - task.negligible);
-        float w[2] = {exp2_term(x[0]), exp2_term(x[1])};
-        float& sum = kCertified ? step_total[half] : total[half];
-        sum = fma(w[0], first.inverse_scale, fma(w[1], second.inverse_scale, sum));
-        w[0] = copysignf(w[0], first.inverse_scale), w[1] = copysignf(w[1], second.inverse_scale);
-        const __half2 hi = __floats2half2_rn(w[0], w[1]);
-        uint32_t (&group)[kParts][4] = weights[j / 2];
-        memcpy(&group[0][j % 2 * 2 + half], &hi, sizeof hi);
-        if constexpr (kParts == 2) {
-          const float2 back = __half22float2(hi);
-          const __half2 lo = __floats2half2_rn(w[0] - back.x, w[1] - back.y);
-          memcpy(&group[1][j % 2 * 2 + half], &lo, sizeof lo);
-        }
-      }
-      if (__any_sync(0xFFFFFFFFu, counts)) active |= 1u << j / 2;
-    }
+    const unsigned active =
+        make_weights<kOwnAreRows, kParts>(weights, kCertified ? step_total : total, b, max, terms, task.negligible);
     if constexpr (kCertified) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -305,31 +403,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
     for (int step = 0; step < kMaxSteps; ++step) {
       if (step >= steps) break;
       const uint4* line = others + step / kLineSteps * kOthers * 8;
-      float part[2][4] = {}, step_sums[2][4] = {};  // from 0, as in add_product; where kCertified, in each group
-#pragma unroll
-      for (int group = 0; group < kOthers / 16; ++group) {
-        if (!(active >> group & 1)) continue;
-        uint32_t x[kParts][4];
-#pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-          const int unit = (4 * p + 2 * (step % kLineSteps)) ^ (lane / 16) ^ (lane % 8);
-          load_matrices_transposed(x[p], line + (16 * group + lane % 16) * 8 + unit);
-        }
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          if constexpr (kParts == 2) {
-            multiply_add(part[column], weights[group][1], x[0][2 * column], x[0][2 * column + 1]);
-            multiply_add(part[column], weights[group][0], x[1][2 * column], x[1][2 * column + 1]);
-          }
-          multiply_add(part[column], weights[group][0], x[0][2 * column], x[0][2 * column + 1]);
-          if constexpr (kCertified) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) step_sums[column][i] += part[column][i], part[column][i] = 0;
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sums[2 * step + i / 4][i % 4] += (kCertified ? step_sums : part)[i / 4][i % 4];
+      add_weighted<kCertified>(sums[2 * step], sums[2 * step + 1], line, 2 * (step % kLineSteps), weights, active);
     }
     if constexpr (kWithSpread) {
 #pragma unroll
@@ -357,21 +431,14 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
     const float sum = quad_sum(kCertified ? total[half] + total_lost[half] : total[half]);
     if (lane % 4 == 0) task.reference[to] = reference_below(max[half]), task.total[to] = sum;
     if (!task.sums) continue;
-#pragma unroll
-    for (int j = 0; j < 2 * kMaxSteps; ++j) {
-      if (j >= 2 * steps) break;
-      float2* out = reinterpret_cast<float2*>(task.sums + to * task.columns + 8 * j + lane % 4 * 2);
-      *out = make_float2(sums[j][2 * half], sums[j][2 * half + 1]);
-    }
-    if constexpr (kWithSpread) {
-#pragma unroll
-      for (int j = 0; j < 2 * kSpreadSteps; ++j) {
-        if (kStep * steps + 8 * j >= task.columns) break;
-        float2* out = reinterpret_cast<float2*>(task.sums + to * task.columns + kStep * steps + 8 * j + lane % 4 * 2);
-        *out = make_float2(spread[j][2 * half], spread[j][2 * half + 1]);
-      }
-    }
+    float* const out = task.sums + to * task.columns;
+    store_sums(out, sums, half, kStep * steps);
+    if constexpr (kWithSpread) store_sums(out + kStep * steps, spread, half, task.columns - kStep * steps);
   }
 }
+
+// The same, of any number of features, in product_slices.cu.
+template <int kParts, bool kOwnAreRows>
+void launch_sliced_sums(const SumsTask&, Stream);
 
 }  // namespace fastvae::cuda

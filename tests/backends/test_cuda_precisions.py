@@ -192,19 +192,35 @@ def test_shapes_around_the_edges_of_tiles(precision: str, shared: bool) -> None:
 @each_precision
 @pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
 def test_many_dimensions(precision: str, shared: bool) -> None:
-    """Above 64 the gradients are the exact kernels', of a density in the product form; above 128 lines are not kept."""
-    for M, K, D in ((20, 130, 65), (140, 30, 72), (5, 100, 128), (9, 97, 200)):
-        case = diffuse_case(M, K, D)
+    """Above 64 the sums are made in slices, above 128 in several.  Own lines stay where they fit, or come along."""
+    shapes = ((20, 130, 65), (140, 30, 72), (5, 100, 128), (130, 65, 129), (9, 97, 200), (3, 70, 257))
+    for turn, (M, K, D) in enumerate(shapes):
+        case = clustered_case(M, K, D) if turn % 2 else diffuse_case(M, K, D)
+        case = replace(case, exclude=torch.arange(M) % (K + 1) - 1)
         if shared:
             case = replace(case, logvar=case.logvar[0].clone())
-        assert_within_products(case, precision, what=f"M={M} K={K} D={D}")
+        assert_within_products(case, precision, dense=turn % 3 == 0, what=f"M={M} K={K} D={D}")
+
+
+@tiled
+@each_precision
+def test_the_most_dimensions_of_a_product(precision: str) -> None:
+    """A gradient of 512 is made of products, and is not that of the difference form; one of 513 is, to the bit."""
+    for D in (512, 513):
+        case = diffuse_case(3, 70, D)
+        assert_within_products(case, precision, what=f"D={D}")
+        scores = [
+            fastvae.mixture_log_prob_and_score(case.z, case.mu, case.logvar, precision=name, impl="cuda")[1]
+            for name in (precision, "highest")
+        ]
+        assert torch.equal(*scores) == (D == 513)
 
 
 @tiled
 @each_precision
 def test_splits_are_merged(precision: str) -> None:
     """Of the components where rows are few, of the rows the other way."""
-    for M, K, D in ((3, 3000, 9), (2500, 3, 9)):
+    for M, K, D in ((3, 3000, 9), (2500, 3, 9), (3, 300, 130)):
         assert_within_products(clustered_case(M, K, D), precision, what=f"M={M} K={K} D={D}")
 
 

@@ -58,12 +58,23 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fastvae::cuda {
 constexpr size_t kSharedLimit = 99 * 1024;  // of a block, on the smallest device
 alignas(16) inline unsigned char shared_memory[kSharedLimit];
 }  // namespace fastvae::cuda
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = int(fastvae::cuda::kSharedLimit);
+  return cudaSuccess;
+}
 
 namespace emulation {
 

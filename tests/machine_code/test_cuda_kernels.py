@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +79,7 @@ def test_the_product_form_runs_on_tensor_cores(arch: int) -> None:
     screened = ["screened_sums<true>", "screened_sums<false>"]
     sums = [f"weighted_sums<{parts}, {rows}, false>" for parts in (1, 2) for rows in ("true", "false")]
     sums += ["weighted_sums<2, false, true>", "weighted_sums<2, true, true>"]
+    sums += [f"sliced_sums<{parts}, {rows}>" for parts in (1, 2) for rows in ("true", "false")]
     wanted = [*forward, *screened, *sums]
     found = {kernel.name: (kernel, code) for kernel, code in compiled_for(arch) if kernel.name in wanted}
     assert sorted(found) == sorted(wanted)
@@ -166,30 +169,35 @@ def test_the_report_knows_the_shared_memory_of_a_block(emulated: Operators, dtyp
 def test_the_report_knows_the_shared_memory_of_products(
     emulated_tiled: Operators, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For 64 dimensions; beyond, the rows' lines are not kept, and gradients are differences."""
+    """For 64 dimensions, and for those where the rows' lines are not kept: 200 in forward, 128 in gradients."""
     if torch.cuda.is_available():
         pytest.skip("the emulation tells what is launched, a GPU does not")
     monkeypatch.setenv("FASTVAE_CERTIFICATE", "1")
+
+    def shared_of(operator: Callable[..., Any], *args: Any) -> int:
+        cuda.largest_shared()
+        operator(*args)
+        return cuda.largest_shared()
+
     forward = {"cuda-high": "2, {}, false", "cuda-medium": "1, {}, false", "cuda": "2, {}, true"}
     for backend, template in forward.items():
-        operators = cuda.operators(backend)
-        for D, stays in ((64, "true"), (200, "false")):
+        operators, certified = cuda.operators(backend), backend == "cuda"
+        for D, stays in ((64, "true"), (128, ""), (200, "false")):
             case = diffuse_case(3, 140, D)
             args = case.z, case.mu, case.logvar, None, None
-            cuda.largest_shared()
-            log_prob = operators.mixture_log_prob(*args)
-            if backend != "cuda" or D == 64:  # else the difference form takes more
+            if stays and (D == 64 or not certified):  # else the difference form takes more
                 name = f"product_forward<{template.format(stays)}>"
-                assert cuda.largest_shared() == cuda_family.SHARED[name], name
-            if D > 64:
+                assert shared_of(operators.mixture_log_prob, *args) == cuda_family.SHARED[name], name
+            if D == 200 or (D == 128 and certified):
                 continue
-            cuda.largest_shared()
-            of_rows = backend == "cuda"  # else the difference form takes more
-            operators.mixture_log_prob_backward(
-                case.grad, log_prob, *args, False, of_rows, not of_rows, not of_rows, not of_rows
-            )
-            name = "weighted_sums<2, true, true>" if of_rows else f"weighted_sums<{template[0]}, false, false>"
-            assert cuda.largest_shared() == cuda_family.SHARED[name], name
+            # of the rows where they are certified, else the difference form takes more
+            name = "weighted_sums<2, true, true>" if certified else f"weighted_sums<{template[0]}, false, false>"
+            if D == 128:
+                name = f"sliced_sums<{template[0]}, false>"
+            wanted = certified, not certified, not certified, not certified
+            log_prob = operators.mixture_log_prob(*args)
+            got = shared_of(operators.mixture_log_prob_backward, case.grad, log_prob, *args, False, *wanted)
+            assert got == cuda_family.SHARED[name], name
 
 
 def test_the_report_knows_the_shared_memory_of_the_screen(

@@ -22,10 +22,11 @@ STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usag
 LARGE = (4096, 50_000, 64)
 NARROW = (1000, 50_000, 40)  # where backward has fewer dimensions a lane
 TRAINED = (1024, 25_000, 40)  # where few pairs count
+WIDE = (4096, 50_000, 128)  # where the sums of all features are those of one slice
 SMALL = (100, 500, 40)
 GAUSSIAN = (16_384, 256)
 
-PRODUCTS = ("product_forward<", "weighted_sums<", "screened_sums<")  # the kernels of the product form
+PRODUCTS = ("product_forward<", "weighted_sums<", "sliced_sums<", "screened_sums<")  # the kernels of the product form
 
 # Of a block, in bytes: the size of each kernel's struct Shared, which the machine code does not tell.
 # tests/machine_code/test_cuda_kernels.py compares it with what is launched.
@@ -42,6 +43,8 @@ SHARED: Mapping[str, int] = {
     **{f"weighted_sums<2, {rows}, false>": 101_376 for rows in ("true", "false")},
     **{f"weighted_sums<1, {rows}, false>": 52_224 for rows in ("true", "false")},
     **{"weighted_sums<2, false, true>": 69_648, "weighted_sums<2, true, true>": 86_032},
+    # at D = 128 with 99 KiB at most: with more, the lines of the own items stay there in "high" as well
+    **{f"sliced_sums<{parts}, {rows}>": 100_352 for parts in (1, 2) for rows in ("true", "false")},
     **{"screened_sums<true>": 67_600, "screened_sums<false>": 100_880},  # by whether own items are rows, at D = 64
     **{f"small_rows<float, {whole}, 1>": 73_808 for whole in ("true", "false")},
     **{f"small_rows<float, {whole}, 4>": 95_520 for whole in ("true", "false")},
@@ -144,8 +147,12 @@ def case_of(name: str) -> tuple[str, dict[str, float]]:
         (m, k, d), instructions, written, rows = large[name]
         memory = 4.0 * (2 * k + 1) * d * (1 + written) + rows * 4.0 * m * (d + 1)
         return str((m, k, d)), {"memory": memory, "exp2": 1.0 * m * k, "fp32": 1.0 * instructions * m * k * d}
+    if found := re.match(r"sliced_sums<(\d)", name):
+        work = product_work(WIDE, int(found[1]), passes=2)
+        work["fill"] *= 2  # for the exponents, and for the sums
+        return str(WIDE), work
     if found := re.match(r"(?:product_forward<(\d), true|weighted_sums<(\d))", name):
-        work = product_work(int(found[1] or found[2]), passes=1 if found[1] else 2)
+        work = product_work(LARGE, int(found[1] or found[2]), passes=1 if found[1] else 2)
         if name == "weighted_sums<2, true, true>":  # one product more, of half the features
             work["fp16"] *= 1 + 1 / 12
         return str(LARGE), work
@@ -175,21 +182,21 @@ def case_of(name: str) -> tuple[str, dict[str, float]]:
     return "any", {}
 
 
-def product_work(parts: int, passes: int) -> dict[str, float]:
+def product_work(problem: tuple[int, int, int], parts: int, passes: int) -> dict[str, float]:
     """Of the product form, with features in one part of fp16 or two: one product for the exponents, one more for sums.
 
     Two parts are three products, with an addition for each 16 features.  A pair takes an addition for c', a maximum,
     a subtraction and one for the sum; in sums of features, four more instructions for the parts of its weight.
     Every block of 128 rows, or components, reads all of the other side from the L2 cache.
     """
-    m, k, d = LARGE
+    m, k, d = problem
     products = {1: 1, 2: 3}[parts]
     additions = 2 * d / 16 if parts == 2 else 0
     return {
         "fp16": 2.0 * passes * products * m * k * 2 * d,
         "fp32": m * k * (additions + (4 if passes == 1 else 8)),
         "exp2": 1.0 * m * k,
-        **features_read(LARGE, parts),
+        **features_read(problem, parts),
     }
 
 
