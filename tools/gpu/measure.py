@@ -89,6 +89,9 @@ class Measurement:
             yield f"both {name}", partial(self.ours, precision, backward=True, impl=self.cuda)
         for backward, name in works:
             yield f"{name} cuda difference", partial(self.by_difference, backward)
+        many = diffuse(*((8, 20, 68) if self.dry else (4096, 50_000, 128)))
+        yield "both cuda high, 128 dimensions", partial(self.ours, "high", True, self.cuda, many)
+        yield "both cuda difference, 128 dimensions", partial(self.by_difference, True, many)
         for name, data in self.others():
             for backward, work in works:
                 for setting, peer in PEERS:
