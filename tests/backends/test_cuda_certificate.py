@@ -11,14 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 from budget import Case, allowance, assert_within, hard_case, run
+from pairs import MAKERS, Maker
 from torch import Tensor
 
 import fastvae
 from fastvae import reference
 from fastvae.benchmarks.inputs import MixtureInputs, concentrated, diffuse
 from tools.experiments import certificate
-
-from .test_cuda_precisions import MAKERS, Maker
 
 
 def benchmark_case(M: int, K: int, D: int) -> Case:

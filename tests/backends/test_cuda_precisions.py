@@ -7,7 +7,6 @@ any device does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from budget import Case, Result, allowance, assert_within, difference, diffuse_case, hard_case, run
 from core.test_operators import inputs
 from emulation import cuda
+from pairs import MAKERS, Maker, equally_weighted
 from products import exponent_band, product_band
 from support import internals
 from support.internals import Operators
@@ -49,79 +49,6 @@ def assert_within_products(case: Case, precision: str, dense: bool = False, what
     assert bool((difference(log_prob_at(case, precision), want.log_prob) <= allowed.log_prob).all()), what
 
 
-# The bound on a pair's exponent.
-
-Maker = Callable[[torch.Generator, int, int, int], tuple[Tensor, Tensor, Tensor]]  # (rng, M, K, D) -> z, mu, sigma
-
-
-def _normal(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-
-def _power(rng: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
-    """10^u, u uniform."""
-    return 10 ** (low + (high - low) * torch.rand(*shape, generator=rng, dtype=torch.float64))
-
-
-def _signs(n: int) -> Tensor:
-    return 1.0 - 2.0 * (torch.arange(n, dtype=torch.float64) % 2)[:, None]
-
-
-def _near(rng: torch.Generator, M: int, mu: Tensor, sigma: Tensor, sigmas: Tensor | float = 1.0) -> Tensor:
-    """Rows so many sigmas from a component."""
-    own = torch.randint(len(mu), (M,), generator=rng)
-    return mu[own] + sigmas * sigma[own] * _normal(rng, M, mu.shape[1])
-
-
-def any_sigma(rng: torch.Generator, M: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each of its own from 1e-3 to 1e3: nothing balances, and large terms cancel."""
-    sigma, mu = _power(rng, -3, 3, K, D), _normal(rng, K, D) * _power(rng, -2, 2, K, 1)
-    return _near(rng, M, mu, sigma, _power(rng, -1, 2, M, 1)), mu, sigma
-
-
-def sigma_of_dimension(rng: torch.Generator, M: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    sigma = _power(rng, -3, 3, D) * torch.exp(0.2 * _normal(rng, K, D))
-    mu = 3 * sigma * _normal(rng, K, D)
-    return _near(rng, M, mu, sigma), mu, sigma
-
-
-def narrow(rng: torch.Generator, M: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Components a thousand sigmas apart."""
-    sigma, mu = 1e-3 * torch.exp(0.3 * _normal(rng, K, D)), _normal(rng, K, D)
-    return _near(rng, M, mu, sigma), mu, sigma
-
-
-def one_sign(rng: torch.Generator, M: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All products of a pair have one sign, so that what is cut off adds up."""
-    mu = 5 * _normal(rng, K, D).abs() * _signs(K)
-    return 5 * _normal(rng, M, D).abs(), mu, torch.ones(K, D, dtype=torch.float64)
-
-
-def ties(rng: torch.Generator, M: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All factors just beyond the middle of two fp16 numbers, so that all round the same way."""
-    scale = torch.exp2(torch.randint(-1, 2, (D,), generator=rng).double())
-    middle = 1 + 2.0**-11 + 2.0**-20
-    return 4 * middle * _signs(M) / scale, middle * _signs(K) * scale, torch.ones(K, D, dtype=torch.float64)
-
-
-def one_large_dimension(rng: torch.Generator, M: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    sigma, mu = torch.exp(0.2 * _normal(rng, K, D)), _normal(rng, K, D)
-    mu[:, 0] *= 1e3
-    return _near(rng, M, mu, sigma), mu, sigma
-
-
-def outliers(rng: torch.Generator, M: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    sigma, mu = torch.exp(0.2 * _normal(rng, K, D)), _normal(rng, K, D)
-    return _normal(rng, M, D) * _power(rng, 0, 4, M, 1), mu, sigma
-
-
-def diffuse(rng: torch.Generator, M: int, K: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _normal(rng, M, D), 0.3 * _normal(rng, K, D), torch.exp(0.1 * _normal(rng, K, D))
-
-
-MAKERS = (any_sigma, sigma_of_dimension, narrow, one_sign, ties, one_large_dimension, outliers, diffuse)
-
-
 @tiled
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 def test_the_bound_on_a_pairs_exponent_holds(maker: Maker) -> None:
@@ -129,12 +56,10 @@ def test_the_bound_on_a_pairs_exponent_holds(maker: Maker) -> None:
 
     A row's density is the exponent of one component, where all others have a weight of exp(-1e30).
     """
-    M, K, rng = 512, 24, torch.Generator().manual_seed(0)
-    broken = 0
+    M, K, broken = 512, 24, 0
     for D in (1, 7, 16, 40, 64, 100):
-        z, mu, sigma = maker(rng, M, K, D)
-        case = Case(z, mu, 2 * torch.log(sigma), None, torch.ones(M)).to(torch.float32)
-        exact = replace(case, log_weights=torch.zeros(K)).to(torch.float64)
+        case = equally_weighted(maker, M, K, D)
+        exact = case.to(torch.float64)
         a = reference.component_log_prob(exact.z, exact.mu, exact.logvar, exact.log_weights)
         bands = {precision: exponent_band(exact, precision) for precision in LOWER}
         for k in range(0, K, 5):

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from budget import Case, assert_within, diffuse_case, hard_case, run
-from product_budget import LOWER, design_case, product_band, run_at
+from budget import Case, assert_within, difference, diffuse_case, hard_case, run
+from pairs import MAKERS, Maker, equally_weighted
+from product_budget import LOWER, design_case, exponent_band, floor_band, product_band, run_at
 from support.backend import device_of
 from support.internals import interpreted
 from torch import Tensor
@@ -17,10 +18,12 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from fastvae import reference
 from fastvae.backends import triton as kernels
 
 pytestmark = pytest.mark.usefixtures("triton")
-halves = kernels.load("halves")
+halves, product = kernels.load("halves"), kernels.load("product")
+operands, tiles = kernels.load("mixture_operands"), kernels.load("tiles")
 
 
 @triton.jit
@@ -53,6 +56,49 @@ def pair(x: Tensor) -> tuple[Tensor, float]:
     assert float(scale) * float(inverse) == 1.0 and math.frexp(float(scale))[0] == 0.5
     assert bool(high.isfinite().all() and low.isfinite().all())
     return (high.cpu().double() + low.cpu().double() / 2048) * float(scale), float(scale)
+
+
+@triton.jit
+def _exponents_kernel(
+    x_high, x_low, x_scale, row_term, y_high, y_low, y_scale, c, out, F,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    a = product._exponents(x_high, x_low, y_high, y_low, rows, columns, F, WIDTH, PARTS)
+    a = a * tl.load(y_scale + columns)[None, :] * tl.load(x_scale + rows)[:, None]
+    a += tl.load(c + columns)[None, :] + tl.load(row_term + rows)[:, None]
+    tl.store(out + rows[:, None] * COLUMNS + columns[None, :], a)
+
+
+def exponents(case: Case, precision: str) -> Tensor:
+    """Of all pairs [M, K], by the operands and the products of forward."""
+    device, (M, K, D) = device_of("triton"), (len(case.z), *case.mu.shape)
+    problem = operands.Problem(
+        precision, *(t.to(device) for t in (case.z, case.mu, case.logvar, case.log_weights)), None
+    )
+    tile = tiles.Tile(M, K, min(tiles.MAX_DIMS, tiles.padded_dimensions(precision, D)), 4, 1)
+    survey = operands.survey_components(problem)
+    components = operands.pack_components(problem, survey, tile, squares=True, skipping=False)
+    rows, out = operands.pack_rows(problem, survey, tile, squares=True), torch.empty(M, K, device=device)
+    _exponents_kernel[(1,)](
+        *rows.operand, rows.term, *components.operand, components.c, out, components.operand.width,
+        PARTS=problem.parts, WIDTH=2 * tile.dims, ROWS=M, COLUMNS=K,
+    )  # fmt: skip
+    return out.cpu()
+
+
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+def test_the_bound_on_a_pairs_exponent_holds(maker: Maker) -> None:
+    """All makers together, 10^5 pairs at each precision; and the bound of "high" is one that "medium" breaks."""
+    for D in (1, 16, 40, 100):
+        case = equally_weighted(maker, 128, 32, D)
+        exact = case.to(torch.float64)
+        a = reference.component_log_prob(exact.z, exact.mu, exact.logvar, exact.log_weights)
+        errors = {precision: difference(exponents(case, precision), a) for precision in LOWER}
+        for precision, error in errors.items():
+            worst = float((error / (exponent_band(exact, precision) + floor_band(exact, precision))).max())
+            assert worst <= 1, f"{precision} D={D}: {worst} times the bound"
+        assert bool((errors["medium"] > exponent_band(exact, "high")).any())
 
 
 def test_products_of_fp16_numbers_are_float32_sums() -> None:
