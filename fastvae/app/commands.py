@@ -27,6 +27,7 @@ from fastvae.app.run.config import (
     moved_data,
     prior_name,
     read_config,
+    without_effect,
 )
 from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.folder import GAP, RunFolder
@@ -124,7 +125,8 @@ def train_command(
     options.check_backend(impl, precision)
     if tensorboard:
         options.check_installed("--tensorboard", "tensorboard")
-    settings()
+    for sentence in without_effect(given, [settings().prior]):
+        _say(sentence)
     if not (resume or overwrite):
         folder.refuse_run()
     with (
@@ -312,6 +314,8 @@ def compare_command(
         raise ConfigError(f"--priors is {priors!r}; it should be two or more of {', '.join(PRIORS)}.")
     plan = EvaluationPlan(split, samples, limit, precision or "highest")
     config = make_config(options.given(context))
+    for sentence in without_effect(options.given(context), names):
+        _say(sentence)
     check_name(config.data, config.data_dir, binarize=config.binarize)
     options.check_device(device)
     options.check_backend(impl, precision)

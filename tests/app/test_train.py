@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,17 @@ from fastvae import VAE, ExemplarPrior, VampPrior, bounds
 from fastvae._files import whole_file
 from fastvae.app.data.dataset import Dataset, Split
 from fastvae.app.run.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from fastvae.app.run.config import BoundName, GradientName, TrainConfig, continued, make_config, option
+from fastvae.app.run.config import (
+    OF_PRIORS,
+    PRIORS,
+    BoundName,
+    GradientName,
+    TrainConfig,
+    continued,
+    make_config,
+    option,
+    without_effect,
+)
 from fastvae.app.run.folder import RunFolder
 from fastvae.app.run.measuring import measure
 from fastvae.app.run.networks import build
@@ -325,6 +336,18 @@ def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:
     (field,) = bad
     with pytest.raises(ConfigError, match=option(field)):
         make_config({"data": "mnist", **bad})
+
+
+@pytest.mark.parametrize("field", OF_PRIORS)
+def test_settings_of_another_prior_are_named(field: str) -> None:
+    given = {field: {"learn_weights": True, "shared_variance": False}.get(field, 3)}
+    for prior in PRIORS:
+        lines = without_effect({"seed": 1, "refresh": None} | given, [prior])
+        assert len(lines) == (prior not in OF_PRIORS[field])
+        assert all(
+            re.match(f"{option(field)} changes nothing with {prior}: it is of the prior", line) for line in lines
+        )
+    assert not without_effect(given, PRIORS)
 
 
 def test_warm_up_never_takes_more_than_a_fifth_unless_asked() -> None:

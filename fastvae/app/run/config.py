@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -151,6 +152,28 @@ def make_config(given: dict[str, Any]) -> TrainConfig:
         epochs = chosen.get("epochs", TrainConfig.epochs)
         chosen["warmup"] = min(chosen.get("warmup", TrainConfig.warmup), max(epochs, 0) // 5)
     return _validated(chosen)
+
+
+# The settings that some priors have and others do not.
+OF_PRIORS: dict[str, tuple[PriorName, ...]] = {
+    "components": ("mixture", "vamp"),
+    "pseudo_init": ("vamp",),
+    "learn_weights": ("mixture", "vamp"),
+    "chunk_size": ("vamp", "exemplar"),
+    "subset": ("exemplar",),
+    "refresh": ("vamp", "exemplar"),
+    "neighbours": ("vamp", "exemplar"),
+    "shared_variance": ("exemplar",),
+}
+
+
+def without_effect(given: dict[str, Any], priors: Sequence[str]) -> list[str]:
+    """A sentence for each setting that was given and that none of the priors has."""
+    return [
+        f"{option(field)} changes nothing with {' and '.join(priors)}: it is of the prior {' and '.join(owners)}."
+        for field, owners in OF_PRIORS.items()
+        if given.get(field) is not None and not set(owners) & set(priors)
+    ]
 
 
 def begun(config: TrainConfig, images: int) -> TrainConfig:
