@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -130,16 +129,16 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, tiny_
     """Without torchrun to end them; then two processes of torchrun go on, as one process does."""
     run = tmp_path / "run"
     arguments = ["train", "--data", tiny_npz, "--out", run, *TINY, "--epochs", 10**6, "--patience", 10**6]
-    with socket.socket() as any_port:
-        any_port.bind(("localhost", 0))
-        port = any_port.getsockname()[1]
+    # The ranks' store is here, as torchrun has it: a port that was only looked for could be another's by then.
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "fastvae.app.cli", *map(str, arguments)],
             env={
                 **ENVIRONMENT,
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-                **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+                **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)},
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -152,7 +151,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, tiny_
             assert all(process.poll() is None for process in ranks), ranks[0].communicate()
             time.sleep(0.01)
         ranks[1].kill()
-        _, told = ranks[0].communicate(timeout=60)
+        _, told = ranks[0].communicate(timeout=300)
     finally:
         for process in ranks:
             process.kill()

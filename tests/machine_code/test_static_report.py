@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.once_a_run import once_a_run
 
 from fastvae.backends import triton
 from tools.static_report import disassembly, limits
@@ -25,7 +26,10 @@ ROOT = Path(__file__).parents[2]
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every Triton kernel for sm_90, by candidate tiles too, and the large ones for the other two; side by side."""
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("static")
+    return once_a_run(tmp_path_factory, "triton-kernels", compile_triton_kernels)
+
+
+def compile_triton_kernels(folder: Path) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     running = []
     large = r"^(difference|product).*, high\w*, general"

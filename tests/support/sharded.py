@@ -221,8 +221,9 @@ def lose_a_rank(rank: int, case: Case, sharding: Sharding, how: str) -> str:
         how: "killed" or "silent", "before" or "in", "forward" or "backward".  In is with the first messages sent.
     """
     way, when, where = how.split()
-    group = dist.new_group(timeout=datetime.timedelta(seconds=3))  # the default group's is as long as starting takes
+    group = dist.new_group(timeout=datetime.timedelta(seconds=10))  # as connecting on a busy machine takes
     dist.barrier()  # all are connected before one is lost
+    group.set_timeout(datetime.timedelta(seconds=3))  # of all but the messages of a ring, which keep the first one
 
     def end(*_: Any) -> None:
         if way == "killed":
