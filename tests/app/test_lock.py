@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.patience import PATIENCE
 
 from fastvae._files import FileError
 from fastvae.app.run.lock import locked
@@ -83,7 +84,7 @@ def test_two_trainings_started_at_once(tmp_path: Path, tiny_npz: Path) -> None:
     processes = [
         subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    told = {process.pid: process.communicate(timeout=300)[1] for process in processes}
+    told = {process.pid: process.communicate(timeout=PATIENCE)[1] for process in processes}
     done = [process for process in processes if process.returncode == 0]
     assert len(done) == 1, told
     (other,) = (process for process in processes if process.returncode)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.patience import PATIENCE
 
 import fastvae
 from fastvae._noise import PartOfBatch, rows_of_batch
@@ -170,7 +171,7 @@ def test_a_rank_that_never_starts_does_not_hold_up_the_others(
 
     thread = threading.Thread(target=meet, daemon=True)
     thread.start()
-    thread.join(120)
+    thread.join(PATIENCE)
     assert told and "The ranks do not meet: rank 0 waits" in told[0] and "for all 2 (WORLD_SIZE)" in told[0]
     assert not torch.distributed.is_initialized()
 

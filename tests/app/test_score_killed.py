@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.patience import PATIENCE
 
 import fastvae.streaming
 from fastvae.app.scoring.resumable import ResumableArrays
@@ -80,7 +81,7 @@ def test_processes_of_torchrun_share_the_rows_and_one_that_is_killed_loses_nothi
     def by_two(kill_after: int) -> tuple[list[tuple[int, int]], subprocess.CompletedProcess[str]]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
         command = [*torchrun, sys.executable, "-c", TELLING, str(kill_after), *map(str, arguments)]
-        run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
         lines = [line.split() for line in run.stdout.splitlines() if line.startswith("rows")]
         return [(int(start), int(stop)) for _, start, stop in lines], run
 

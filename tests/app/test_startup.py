@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.patience import PATIENCE
 
 from .conftest import ENVIRONMENT
 
@@ -99,7 +100,7 @@ assert fastvae.__file__ and fastvae.__path__ and fastvae.priors.Prior is fastvae
 
 def test_the_module_of_the_command_line_runs_as_well() -> None:
     command_line = [sys.executable, "-m", "fastvae.app.cli", "train", "--epochs", "0", "--out", "a"]
-    done = subprocess.run(command_line, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command_line, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and "--epochs is 0" in done.stderr
 
 

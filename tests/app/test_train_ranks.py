@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support import ranks as processes
+from support.patience import PATIENCE
 from support.training import CONFIG, evaluate_on, train_in_own_folder, train_on, train_wrongly
 
 from fastvae.app.run import evaluation
@@ -151,7 +152,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, tiny_
             assert all(process.poll() is None for process in ranks), ranks[0].communicate()
             time.sleep(0.01)
         ranks[1].kill()
-        _, told = ranks[0].communicate(timeout=300)
+        _, told = ranks[0].communicate(timeout=PATIENCE)
     finally:
         for process in ranks:
             process.kill()
@@ -163,7 +164,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, tiny_
     shutil.copytree(run, tmp_path / "copy")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "fastvae.app.cli", "train", "--resume", "--out", str(run), "--device", "cpu"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"Best of {epochs} epochs") == done.stdout.count("Wrote\n") == 1
     assert (run / "samples.png").exists() and json.loads(RunFolder(run).results.read_bytes())["processes"] == 2

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.patience import PATIENCE
 from support.shipping import ROOT, call, source_archive
 
 
@@ -52,7 +53,7 @@ def test_the_wheel_has_benchmarks_alone(archive: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "fastvae" / "benchmarks" / "suites.py")

@@ -22,6 +22,8 @@ from torch import Tensor
 import fastvae.distributed
 from fastvae.distributed.link import Link
 
+from .patience import PATIENCE
+
 WORLD = 4
 
 GROUPS: dict[int, Any] = {}  # on a rank: a group of the first ranks, by their number
@@ -29,7 +31,7 @@ GROUPS: dict[int, Any] = {}  # on a rank: a group of the first ranks, by their n
 
 def group_of(size: int) -> Any:
     if not GROUPS:  # on all ranks at the first call of any
-        timeout = datetime.timedelta(seconds=60)
+        timeout = datetime.timedelta(seconds=PATIENCE / 2)
         GROUPS.update({n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, WORLD + 1)})
     return GROUPS[size]
 
