@@ -15,9 +15,9 @@ from support.shipping import ROOT, call, source_archive
 
 
 @pytest.fixture
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(request: pytest.FixtureRequest) -> Path:
     pytest.importorskip("build")
-    return source_archive(tmp_path_factory)
+    return source_archive(request)
 
 
 def test_the_archive_has_tools_records_and_pages(archive: Path) -> None:

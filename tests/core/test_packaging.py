@@ -25,9 +25,9 @@ print(fastvae.info()["impl='cpu'"])
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source archive, outside of any repository and in a folder whose name has a space."""
-    folder, archive = tmp_path_factory.mktemp("source archive"), source_archive(tmp_path_factory)
+    folder, archive = tmp_path_factory.mktemp("source archive"), source_archive(request)
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     return folder / archive.name.removesuffix(".tar.gz")

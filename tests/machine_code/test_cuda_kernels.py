@@ -30,7 +30,7 @@ def arch(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def kernels(arch: int, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Kernel, Code]]:
+def kernels(arch: int, request: pytest.FixtureRequest) -> list[tuple[Kernel, Code]]:
     """All kernels as they are compiled for it."""
     if why := cuda_family.missing():
         pytest.skip(why)
@@ -38,7 +38,7 @@ def kernels(arch: int, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[K
     def compile_all(folder: Path) -> list[tuple[Kernel, Code]]:
         return [(kernel, disassembly.read(kernel)) for kernel in cuda_family.kernels(arch, re.compile(""))]
 
-    return once_a_run(tmp_path_factory, f"cuda-{arch}", compile_all)
+    return once_a_run(request, f"cuda-{arch}", compile_all)
 
 
 def test_every_kernel_compiles_without_spills(arch: int, kernels: list[tuple[Kernel, Code]]) -> None:

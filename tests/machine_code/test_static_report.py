@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def kernels(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Every Triton kernel for sm_90, by candidate tiles too, and the large ones for the other two; side by side."""
     pytest.importorskip("triton")
-    return once_a_run(tmp_path_factory, "triton-kernels", compile_triton_kernels)
+    return once_a_run(request, "triton-kernels", compile_triton_kernels)
 
 
 def compile_triton_kernels(folder: Path) -> list[dict[str, Any]]:
@@ -235,7 +235,7 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_one_command_reports_both_families(tmp_path: Path) -> None:
-    """A Triton kernel and a CUDA kernel that do the same, in one table; of the sources the one with that is compiled."""
+    """A Triton kernel and a CUDA kernel that do the same, in one table; the one source with it is compiled."""
     for family in all_families().values():
         if (why := family.missing()) is not None and "TRITON_INTERPRET" not in why:
             pytest.skip(why)

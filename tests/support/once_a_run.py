@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,14 @@ from filelock import FileLock  # torch depends on it
 Made = TypeVar("Made")
 
 
-def once_a_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Made]) -> Made:
+def once_a_run(request: pytest.FixtureRequest, name: str, make: Callable[[Path], Made]) -> Made:
     """What make(folder) returns, which is called in the first process that asks for `name`.
 
     Args:
         make: may leave files in the folder, which is there for the whole run; what it returns is pickled.
     """
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # then this folder is the worker's, within the run's
+    folder = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if hasattr(request.config, "workerinput"):  # of pytest-xdist: then this folder is the worker's, within the run's
         folder = folder.parent
     files, made = folder / f"made-{name}", folder / f"made-{name}.pickle"
     with FileLock(folder / f"made-{name}.lock"):

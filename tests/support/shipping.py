@@ -24,7 +24,7 @@ def call(*command: str | Path, folder: Path, **variables: str) -> str:
     return done.stdout
 
 
-def source_archive(factory: pytest.TempPathFactory) -> Path:
+def source_archive(request: pytest.FixtureRequest) -> Path:
     """The archive, built once a run: two builds at once would remove each other's files in the checkout."""
 
     def build(folder: Path) -> Path:
@@ -32,4 +32,4 @@ def source_archive(factory: pytest.TempPathFactory) -> Path:
         (archive,) = folder.glob("fastvae_kernels-*.tar.gz")
         return archive
 
-    return once_a_run(factory, "source-archive", build)
+    return once_a_run(request, "source-archive", build)
