@@ -51,8 +51,10 @@ def whole_files(*paths: Path, outdated: Sequence[Path] = ()) -> Iterator[list[Bi
         for part in parts:
             with suppress(OSError):  # there may be none
                 part.unlink()
-        # torch.save turns an OSError of the file into a RuntimeError of its own.
+        # torch.save turns an OSError of the file, and an interruption, into a RuntimeError of its own.
         reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(error, RuntimeError) and isinstance(reason, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         if isinstance(error, OSError | RuntimeError) and isinstance(reason, OSError):
             names = " and ".join(map(str, paths))
             raise FileError(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from support.patience import PATIENCE
 
 import fastvae
 from fastvae.app.run.checkpoint import read_checkpoint
@@ -270,9 +271,10 @@ def test_info_and_help(cli: Cli) -> None:
 
 
 def test_ctrl_c_then_resume(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
-    settings = ["--data", "tiny.npz", *TINY, "--epochs", "150", "--patience", "150"]
-    command = [sys.executable, "-m", "fastvae.app.cli", "train", "--out", "parts", *settings]
-    checkpoint = tmp_path / "parts" / "checkpoint.pt"
+    """It is stopped in its training, which has no end, so that it is not over before the signal comes."""
+    settings = ["--data", "tiny.npz", *TINY, "--patience", str(10**6)]
+    command = [sys.executable, "-m", "fastvae.app.cli", "train", "--out", "parts", *settings, "--epochs", str(10**6)]
+    parts = RunFolder(tmp_path / "parts")
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -282,21 +284,24 @@ def test_ctrl_c_then_resume(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    deadline = time.monotonic() + 60
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE
+    while not parts.checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, text
     assert "fastvae train --out parts --resume" in text and "Traceback" not in text
-    stopped_at = read_checkpoint(RunFolder(tmp_path / "parts"))["epoch"]
-    assert 1 <= stopped_at < 150 and [path.name for path in (tmp_path / "parts").glob(".*")] == [".lock"]
+    stopped_at = read_checkpoint(parts)["epoch"]
+    assert stopped_at >= 1 and [path.name for path in (tmp_path / "parts").glob(".*")] == [".lock"]
 
-    for command in (["--out", tmp_path / "parts", "--resume"], ["--out", tmp_path / "straight", *settings]):
+    epochs = stopped_at + 20
+    parts.config.write_text(json.dumps({**json.loads(parts.config.read_bytes()), "epochs": epochs}))
+    straight_on = ["--out", tmp_path / "straight", *settings, "--epochs", epochs]
+    for command in (["--out", tmp_path / "parts", "--resume"], straight_on):
         code, _, error = cli("train", *command)
         assert code == 0, error
     resumed, straight = (read_checkpoint(RunFolder(tmp_path / name)) for name in ("parts", "straight"))
-    assert resumed["epoch"] == straight["epoch"] == 150
+    assert resumed["epoch"] == straight["epoch"] == epochs
     for name, weight in straight["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
 

@@ -221,6 +221,27 @@ def test_torchs_own_error_of_a_full_disk_is_told(tmp_path: Path, numbers: int) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("writes", [1, 2, 5, 9])
+def test_ctrl_c_while_torch_writes_is_no_error(tmp_path: Path, writes: int) -> None:
+    """torch.save turns it, too, into a RuntimeError about positions."""
+
+    class Interrupted:
+        left = writes
+
+        def write(self, content: bytes) -> int:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            return file.write(content)
+
+        def flush(self) -> None:
+            file.flush()
+
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "checkpoint.pt") as file:
+        torch.save({"a": torch.zeros(3)}, Interrupted())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_ctrl_c_between_files_that_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Settings without their checkpoint, or a checkpoint without its settings, would be no run."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.patience import PATIENCE
 
 import fastvae.streaming
 from fastvae.app.scoring.resumable import ResumableArrays
@@ -17,8 +18,8 @@ from fastvae.app.scoring.resumable import ResumableArrays
 from .conftest import ENVIRONMENT, Cli
 from .test_score import inputs, left, options, wanted  # noqa: F401  a fixture among them
 
-# Tells the rows that it writes on stdout, and after so many blocks waits to be killed; the second of the processes of
-# torchrun kills itself then.
+# Tells the rows that it writes on stdout, and after so many blocks waits to be killed.  The second of the processes of
+# torchrun kills itself then, once the first one waits: one that is ended as it writes might not tell of its last rows.
 TELLING = """
 import itertools, os, signal, sys, time
 from fastvae import streaming
@@ -29,8 +30,12 @@ last, blocks, write = int(sys.argv.pop(1)), itertools.count(1), ResumableArrays.
 def told(self, start, blocks_of_rows):
     write(self, start, blocks_of_rows)
     os.write(1, f"\\nrows {start} {start + len(blocks_of_rows[0])}\\n".encode())  # whole, whoever else writes
-    if next(blocks) == last and os.environ.get("RANK") != "0":
-        if "RANK" in os.environ:
+    if next(blocks) == last:
+        if os.environ.get("RANK") == "0":
+            open(os.environ["FIRST_WAITS"], "w").close()
+        if os.environ.get("RANK") == "1":
+            while not os.path.exists(os.environ["FIRST_WAITS"]):
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
 ResumableArrays.write = told
@@ -76,18 +81,21 @@ def test_processes_of_torchrun_share_the_rows_and_one_that_is_killed_loses_nothi
     """Two processes begin, one goes on, and two end it."""
     out, score = tmp_path / "log_prob.npy", tmp_path / "score.npy"
     arguments = [*options(inputs, out), "--score", score]
+    first_waits = tmp_path / "first-waits"
 
     def by_two(kill_after: int) -> tuple[list[tuple[int, int]], subprocess.CompletedProcess[str]]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
         command = [*torchrun, sys.executable, "-c", TELLING, str(kill_after), *map(str, arguments)]
-        run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        environment = {**ENVIRONMENT, "FIRST_WAITS": str(first_waits)}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         lines = [line.split() for line in run.stdout.splitlines() if line.startswith("rows")]
         return [(int(start), int(stop)) for _, start, stop in lines], run
 
     told, run = by_two(kill_after=2)
     assert run.returncode != 0 and "Signal 9 (SIGKILL)" in run.stderr
     assert not out.exists() and (tmp_path / ".log_prob.npy.journal.1").exists()
-    assert {(50, 100), (150, 200)} <= set(told)  # of the second process
+    assert sorted(told) == [(0, 50), (50, 100), (100, 150), (150, 200)]
+    first_waits.unlink()
 
     write = ResumableArrays.write
 

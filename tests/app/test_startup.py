@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from support.patience import PATIENCE
 
 from .conftest import ENVIRONMENT
 
@@ -22,15 +22,25 @@ main()
 """
 
 
-def command(*arguments: str) -> tuple[int, str, str, float]:
+def python(script: str, *arguments: str) -> tuple[int, str, str, float]:
     """Exit code, stdout, stderr and the seconds it took of the processor."""
     import resource
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return done.returncode, done.stdout, done.stderr, seconds
+
+
+def command(*arguments: str) -> tuple[int, str, str, float]:
+    return python(SCRIPT, *arguments)
+
+
+@pytest.fixture(scope="module")
+def importing_torch() -> float:
+    """Seconds of the processor, 2 or so: what takes long on this machine, as busy as it is."""
+    return python("import torch")[-1]
 
 
 @pytest.mark.parametrize(
@@ -51,27 +61,26 @@ def command(*arguments: str) -> tuple[int, str, str, float]:
         (["train", "--out", ""], "the name is empty"),
     ],
 )
-def test_wrong_options_are_told_before_slow_imports(tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_wrong_options_are_told_before_slow_imports(arguments: list[str], told: str, importing_torch: float) -> None:
     code, _, error, seconds = command(*arguments)
     assert code in (1, 2) and told in error and error.endswith("\n\n")
-    assert "Traceback" not in error and seconds < 1 and not Path("a").exists()
+    assert "Traceback" not in error and seconds < importing_torch / 2 and not Path("a").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "-h"]])
-def test_help_needs_no_slow_imports(arguments: list[str]) -> None:
+def test_help_needs_no_slow_imports(arguments: list[str], importing_torch: float) -> None:
     code, text, error, seconds = command(*arguments)
-    assert code == 0 and "Usage" in text and error == "\n" and seconds < 2
+    assert code == 0 and "Usage" in text and error == "\n" and seconds < importing_torch
 
 
-def test_info_takes_no_longer_than_importing_torch() -> None:
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    subprocess.run([sys.executable, "-c", "import torch"], env=ENVIRONMENT, check=True)
-    torch_alone = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    code, text, _, seconds = command("info")
-    assert code == 0 and "extension" in text
-    assert seconds < torch_alone + 1
+def test_info_takes_little_more_than_importing_torch() -> None:
+    for tries_left in (2, 1, 0):
+        *_, torch_alone = python("import torch")
+        code, text, error, seconds = command("info")
+        assert code == 0 and "extension" in text and set(error.split()) <= {"torch", "numpy"}
+        if seconds < 1.6 * torch_alone:
+            break
+        assert tries_left, (seconds, torch_alone)  # else one of the two had the busier core
 
 
 def test_the_library_is_whole_once_it_is_imported_late() -> None:
@@ -90,10 +99,9 @@ assert fastvae.__file__ and fastvae.__path__ and fastvae.priors.Prior is fastvae
 
 
 def test_the_module_of_the_command_line_runs_as_well() -> None:
-    started = time.monotonic()
     command_line = [sys.executable, "-m", "fastvae.app.cli", "train", "--epochs", "0", "--out", "a"]
-    done = subprocess.run(command_line, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1 and "--epochs is 0" in done.stderr and time.monotonic() - started < 60
+    done = subprocess.run(command_line, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and "--epochs is 0" in done.stderr
 
 
 def test_bench_is_reached_by_the_command() -> None:

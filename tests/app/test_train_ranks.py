@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support import ranks as processes
+from support.patience import PATIENCE
 from support.training import CONFIG, evaluate_on, train_in_own_folder, train_on, train_wrongly
 
 from fastvae.app.run import evaluation
@@ -130,16 +130,16 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, tiny_
     """Without torchrun to end them; then two processes of torchrun go on, as one process does."""
     run = tmp_path / "run"
     arguments = ["train", "--data", tiny_npz, "--out", run, *TINY, "--epochs", 10**6, "--patience", 10**6]
-    with socket.socket() as any_port:
-        any_port.bind(("localhost", 0))
-        port = any_port.getsockname()[1]
+    # The ranks' store is here, as torchrun has it: a port that was only looked for could be another's by then.
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "fastvae.app.cli", *map(str, arguments)],
             env={
                 **ENVIRONMENT,
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-                **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+                **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)},
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -152,7 +152,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, tiny_
             assert all(process.poll() is None for process in ranks), ranks[0].communicate()
             time.sleep(0.01)
         ranks[1].kill()
-        _, told = ranks[0].communicate(timeout=60)
+        _, told = ranks[0].communicate(timeout=PATIENCE)
     finally:
         for process in ranks:
             process.kill()
@@ -164,7 +164,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(tmp_path: Path, tiny_
     shutil.copytree(run, tmp_path / "copy")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "fastvae.app.cli", "train", "--resume", "--out", str(run), "--device", "cpu"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"Best of {epochs} epochs") == done.stdout.count("Wrote\n") == 1
     assert (run / "samples.png").exists() and json.loads(RunFolder(run).results.read_bytes())["processes"] == 2

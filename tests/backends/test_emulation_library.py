@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from emulation import library
 from emulation.library import CompileError
+from support.patience import PATIENCE
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -99,5 +100,5 @@ def test_of_two_processes_one_compiles(source: Path) -> None:
     tests = Path(library.__file__).parents[1]
     command = [sys.executable, "-c", script, tests, tests.parent, source.parent / "build", source]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate(timeout=120)[0] for process in running]
+    told = [process.communicate(timeout=PATIENCE)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0] and "".join(told).count("compiles") == 1

@@ -18,6 +18,7 @@ from support import internals
 from support.backend import device_of, use_backend
 from support.internals import NAMES, choose, interpreted, operators_of, triton_module
 from support.interpreter import patch_once
+from support.patience import PATIENCE
 from torch import Tensor
 
 import fastvae
@@ -239,7 +240,9 @@ def test_every_precision_has_the_mixture_operators() -> None:
 
 def python(script: str, **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

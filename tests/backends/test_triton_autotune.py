@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.internals import triton_module
+from support.patience import PATIENCE
 
 import fastvae
 
@@ -171,7 +172,7 @@ def test_a_second_process_takes_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
     forget(monkeypatch)
     assert choose() == real[-1] and len(clock.asked) == len(real)
     second = python(SECOND)
-    told, _ = second.communicate(timeout=120)
+    told, _ = second.communicate(timeout=PATIENCE)
     assert second.returncode == 0 and told.strip() == str(tuple(real[-1]))
 
 
@@ -331,6 +332,6 @@ for n in range(10):
 def test_processes_that_write_at_once_lose_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTVAE_CACHE_DIR", str(tmp_path))
     running = [python(MANY.replace("{NAME}", name)) for name in "ab"]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0]
     assert len(json.loads(tuned_tiles.path().read_text())["tiles"]) == 20
     assert {f.name for f in tmp_path.iterdir()} == {"tiles.json", "tiles.json.lock"}

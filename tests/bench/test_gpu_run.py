@@ -6,11 +6,14 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,14 +62,28 @@ def test_the_page_has_the_stages_and_their_time() -> None:
     assert written == [(s.name, s.seconds) for s in STAGES]
 
 
-def test_what_becomes_of_a_stage(tmp_path: Path) -> None:
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Python code; the time of a process begins once it has run this or has ended, however long starting takes."""
+
+    class Begun(subprocess.Popen[Any]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            while not (tmp_path / f"begun-{self.pid}").exists() and self.poll() is None:
+                time.sleep(0.01)
+
+    monkeypatch.setattr(subprocess, "Popen", Begun)
+    return f"import os; print('begun', flush=True); open({str(tmp_path)!r} + f'/begun-{{os.getpid()}}', 'w').close()"
+
+
+def test_what_becomes_of_a_stage(tmp_path: Path, begun: str) -> None:
     """Passed, failed, out of time, or left out; its log is kept, and nothing is raised."""
     context = Context(tmp_path, dry=True)
     good = run(stage("good", "print('one'); print('two')", seconds=10), context)
     assert (good.status, good.detail) == (PASSED, "two") and (tmp_path / "good.log").read_text() == "one\ntwo\n"
     bad = run(stage("bad", "raise SystemExit('no such device')", seconds=10), context)
     assert (bad.status, bad.detail) == (FAILED, "no such device")
-    late = run(stage("late", "import time; print('begun', flush=True); time.sleep(60)"), context)
+    late = run(stage("late", f"import time; {begun}; time.sleep(60)", seconds=0.02), context)
     assert late.status == OVERTIME and "begun" in (tmp_path / "late.log").read_text() and late.seconds < 30
     left = run(stage("left", "", why_not=lambda context: "there is no nvcc"), context)
     assert (left.status, left.detail) == (LEFT_OUT, "there is no nvcc")
@@ -75,9 +92,10 @@ def test_what_becomes_of_a_stage(tmp_path: Path) -> None:
 def test_all_stages_together_have_their_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that has less of it left than of its own is ended earlier; after that the others are left out."""
     context = Context(tmp_path, dry=True)
-    late = run(stage("late", "import time; time.sleep(60)", seconds=60), context, 6.0)
+    monkeypatch.setattr("tools.gpu.stage.LEAST", 0.1)
+    late = run(stage("late", "import time; time.sleep(60)", seconds=60), context, 0.2)
     assert late.status == OVERTIME and late.seconds < 30
-    left = run(stage("left", "print('ran')", seconds=60), context, 1.0)
+    left = run(stage("left", "print('ran')", seconds=60), context, 0.05)
     assert left.status == LEFT_OUT and "took all the time" in left.detail
 
 
@@ -300,17 +318,17 @@ def test_a_step_from_a_graph_is_the_step() -> None:
     assert losses["eager"][0] == pytest.approx(losses["composite"][0], rel=0.2)  # the noise is not the same
 
 
-def test_a_tool_that_does_not_end_costs_the_other_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tool_that_does_not_end_costs_the_other_nothing(begun: str, capsys: pytest.CaptureFixture[str]) -> None:
     python = [sys.executable, "-c"]
     found = sanitize.watched(
         {
-            "slow": [*python, "import time; print('begun', flush=True); time.sleep(60)"],
+            "slow": [*python, f"import time; {begun}; time.sleep(60)"],
             "bad": [*python, "raise SystemExit('a race')"],
             "good": [*python, "print('nothing found')"],
         },
-        seconds=5,
+        seconds=1,
     )
-    assert found == {"slow": "did not end in 5 s", "bad": "failed", "good": "clean"}
+    assert found == {"slow": "did not end in 1 s", "bad": "failed", "good": "clean"}
     told = capsys.readouterr().out
     assert all(words in told for words in ("begun", "a race", "nothing found"))
 

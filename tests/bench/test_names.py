@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 EVERY_MODULE = """
@@ -26,7 +27,7 @@ print(*[name for name in sys.modules if name.startswith("fastvae.app")])
 def python(script: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, *options, "-c", script]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_no_module_needs_the_app() -> None:

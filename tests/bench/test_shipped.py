@@ -10,31 +10,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.patience import PATIENCE
+from support.shipping import ROOT, call, source_archive
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source archive, and a wheel made from it, without the extension."""
+@pytest.fixture
+def archive(request: pytest.FixtureRequest) -> Path:
     pytest.importorskip("build")
-    folder = tmp_path_factory.mktemp("dist")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment | {"FASTVAE_NO_EXTENSION": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return source_archive(request)
 
 
-def test_the_archive_has_tools_records_and_pages(built: Path) -> None:
-    (archive,) = built.glob("*.tar.gz")
+def test_the_archive_has_tools_records_and_pages(archive: Path) -> None:
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     for folder, pattern in (
@@ -49,8 +35,11 @@ def test_the_archive_has_tools_records_and_pages(built: Path) -> None:
     assert not [name for name in names if name.startswith(links)], "the links' files would be there twice"
 
 
-def test_the_wheel_has_benchmarks_alone(built: Path, tmp_path: Path) -> None:
-    (wheel,) = built.glob("*.whl")
+def test_the_wheel_has_benchmarks_alone(archive: Path, tmp_path: Path) -> None:
+    """A wheel that is made from the archive, without the extension."""
+    make = "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", archive
+    call(*make, folder=tmp_path, FASTVAE_NO_EXTENSION="1")
+    (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
         file.extractall(tmp_path)
@@ -64,7 +53,7 @@ def test_the_wheel_has_benchmarks_alone(built: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "fastvae" / "benchmarks" / "suites.py")

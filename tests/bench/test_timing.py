@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastvae.benchmarks import timing
 from fastvae.benchmarks.case import Case, Contender, Prepared, measure
 from fastvae.benchmarks.probe import copy_meter, multiply_add_meter
 from fastvae.benchmarks.timing import Settings, cpu_clock, interleave, spread
@@ -37,8 +41,10 @@ def test_contenders_take_turns_until_each_has_its_rounds() -> None:
     assert any(order[i + 1] == "fast" for i in places[:-1])
 
 
-def test_the_clock_and_the_spread() -> None:
-    assert cpu_clock(lambda: time.sleep(0.01), 3) == pytest.approx(0.01, rel=0.9)
+def test_the_clock_and_the_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(5.0, 0.25)  # each look at the time takes so long
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    assert cpu_clock(lambda: (next(now), next(now)), 3) == (6 + 1) * 0.25 / 3
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5, "rounds": 3}
     assert spread([4.0]) == {"median": 4.0, "low": 4.0, "high": 4.0, "rounds": 1}
 
@@ -68,9 +74,14 @@ def test_the_probe_finds_plausible_limits() -> None:
     copy = copy_meter()
     if single is None or double is None or copy is None:
         pytest.skip("no C++ compiler here")
+
+    def best(rate: Callable[[], float]) -> float:
+        """Of several: one probe takes microseconds, and much longer where it has to wait for its core."""
+        return max(rate() for _ in range(10))
+
     # A scalar unit makes some 1e9 multiply-adds a second; no core makes 1e13.
-    assert 1e9 < single() < 1e13 and 1e9 < double() < 1e13
-    assert 1e8 < copy() < 1e13
+    assert 1e9 < best(single) < 1e13 and 1e9 < best(double) < 1e13
+    assert 1e8 < best(copy) < 1e13
 
 
 def test_without_a_compiler_the_limits_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from matplotlib.image import imread
+from support.patience import PATIENCE
 
 import fastvae
 from fastvae.app.bench import bench
@@ -75,11 +76,11 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "cpu.json").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    told, _ = process.communicate(timeout=60)
+    told, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, told
     cases = json.loads((tmp_path / "cpu.json").read_text())["cases"]
     assert cases and all(case["contenders"]["fastvae"]["status"] == "measured" for case in cases.values())

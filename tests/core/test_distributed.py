@@ -307,7 +307,7 @@ def test_ranks_that_disagree_are_told(ranks: Ranks, name: str) -> None:
     changed, message = DISAGREEMENTS[name]
     started = time.monotonic()
     answers = ranks(told, [("mixture_log_prob", CALL), ("mixture_log_prob", CALL | changed)])[:2]
-    assert time.monotonic() - started < 50  # the group's time-out is 60
+    assert time.monotonic() - started < 50  # the group's time-out is longer
     for answer in answers:
         assert answer.startswith(("ValueError", "TypeError", "RuntimeError"))
         assert re.search(message, answer), answer
@@ -346,7 +346,7 @@ def test_other_functions_and_wrong_indices_are_told(ranks: Ranks) -> None:
 )
 def test_a_rank_that_is_lost(how: str, exchange: str) -> None:
     """The others hear of it within the time-out, whether the rank has ended or only does not go on."""
-    ranks = Ranks(3, timeout=10.0)  # as starting on a busy machine takes
+    ranks = Ranks(3)
     try:
         case, others = hard_case(6, 12, 3), [0, 1]
         sharding = Sharding([4, 4, 4], [2, 2, 2] if exchange == "ring" else None, exchange=exchange)
@@ -354,7 +354,7 @@ def test_a_rank_that_is_lost(how: str, exchange: str) -> None:
         started = time.monotonic()
         ranks.start(lose_a_rank, case, sharding, how)
         answers = ranks.answers(others)
-        assert time.monotonic() - started < 50  # of the group the time-out is 3, and of a hanging test 120
+        assert time.monotonic() - started < 50  # of the group the time-out is 10 at most
         for answer in answers:
             assert re.match("RuntimeError: mixture_log_prob: rank . of 3 lost the other ranks", answer), answer
     finally:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from budget import Case, hard_case
+from support.patience import PATIENCE
 from support.sharded import model, same_bits
 
 import fastvae
@@ -169,7 +170,7 @@ def test_one_process_pays_nothing() -> None:
     """`import fastvae` does not import the package, and the package no DTensor."""
     script = "import sys, fastvae; print('fastvae.distributed' in sys.modules); import fastvae.distributed; "
     script += "print('torch.distributed.tensor' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert done.stdout.split() == ["False", "False"]
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tarfile
 import zipfile
 from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from support.shipping import ROOT, call, source_archive
 
 import fastvae
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -27,22 +24,10 @@ print(fastvae.info()["impl='cpu'"])
 """
 
 
-def call(*command: str | Path, folder: Path, **variables: str) -> str:
-    """What a command prints, run in `folder` and away from the checkout."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source archive, outside of any repository and in a folder whose name has a space."""
-    folder = tmp_path_factory.mktemp("source archive")
-    call("-m", "build", "--no-isolation", "--sdist", "--outdir", folder, ROOT, folder=folder)
-    (archive,) = folder.glob("fastvae_kernels-*.tar.gz")
+    folder, archive = tmp_path_factory.mktemp("source archive"), source_archive(request)
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     return folder / archive.name.removesuffix(".tar.gz")
@@ -84,7 +69,8 @@ def library() -> set[str]:
 
 def test_the_archive_has_the_sources(source: Path) -> None:
     for name in ("csrc", "kernels", "fastvae", "tests"):
-        files = [path for path in (ROOT / name).rglob("*.*") if path.is_file() and path.suffix not in (".so", ".pyc")]
+        files = [path for path in (ROOT / name).rglob("*.*") if path.suffix != ".so" and path.is_file()]
+        files = [path for path in files if path.parent.name != "__pycache__"]  # where other tests' imports write
         missing = [path for path in files if not (source / path.relative_to(ROOT)).exists()]
         assert files and not missing
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.backend import device_of
+from support.patience import PATIENCE
 
 import fastvae
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 120  # seconds; a child that hangs is the failure that these tests look for
 
 
 def run(script: str, *args: str) -> str:
@@ -25,7 +25,7 @@ def run(script: str, *args: str) -> str:
         [sys.executable, "-c", textwrap.dedent(script), *args],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=PATIENCE,
         env=environment,
         check=False,
     )
@@ -85,7 +85,7 @@ FORK = """
 
     def child():
         torch.set_num_threads(1)  # else torch.exp itself hangs: OpenMP's threads do not survive a fork
-        signal.alarm(30)  # a deadlock must not outlive the test
+        signal.alarm(100)  # a deadlock must not outlive the test
         same = all(torch.equal(a, b) for a, b in zip(job(), want))
         sys.exit(0 if same else 3)
 
@@ -129,7 +129,7 @@ def test_a_forked_child_needs_no_care() -> None:
         torch.randn(1000, 1000).exp()  # now there are two threads
         pid = os.fork()
         if pid == 0:
-            signal.alarm(30)
+            signal.alarm(100)
             os._exit(0 if fastvae.mixture_log_prob(z, mu, torch.zeros(()), impl="cpu").isfinite().all() else 3)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     """
@@ -149,7 +149,7 @@ def test_gpu_a_forked_child_is_told_why(impl: str) -> None:
         torch.cuda.synchronize()
         pid = os.fork()
         if pid == 0:
-            signal.alarm(60)
+            signal.alarm(100)
             try:
                 fastvae.mixture_log_prob(z, mu, mu, impl=sys.argv[1])
                 torch.cuda.synchronize()
@@ -191,7 +191,7 @@ def test_dataloader_workers(each_impl: str, context: str) -> None:
     data = Scores(each_impl, device)
     want = torch.stack([data[i] for i in range(len(data))])
     loader = torch.utils.data.DataLoader(
-        data, batch_size=3, num_workers=2, multiprocessing_context=context, timeout=TIMEOUT
+        data, batch_size=3, num_workers=2, multiprocessing_context=context, timeout=PATIENCE
     )
     if device.type == "cuda" and context == "fork":
         with pytest.raises(RuntimeError, match="'spawn' start method"):

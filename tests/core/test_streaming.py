@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from budget import Case, Result, allowance, assert_within, diffuse_case, hard_case, run
+from support.patience import PATIENCE
 from torch import Tensor
 
 import fastvae
@@ -229,7 +230,7 @@ def test_reading_goes_on_while_blocks_are_computed(cut: Callable[[int, int], Non
     parts = StreamedScores(z, torch.randn(3, 2), torch.zeros(()))
     for part in parts:
         if part.stop < 10:
-            assert was_read[part.stop].wait(60)
+            assert was_read[part.stop].wait(PATIENCE)
         assert not any(event.is_set() for event in was_read[part.stop + 1 :])  # and no more than the next
     assert z.threads - {"MainThread"} == {"fastvae-read_0"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from budget import diffuse_case, hard_case
 from emulation import cuda
 from support.internals import Operators
+from support.once_a_run import once_a_run
 
 from fastvae.benchmarks.inputs import concentrated
 from tools.static_report import disassembly, limits
@@ -24,29 +25,33 @@ ARCHES = list(cuda_family.flags_and_targets()[1])
 SIDES = ("rows", "components")
 
 
-@cache
-def compiled_for(arch: int) -> list[tuple[Kernel, Code]]:
-    if why := cuda_family.missing():
-        pytest.skip(why)
-    return [(kernel, disassembly.read(kernel)) for kernel in cuda_family.kernels(arch, re.compile(""))]
-
-
-@pytest.fixture(params=ARCHES)
+@pytest.fixture(scope="module", params=ARCHES)
 def arch(request: pytest.FixtureRequest) -> int:
-    """An architecture that all kernels were compiled for."""
-    compiled_for(request.param)
+    """An architecture that the kernels are compiled for."""
     return int(request.param)
 
 
-def test_every_kernel_compiles_without_spills(arch: int) -> None:
+@pytest.fixture(scope="module")
+def kernels(arch: int, request: pytest.FixtureRequest) -> list[tuple[Kernel, Code]]:
+    """All kernels as they are compiled for it."""
+    if why := cuda_family.missing():
+        pytest.skip(why)
+
+    def compile_all(folder: Path) -> list[tuple[Kernel, Code]]:
+        return [(kernel, disassembly.read(kernel)) for kernel in cuda_family.kernels(arch, re.compile(""))]
+
+    return once_a_run(request, f"cuda-{arch}", compile_all)
+
+
+def test_every_kernel_compiles_without_spills(arch: int, kernels: list[tuple[Kernel, Code]]) -> None:
     """The compiler stops at a spill: it is told that warnings are errors."""
     wanted = ("forward<", "backward<rows", "backward<components", "pack_rows", "rsample<", "rsample_backward", "kl<")
-    names = [kernel.name for kernel, _ in compiled_for(arch)]
+    names = [kernel.name for kernel, _ in kernels]
     for dtype, several in (("float", 4), ("double", 2)):
         small = [f"small_{side}<{dtype}, {v}, {n}>" for side in SIDES for v in ("true", "false") for n in (1, several)]
         for name in (*wanted, *small):
             assert any(n.startswith(name) and dtype in n for n in names), f"{name} for {dtype} is not there"
-    for kernel, code in compiled_for(arch):
+    for kernel, code in kernels:
         assert code.registers <= 255
         assert (code.stack, code.local, code.local_accesses) == (0, 0, 0), f"{kernel.name}: {code}"
         # so that two blocks run at a time
@@ -58,9 +63,9 @@ def test_every_kernel_compiles_without_spills(arch: int) -> None:
             assert limits.blocks_at_once(arch, code.registers, kernel.threads, kernel.shared) >= 1 + two, kernel.name
 
 
-def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
+def test_multiply_adds_take_the_issue_slots(kernels: list[tuple[Kernel, Code]]) -> None:
     """Of the innermost loop, at any D; what it loads, it loads 16 bytes at a time."""
-    for kernel, code in compiled_for(arch):
+    for kernel, code in kernels:
         if kernel.name != "forward<float>" and not re.match(r"backward<\w+, float", kernel.name):
             continue
         squares = max((loop for loop in code.loops if not loop.kinds["FADD"]), key=lambda loop: loop.multiply_adds)
@@ -72,7 +77,7 @@ def test_multiply_adds_take_the_issue_slots(arch: int) -> None:
         assert code.memory["LDGSTS.128"] > 0 and not {"LDGSTS.32", "LDGSTS.64"} & set(code.memory), kernel.name
 
 
-def test_the_product_form_runs_on_tensor_cores(arch: int) -> None:
+def test_the_product_form_runs_on_tensor_cores(arch: int, kernels: list[tuple[Kernel, Code]]) -> None:
     """Matrices come from shared memory by ldmatrix, and lines of features go there by asynchronous 16-byte copies."""
     forward = [f"product_forward<{part}, {line}>" for part in (1, 2) for line in ("true, false", "false, false")]
     forward += ["product_forward<2, true, true>", "product_forward<2, false, true>"]
@@ -81,7 +86,7 @@ def test_the_product_form_runs_on_tensor_cores(arch: int) -> None:
     sums += ["weighted_sums<2, false, true>", "weighted_sums<2, true, true>"]
     sums += [f"sliced_sums<{parts}, {rows}>" for parts in (1, 2) for rows in ("true", "false")]
     wanted = [*forward, *screened, *sums]
-    found = {kernel.name: (kernel, code) for kernel, code in compiled_for(arch) if kernel.name in wanted}
+    found = {kernel.name: (kernel, code) for kernel, code in kernels if kernel.name in wanted}
     assert sorted(found) == sorted(wanted)
     for name, (kernel, code) in found.items():
         assert kernel.tensor_cores and set(code.matrix) == {"HMMA"}, name
@@ -94,11 +99,11 @@ def test_the_product_form_runs_on_tensor_cores(arch: int) -> None:
     }
 
 
-def test_backward_waits_for_no_memory_but_shared_memory(arch: int) -> None:
+def test_backward_waits_for_no_memory_but_shared_memory(kernels: list[tuple[Kernel, Code]]) -> None:
     """In no loop of either pass.  Nine of ten instructions are arithmetic where all items have a weight and a lane has
     four dimensions."""
     seen = 0
-    for kernel, code in compiled_for(arch):
+    for kernel, code in kernels:
         if not (found := re.match(r"backward<(\w+), float, (\d)>", kernel.name)):
             continue
         for loop in code.loops:
@@ -123,8 +128,8 @@ def test_backward_waits_for_no_memory_but_shared_memory(arch: int) -> None:
     assert seen == 2
 
 
-def test_small_problems_and_samples_move_16_bytes_at_a_time(arch: int) -> None:
-    for kernel, code in compiled_for(arch):
+def test_small_problems_and_samples_move_16_bytes_at_a_time(kernels: list[tuple[Kernel, Code]]) -> None:
+    for kernel, code in kernels:
         if kernel.name in ("rsample<float, true>", "rsample_backward<float, true>", "kl<float, true>"):
             assert code.memory["LDG.128"] > 0 and code.memory["STG.128"] > 0, kernel.name
         if kernel.name.startswith("small_") and "true" in kernel.name:
@@ -132,9 +137,9 @@ def test_small_problems_and_samples_move_16_bytes_at_a_time(arch: int) -> None:
             assert code.memory["LDS.128"] > 0, kernel.name
 
 
-def test_loops_that_wait_for_memory_ask_for_much_at_a_time(arch: int) -> None:
+def test_loops_that_wait_for_memory_ask_for_much_at_a_time(kernels: list[tuple[Kernel, Code]]) -> None:
     """The sampler and the score of small problems: where a branch stood between two loads, one would wait for both."""
-    loops = {kernel.name: code.loops for kernel, code in compiled_for(arch)}
+    loops = {kernel.name: code.loops for kernel, code in kernels}
     for name in ("rsample<float, true>", "kl<float, true>"):
         assert loops[name][0].kinds["LDG.128"] == 4, name
     # beside the loop's own jump, one for each of the two fours: the noise has none

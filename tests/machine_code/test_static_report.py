@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.once_a_run import once_a_run
 
 from fastvae.backends import triton
 from tools.static_report import disassembly, limits
@@ -22,10 +23,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def kernels(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Every Triton kernel for sm_90, by candidate tiles too, and the large ones for the other two; side by side."""
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("static")
+    return once_a_run(request, "triton-kernels", compile_triton_kernels)
+
+
+def compile_triton_kernels(folder: Path) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     running = []
     large = r"^(difference|product).*, high\w*, general"
@@ -231,12 +235,12 @@ def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_one_command_reports_both_families(tmp_path: Path) -> None:
-    """A Triton kernel and a CUDA kernel that do the same, in one table."""
+    """A Triton kernel and a CUDA kernel that do the same, in one table; the one source with it is compiled."""
     for family in all_families().values():
         if (why := family.missing()) is not None and "TRITON_INTERPRET" not in why:
             pytest.skip(why)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.static_report", "--arch", "90"]
+    command = [sys.executable, "-c", OF_ONE_SOURCE, "--arch", "90"]
     command += ["--match", r"^(gaussian\.kl_kernel, KL, forward|kl<float, true>)", "--out", str(tmp_path / "both.json")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
     found = json.loads((tmp_path / "both.json").read_text())
@@ -245,6 +249,16 @@ def test_one_command_reports_both_families(tmp_path: Path) -> None:
     # both read mu and logvar once, 16 bytes at a time
     assert all(k["bound_by"] == "memory" and k["loads"]["16"] > 0 for k in found["kernels"])
     assert len({k["floor_seconds"] for k in found["kernels"]}) == 1
+
+
+OF_ONE_SOURCE = """
+import sys
+from tools.static_report.__main__ import main
+from tools.static_report.families import cuda_family
+whole = cuda_family.compile_source
+cuda_family.compile_source = lambda source, arch: whole(source, arch) if source.name == "gaussian.cu" else (b"", [])
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_the_interpreter_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

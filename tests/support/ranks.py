@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-PATIENCE = 120  # seconds; ranks that have not answered by then hang, which is what the tests look for
+from .patience import PATIENCE
 
 
 class Failure(NamedTuple):
@@ -28,14 +28,14 @@ class Failure(NamedTuple):
     trace: str
 
 
-def _serve(rank: int, size: int, folder: str, timeout: float, orders: Connection) -> None:
+def _serve(rank: int, size: int, folder: str, orders: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=datetime.timedelta(seconds=PATIENCE / 2),
     )
     while (order := pickle.loads(orders.recv_bytes())) is not None:
         function, arguments = order
@@ -48,13 +48,9 @@ def _serve(rank: int, size: int, folder: str, timeout: float, orders: Connection
 
 
 class Ranks:
-    """`size` processes with a gloo group of all of them.
+    """`size` processes with a gloo group of all of them."""
 
-    Args:
-        timeout: of the group, seconds.
-    """
-
-    def __init__(self, size: int, timeout: float = 60.0) -> None:
+    def __init__(self, size: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")  # it imports PyTorch once, before it forks the ranks
         context.set_forkserver_preload(["support.sharded"])
@@ -63,7 +59,7 @@ class Ranks:
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
             for rank in range(size):
                 ours, theirs = context.Pipe()
-                arguments = rank, size, self._folder.name, timeout, theirs
+                arguments = rank, size, self._folder.name, theirs
                 process = context.Process(target=_serve, args=arguments, daemon=True)
                 process.start()
                 theirs.close()

@@ -22,6 +22,8 @@ from torch import Tensor
 import fastvae.distributed
 from fastvae.distributed.link import Link
 
+from .patience import PATIENCE
+
 WORLD = 4
 
 GROUPS: dict[int, Any] = {}  # on a rank: a group of the first ranks, by their number
@@ -29,7 +31,7 @@ GROUPS: dict[int, Any] = {}  # on a rank: a group of the first ranks, by their n
 
 def group_of(size: int) -> Any:
     if not GROUPS:  # on all ranks at the first call of any
-        timeout = datetime.timedelta(seconds=60)
+        timeout = datetime.timedelta(seconds=PATIENCE / 2)
         GROUPS.update({n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, WORLD + 1)})
     return GROUPS[size]
 
@@ -221,8 +223,9 @@ def lose_a_rank(rank: int, case: Case, sharding: Sharding, how: str) -> str:
         how: "killed" or "silent", "before" or "in", "forward" or "backward".  In is with the first messages sent.
     """
     way, when, where = how.split()
-    group = dist.new_group(timeout=datetime.timedelta(seconds=3))  # the default group's is as long as starting takes
+    group = dist.new_group(timeout=datetime.timedelta(seconds=10))  # as connecting on a busy machine takes
     dist.barrier()  # all are connected before one is lost
+    group.set_timeout(datetime.timedelta(seconds=3))  # of all but the messages of a ring, which keep the first one
 
     def end(*_: Any) -> None:
         if way == "killed":

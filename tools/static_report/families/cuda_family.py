@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -85,8 +88,9 @@ def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
         BenchmarkError: a source does not compile without a warning.
     """
     sources = sorted(SOURCES.glob("*.cu")) + ([EXPANSION] if arch == 90 else [])
-    for source in sources:
-        binary, symbols = compile_source(source, arch)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(partial(compile_source, arch=arch), sources))
+    for source, (binary, symbols) in zip(sources, compiled, strict=True):
         for symbol in symbols:
             name = source.stem if source == EXPANSION else readable(symbol)
             case, work = case_of(name)
