@@ -446,8 +446,8 @@ def score_command(
         str | None, typer.Option(help="float32 or float64: what is computed and written. (default: by the inputs)")
     ] = None,
     memory: Annotated[int, typer.Option(min=1, help="MiB that rows and components may take at a time.")] = 256,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    device: options.ScoringDevice = "auto",
+    threads: options.ScoringThreads = None,
     impl: options.Impl = None,
     precision: options.Precision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, and replace --out.")] = False,
