@@ -532,7 +532,10 @@ def plan_command(
     if rates.deviation is None:
         _say(f"The record has one shape, with {rates.fewest_rows:,} rows; other shapes may differ.")
     else:
-        _say(f"The recorded times are within {rates.deviation:.0%} of what the plan computes for them.")
+        _say(
+            f"The recorded times are within {rates.deviation:.0%} of what the plan computes for them. A slower core, "
+            "or one that other programs share, takes longer."
+        )
     if score:
         _say("The time of the score is not recorded, and not in the plan.")
     names = {"rows": "the rows sharded", "components": "the components sharded", "mesh": "a mesh", "ring": "a ring"}

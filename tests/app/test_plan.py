@@ -139,6 +139,9 @@ def test_the_command(cli: Cli) -> None:
     assert code == 0 and "not known" not in text and "The time of the score is not recorded" in text
     code, text, _ = cli("plan", "--rows", 1, "--components", 1, "--dims", 1)
     assert code == 0 and "received " not in text and "mesh 1" not in text
+    assert "A slower core, or one that other programs share, takes longer." in text
+    code, text, _ = cli("plan", "--rows", 10, "--components", 1, "--dims", 1, "--devices", 2, "--network", 10)
+    assert code == 0 and "There is work for one device alone" in text and "Up to 1 devices" not in text
     for wrong, told in (
         (["--device", "tpu"], "--device is 'tpu'; it can be cpu, cpu-avx2, h100, h200"),
         (["--device", "h200", "--threads", 2], "--threads is for a CPU"),
