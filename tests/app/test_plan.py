@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -217,15 +218,25 @@ class Alike(Link):
         return []
 
 
+@pytest.fixture
+def alike(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this process one of so many ranks."""
+    monkeypatch.setattr("fastvae.distributed.link._device_of_handshake", lambda group: torch.device("cpu"))
+    monkeypatch.setattr(Alike, "received", {})
+
+    def one_of(ranks: int) -> None:
+        monkeypatch.setattr("fastvae.distributed.functional.link_to", lambda what, group: Alike(what, group, 0, ranks))
+
+    return one_of
+
+
 @pytest.mark.parametrize("ranks", [2, 1024])
 @pytest.mark.parametrize("layout", ["components", "components with the score", "ring"])
 def test_the_library_as_one_of_many_ranks_receives_what_is_planned(
-    monkeypatch: pytest.MonkeyPatch, layout: str, ranks: int
+    alike: Callable[[int], None], layout: str, ranks: int
 ) -> None:
     """The call itself, where `simulate` follows its steps.  All ranks hold the same, so it knows the result."""
-    monkeypatch.setattr("fastvae.distributed.link._device_of_handshake", lambda group: torch.device("cpu"))
-    monkeypatch.setattr(Alike, "received", {})
-    monkeypatch.setattr("fastvae.distributed.functional.link_to", lambda what, group: Alike(what, group, 0, ranks))
+    alike(ranks)
     rng = torch.Generator().manual_seed(0)
     z, mu, logvar = (torch.randn(rows, 3, generator=rng) for rows in (16, 5, 5))
     log_weights = torch.full((5,), -math.log(5.0 * ranks))
@@ -243,6 +254,22 @@ def test_the_library_as_one_of_many_ranks_receives_what_is_planned(
         torch.testing.assert_close(score, want_score, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert Alike.received == {torch.float32: planned, torch.int64: 576 * (ranks - 1)}  # 576 bytes: the guide says so
+
+
+def test_backward_receives_the_sum_for_z_and_nothing_for_the_components(alike: Callable[[int], None]) -> None:
+    alike(8)
+    for wanted, numbers in (("mu", 0), ("logvar", 0), ("log_weights", 0), ("z", math.ceil(2 * 7 / 8 * 16 * 3))):
+        given = {
+            "z": torch.randn(16, 3),
+            "mu": torch.randn(5, 3),
+            "logvar": torch.zeros(5, 3),
+            "log_weights": torch.zeros(5),
+        }
+        given[wanted].requires_grad_()
+        log_prob = fastvae.distributed.mixture_log_prob(**given)
+        Alike.received.clear()
+        log_prob.sum().backward()
+        assert sum(Alike.received.values()) == 4 * numbers and given[wanted].grad is not None
 
 
 def test_the_plan_is_near_what_jobs_took() -> None:
