@@ -49,6 +49,17 @@ before = torch.nn.utils.parameters_to_vector(encoder.parameters()).detach().clon
 assert not torch.equal(before, torch.nn.utils.parameters_to_vector(encoder.parameters()))
 show("DDP", model)
 """
+MESH = """
+torch.manual_seed(0)
+z, logvar_r = torch.randn(5, 8), torch.zeros(3, 8)
+mu_r = (torch.randn(3, 8) + dist.get_rank()).requires_grad_()
+{}
+assert bool(mu_r.grad.any())
+of_ranks = [None, None]
+dist.all_gather_object(of_ranks, log_prob.detach())
+assert torch.equal(*of_ranks)
+print(f"mesh on rank {{dist.get_rank()}}", flush=True)
+"""
 ACCELERATE = """
 fresh()
 {}
@@ -86,6 +97,7 @@ def test_the_programs_run(tmp_path: Path) -> None:
     script.write_text(
         BEFORE
         + DDP.format(program("dist.init_process_group()"))
+        + MESH.format(program("init_device_mesh").replace('"cuda", (2, 4)', '"cpu", (1, 2)'))
         + ACCELERATE.format(program("accelerate.Accelerator()"))
         + LIGHTNING.format(program("class Module(lightning.LightningModule)"))
     )
@@ -96,5 +108,5 @@ def test_the_programs_run(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     for rank in range(2):
-        for name in ("DDP", "Accelerate", "Lightning"):
+        for name in ("DDP", "mesh", "Accelerate", "Lightning"):
             assert f"{name} on rank {rank}" in run.stdout
