@@ -450,8 +450,8 @@ def score_command(
         str | None, typer.Option(help="float32 or float64: what is computed and written. (default: by the inputs)")
     ] = None,
     memory: Annotated[int, typer.Option(min=1, help="MiB that rows and components may take at a time.")] = 256,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    device: options.ScoringDevice = "auto",
+    threads: options.ScoringThreads = None,
     impl: options.Impl = None,
     precision: options.Precision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, and replace --out.")] = False,
@@ -536,7 +536,10 @@ def plan_command(
     if rates.deviation is None:
         _say(f"The record has one shape, with {rates.fewest_rows:,} rows; other shapes may differ.")
     else:
-        _say(f"The recorded times are within {rates.deviation:.0%} of what the plan computes for them.")
+        _say(
+            f"The recorded times are within {rates.deviation:.0%} of what the plan computes for them. A slower core, "
+            "or one that other programs share, takes longer."
+        )
     if score:
         _say("The time of the score is not recorded, and not in the plan.")
     names = {"rows": "the rows sharded", "components": "the components sharded", "mesh": "a mesh", "ring": "a ring"}

@@ -289,6 +289,23 @@ Threads = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+# Of `score`, which trains nothing.
+ScoringDevice = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1 ..., or auto: a CUDA device if there is one. Under torchrun each process takes one of "
+        "its own.",
+        metavar="DEVICE",
+    ),
+]
+ScoringThreads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MOST_THREADS,
+        help="CPU threads, of each process. (default all cores; of several processes, 1 unless OMP_NUM_THREADS is set)",
+    ),
+]
 Tensorboard = Annotated[
     bool,
     typer.Option(

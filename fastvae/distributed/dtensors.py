@@ -31,6 +31,16 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def group_of(mu: object, group: ProcessGroup | None) -> ProcessGroup | None:
+    """The group that a call speaks of, whether or not :func:`to_local` takes its arguments."""
+    if not is_dtensor(mu):
+        return group
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(mu, DTensor)
+    return mu.device_mesh.get_group(mu.placements.index(Shard(0))) if Shard(0) in mu.placements else group
+
+
 def to_local(
     z: Tensor,
     mu: Tensor,
@@ -100,4 +110,4 @@ def to_local(
     local_exclude = exclude.to_local() if isinstance(exclude, DTensor) else exclude
     own_mu, own_logvar = own(mu), own(logvar)
     assert own_mu is not None and own_logvar is not None
-    return Local(local_z, own_mu, own_logvar, own(log_weights), local_exclude, mesh.get_group(dim), rows, like_z)
+    return Local(local_z, own_mu, own_logvar, own(log_weights), local_exclude, group_of(mu, None), rows, like_z)

@@ -14,8 +14,8 @@ nothing of other ranks but w_r.
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from fastvae._noise import draw_seed
 from fastvae.autograd import differentiable_once
 from fastvae.backends.choice import choose, dense
 from fastvae.backends.registry import PRECISIONS, check_name
-from fastvae.distributed.dtensors import is_dtensor, to_local
+from fastvae.distributed.dtensors import group_of, is_dtensor, to_local
 from fastvae.distributed.link import Link, Told, agree, link_to
 from fastvae.distributed.ring import Ring, exclude_of, share_of, without_traces
 
@@ -139,14 +139,21 @@ def _log_prob_and_score(
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
     """(log p(z) [...], score [..., D]); the latter means nothing where it is not asked for."""
-    z, mu, logvar, log_weights, exclude, group, rows, like_z = to_local(
-        z, mu, logvar, log_weights, exclude, options.group, options.rows
-    )
+    given = z, mu, logvar, log_weights, exclude, options.group, options.rows
+    try:
+        z, mu, logvar, log_weights, exclude, group, rows, like_z = to_local(*given)
+    except (TypeError, ValueError) as error:  # the other ranks may have given what is right, and are waiting
+        agree(link_to(what, group_of(mu, options.group)), partial(_fail, error))
+        raise
     options = options._replace(group=group, rows=rows)
     agreed = _checked(what, z, mu, logvar, log_weights, exclude, options)
     compute = _in_a_ring if options.exchange == "ring" else _by_gathering
     log_prob, score = compute(agreed, options, with_score)
     return like_z(log_prob), like_z(score) if with_score else score
+
+
+def _fail(error: Exception) -> NoReturn:
+    raise error
 
 
 def _in_a_ring(call: _Agreed, options: _Options, with_score: bool) -> tuple[Tensor, Tensor]:

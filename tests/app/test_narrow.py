@@ -13,6 +13,7 @@ from fastvae.app.data.dataset import Dataset, Split
 from fastvae.app.run.comparison import Row
 from fastvae.app.run.config import TrainConfig
 from fastvae.app.run.protocol import protocol_names, read_protocol
+from fastvae.app.show import progress
 from fastvae.app.show.progress import counting_progress, training_progress
 from fastvae.app.show.result_tables import comparison_tables, protocols_table
 from fastvae.app.show.width import NARROW
@@ -28,7 +29,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("terminal")
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "compare", "info", ""])
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "compare", "score", "plan", "info", ""])
 def test_help(cli: Cli, command: str) -> None:
     code, text, error = cli(*command.split(), "--help")
     assert code == 0, error
@@ -37,6 +38,8 @@ def test_help(cli: Cli, command: str) -> None:
         words = " ".join(text.split())
         assert "--learning-rate" in words and "--out DIR The run's folder. [required]" in words
         assert "Passes over the training images, at most. (default 100; digits 250)" in words
+    if command == "score":
+        assert "digits" not in text and "Training" not in text
     if not command:
         assert re.search(r"\nevaluate\n +Measure the best model", text)
 
@@ -83,6 +86,20 @@ def test_progress_of_evaluation(width: int) -> None:
     told = lines(shown)
     assert max(map(len, told)) <= width and not any("…" in line for line in told)
     assert any("1234/10000 images" in " ".join(line.split()) for line in told)
+
+
+def test_progress_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log of a job of hours tells how far it is, and one of a short job nothing."""
+    for seconds, lines_told in (
+        (3600.0, []),
+        (0.0, ["scoring: 1,234 of 10,000 rows", "scoring: 10,000 of 10,000 rows"]),
+    ):
+        monkeypatch.setattr(progress, "SECONDS", seconds)
+        shown = Console(file=StringIO())
+        with counting_progress(shown, "scoring", 10000, "rows") as on_rows:
+            on_rows(1234)
+            on_rows(10000)
+        assert [line for line in shown.file.getvalue().splitlines() if line] == lines_told
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
+import fastvae.distributed
 from fastvae.app.options import RECORDED_DEVICES
 from fastvae.app.planning.cost import (
     LAYOUTS,
@@ -23,6 +27,7 @@ from fastvae.app.planning.cost import (
     mesh_of,
 )
 from fastvae.app.planning.table import duration, size
+from fastvae.distributed.link import Link
 from fastvae.streaming import StreamedScores
 
 from .conftest import Cli
@@ -38,8 +43,6 @@ def test_the_rates_are_those_that_the_command_knows() -> None:
 
 
 def test_one_device_takes_what_the_streaming_reads_and_holds() -> None:
-    import torch
-
     z, mu = torch.zeros(5000, 8), torch.zeros(3000, 8)
     for memory in (2**17, 2**28):
         parts = StreamedScores(z, mu, mu, torch.zeros(3000), memory=memory)
@@ -137,6 +140,9 @@ def test_the_command(cli: Cli) -> None:
     assert code == 0 and "not known" not in text and "The time of the score is not recorded" in text
     code, text, _ = cli("plan", "--rows", 1, "--components", 1, "--dims", 1)
     assert code == 0 and "received " not in text and "mesh 1" not in text
+    assert "A slower core, or one that other programs share, takes longer." in text
+    code, text, _ = cli("plan", "--rows", 10, "--components", 1, "--dims", 1, "--devices", 2, "--network", 10)
+    assert code == 0 and "There is work for one device alone" in text and "Up to 1 devices" not in text
     for wrong, told in (
         (["--device", "tpu"], "--device is 'tpu'; it can be cpu, cpu-avx2, h100, h200"),
         (["--device", "h200", "--threads", 2], "--threads is for a CPU"),
@@ -186,6 +192,84 @@ def test_ranks_in_one_process_receive_what_is_planned() -> None:
         assert abs(found["received_with_score"] - found["planned_with_score"]) <= 8 * found["ranks"]
         assert max(found["largest_difference"], found["ring"]["largest_difference"]) < 1e-5
         assert found["largest_difference_of_score"] < 1e-4
+
+
+class Alike(Link):
+    """The link of one of many ranks that all hold the same; it counts the bytes that the rank receives."""
+
+    received: ClassVar[dict[torch.dtype, int]] = {}  # the handshake's are integers
+
+    def _count(self, value: torch.Tensor, times: float) -> None:
+        self.received[value.dtype] = (
+            self.received.get(value.dtype, 0) + math.ceil(times * value.numel()) * value.itemsize
+        )
+
+    def all_gather(self, value: torch.Tensor) -> torch.Tensor:
+        self._count(value, self.size - 1)
+        return value.detach().expand(self.size, *value.shape)
+
+    def all_reduce(self, value: torch.Tensor) -> torch.Tensor:
+        self._count(value, 2 * (self.size - 1) / self.size)
+        return value.detach() * self.size
+
+    def start_shift(self, sent: torch.Tensor, received: torch.Tensor) -> list[Any]:
+        self._count(received, 1)
+        received.copy_(sent)
+        return []
+
+
+@pytest.fixture
+def alike(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this process one of so many ranks."""
+    monkeypatch.setattr("fastvae.distributed.link._device_of_handshake", lambda group: torch.device("cpu"))
+    monkeypatch.setattr(Alike, "received", {})
+
+    def one_of(ranks: int) -> None:
+        monkeypatch.setattr("fastvae.distributed.functional.link_to", lambda what, group: Alike(what, group, 0, ranks))
+
+    return one_of
+
+
+@pytest.mark.parametrize("ranks", [2, 1024])
+@pytest.mark.parametrize("layout", ["components", "components with the score", "ring"])
+def test_the_library_as_one_of_many_ranks_receives_what_is_planned(
+    alike: Callable[[int], None], layout: str, ranks: int
+) -> None:
+    """The call itself, where `simulate` follows its steps.  All ranks hold the same, so it knows the result."""
+    alike(ranks)
+    rng = torch.Generator().manual_seed(0)
+    z, mu, logvar = (torch.randn(rows, 3, generator=rng) for rows in (16, 5, 5))
+    log_weights = torch.full((5,), -math.log(5.0 * ranks))
+    want, want_score = fastvae.mixture_log_prob_and_score(z, mu, logvar)
+    if layout == "ring":
+        options = {"rows": "sharded", "exchange": "ring"}
+        got = fastvae.distributed.mixture_log_prob(z, mu, logvar, log_weights, **options)
+        planned = bytes_received_in_ring(5 * ranks, 3, ranks)
+    elif layout == "components":
+        got = fastvae.distributed.mixture_log_prob(z, mu, logvar, log_weights)
+        planned = bytes_received(16, 3, ranks)
+    else:
+        got, score = fastvae.distributed.mixture_log_prob_and_score(z, mu, logvar, log_weights)
+        planned = bytes_received(16, 3, ranks, score=True)
+        torch.testing.assert_close(score, want_score, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert Alike.received == {torch.float32: planned, torch.int64: 576 * (ranks - 1)}  # 576 bytes: the guide says so
+
+
+def test_backward_receives_the_sum_for_z_and_nothing_for_the_components(alike: Callable[[int], None]) -> None:
+    alike(8)
+    for wanted, numbers in (("mu", 0), ("logvar", 0), ("log_weights", 0), ("z", math.ceil(2 * 7 / 8 * 16 * 3))):
+        given = {
+            "z": torch.randn(16, 3),
+            "mu": torch.randn(5, 3),
+            "logvar": torch.zeros(5, 3),
+            "log_weights": torch.zeros(5),
+        }
+        given[wanted].requires_grad_()
+        log_prob = fastvae.distributed.mixture_log_prob(**given)
+        Alike.received.clear()
+        log_prob.sum().backward()
+        assert sum(Alike.received.values()) == 4 * numbers and given[wanted].grad is not None
 
 
 def test_the_plan_is_near_what_jobs_took() -> None:

@@ -467,7 +467,11 @@ MIXTURE = {"mu": np.zeros((5, 3), np.float32), "logvar": np.zeros(3, np.float32)
         (np.zeros((4, 2), np.float32), MIXTURE, "z must be [..., 3] to match mu [5, 3], not [4, 2]"),
         (np.zeros(4, np.float32), MIXTURE, "z must be [M, D], not [4]"),
         (np.zeros((4, 3), np.int32), MIXTURE, "z must be a floating tensor, not torch.int32"),
-        (np.zeros((4, 3), "U2"), MIXTURE, "z.npy: cannot be read as a tensor"),
+        (
+            np.zeros((4, 3), "U2"),
+            MIXTURE,
+            "error: z.npy: holds <U2, which cannot be read as a tensor; save it as float32",
+        ),
         (np.asfortranarray(np.zeros((4, 3))), MIXTURE, "numpy.ascontiguousarray"),
         (np.array([[0, 0, 0], [0, np.nan, 0]]), MIXTURE, "z holds NaN or infinity, first at index 1."),
         (np.array([[0, 0, 0], [0, 0, 0], [np.inf, 0, 0]]), MIXTURE, "z holds NaN or infinity, first at index 2."),
@@ -483,7 +487,7 @@ MIXTURE = {"mu": np.zeros((5, 3), np.float32), "logvar": np.zeros(3, np.float32)
 def test_wrong_contents_are_told(cli: Cli, tmp_path: Path, points: Any, mixture: Any, told: str) -> None:
     files = broken(tmp_path, "z.npy", points), broken(tmp_path, "mixture.npz", mixture)
     code, _, error = cli(*options(files, tmp_path / "out.npy"))
-    assert code == 1 and told in error and "Traceback" not in error, error
+    assert code == 1 and told.replace("z.npy", str(files[0])) in error and "Traceback" not in error, error
     assert str(files[0]) in error or str(files[1]) in error
     assert left(tmp_path) == []
 
@@ -520,6 +524,20 @@ def test_wrong_files_and_options_are_told(cli: Cli, tmp_path: Path, inputs: tupl
     out = tmp_path / "out.npy"
     assert "is one of the other files" in cli(*options(inputs, out), "--score", out)[2]
     assert "--dtype is 'half'" in cli(*options(inputs, out), "--dtype", "half")[2]
+
+
+def test_a_file_that_may_not_be_read_is_told(
+    cli: Cli, tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not damaged."""
+    np.savez(tmp_path / "z.npz", z=Z)
+
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "z.npz")
+
+    monkeypatch.setattr("zipfile.ZipFile", refused)  # where the tests' user may read everything, too
+    code, _, error = cli(*options((tmp_path / "z.npz", inputs[1]), tmp_path / "out.npy"))
+    assert code == 1 and error == f"error: {tmp_path / 'z.npz'}: cannot be read (Permission denied)."
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="takes a folder that takes no files")

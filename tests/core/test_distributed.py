@@ -31,6 +31,7 @@ from support.sharded import (
     train_exemplars,
     with_dtensors,
     wrong_calls_of_exemplars,
+    wrong_dtensors_told,
 )
 
 import fastvae
@@ -249,7 +250,7 @@ def test_dtensors(ranks: Ranks, z_placements: list[str], exchange: str, shared: 
         torch.testing.assert_close(got_score, score, rtol=1e-4, atol=1e-4)
 
 
-def test_a_rank_without_weights_and_a_row_of_nan(ranks: Ranks) -> None:
+def test_a_rank_without_weights_and_rows_and_components_of_nan(ranks: Ranks) -> None:
     case = hard_case(6, 12, 3)
     case.log_weights[:4] = -math.inf
     check(ranks, case, Sharding([4, 8]))
@@ -259,10 +260,15 @@ def test_a_rank_without_weights_and_a_row_of_nan(ranks: Ranks) -> None:
     assert all(not bool(grad.any()) for grad in got[1:])
     case.z[2] = math.nan
     case.grad[2] = 0.0
-    for rows in (None, [2, 4, 0]):
-        got = together(case, Sharding([4, 0, 8], rows), ranks(run_on, case, Sharding([4, 0, 8], rows)))
+    shardings = [Sharding([4, 0, 8]), *(Sharding([4, 0, 8], [2, 4, 0], exchange=way) for way in ("gather", "ring"))]
+    for sharding in shardings:
+        got = together(case, sharding, ranks(run_on, case, sharding))
         for values in (got.log_prob, got.dz.sum(1)):
             assert values.isnan().tolist() == [m == 2 for m in range(6)]
+    case.mu[9, 1] = math.nan  # of the last rank, and so in the density of all rows of all ranks
+    for sharding in shardings:
+        got = together(case, sharding, ranks(run_on, case, sharding))
+        assert bool(got.log_prob.isnan().all()) and bool(got.dz.isnan().any(1).all())
 
 
 def test_the_wide_component_is_elsewhere(ranks: Ranks) -> None:
@@ -311,6 +317,18 @@ def test_ranks_that_disagree_are_told(ranks: Ranks, name: str) -> None:
     for answer in answers:
         assert answer.startswith(("ValueError", "TypeError", "RuntimeError"))
         assert re.search(message, answer), answer
+
+
+def test_wrong_dtensors_of_one_rank_are_told_on_all(ranks: Ranks) -> None:
+    messages = ("mu and log_weights must be DTensors", "log_weights must be placed as mu", "group must be None")
+    started = time.monotonic()
+    first, second = ranks(wrong_dtensors_told, hard_case(5, 8, 3), 2)[:2]
+    assert time.monotonic() - started < 50  # the group's time-out is 60
+    for message, own, others in zip(messages, first, second, strict=True):
+        assert message in own
+        assert (
+            others.startswith("ValueError: mixture_log_prob: the arguments of rank 0 are wrong") and message in others
+        )
 
 
 def test_other_functions_and_wrong_indices_are_told(ranks: Ranks) -> None:

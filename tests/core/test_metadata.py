@@ -39,6 +39,13 @@ def test_extras_are_of_this_distribution(project: dict[str, Any]) -> None:
     assert {extra for _, several in named for extra in several.split(",")} <= set(extras)
 
 
+def test_what_the_guides_name_is_there_where_the_tests_run(project: dict[str, Any]) -> None:
+    """Else the tests of these libraries would be skipped everywhere."""
+    extras = project["project"]["optional-dependencies"]
+    installed = {re.split(r"[^\w-]", line)[0] for line in (*extras["dev"], *extras["docs"], *extras["safetensors"])}
+    assert {"accelerate", "lightning", "safetensors", "zarr"} <= installed
+
+
 def test_changelog_has_the_version() -> None:
     headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     form = re.compile(r"## \[(\d+\.\d+\.\d+)\] - (?:unreleased|\d{4}-\d\d-\d\d)")

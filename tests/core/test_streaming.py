@@ -178,6 +178,15 @@ def test_files_of_numpy_and_safetensors(tmp_path: Path) -> None:
     assert torch.equal(got, fastvae.mixture_log_prob(z, mu.bfloat16(), logvar.half()))
 
 
+def test_arrays_of_zarr(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    z, mu, logvar = (torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows)) for rows in (50, 70, 70))
+    for name, value in {"z": z, "mu": mu, "logvar": logvar}.items():
+        zarr.save(str(tmp_path / name), value.numpy())
+    stored = (zarr.open(str(tmp_path / name), mode="r") for name in ("z", "mu", "logvar"))
+    assert torch.equal(fastvae.streamed_log_prob(*stored), fastvae.mixture_log_prob(z, mu, logvar))
+
+
 def test_a_wider_dtype_is_computed_with_and_returned() -> None:
     z, mu, logvar = torch.randn(9, 4), torch.randn(7, 4), torch.randn(7, 4)
     got = streamed_log_prob(z, mu, logvar, dtype=torch.float64)

@@ -203,6 +203,29 @@ def with_dtensors(
     return [value.detach().full_tensor() for value in (log_prob, score, *(leaf.grad for leaf in placed))]
 
 
+def wrong_dtensors_told(rank: int, case: Case, size: int) -> list[str]:
+    """The error of each call in which the arguments of rank 0 alone are wrong; a rank past `size` takes no part."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    group = group_of(size)
+    if rank >= size:
+        return []
+    mesh = dist.device_mesh.DeviceMesh.from_group(group, "cpu")
+    mu, logvar, log_weights = (
+        distribute_tensor(value, mesh, [Shard(0)]) for value in (case.mu, case.logvar, case.log_weights)
+    )
+    right = {"z": case.z, "mu": mu, "logvar": logvar, "log_weights": log_weights}
+    everywhere = distribute_tensor(case.log_weights, mesh, [Replicate()])
+    errors = []
+    for wrong in ({"log_weights": log_weights.to_local()}, {"log_weights": everywhere}, {"group": group}):
+        try:
+            fastvae.distributed.mixture_log_prob(**right | (wrong if rank == 0 else {}))
+            errors.append("no error")
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
 def told(rank: int, calls: list[tuple[str, dict[str, Any]]]) -> str:
     """The error of the rank's own call, one of `calls`; a rank without one takes no part."""
     group = group_of(len(calls))

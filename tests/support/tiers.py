@@ -27,7 +27,7 @@ _MARK_OF_FILE = {
     **dict.fromkeys(("test_ddp", "test_memory", "test_notebooks", "test_packaging"), "slow"),
     **dict.fromkeys(("test_audit_pairs", "test_conditional_digits", "test_distributed"), "slow"),
     **dict.fromkeys(("test_distributed_lightning", "test_gpu_dry_run", "test_score_killed"), "slow"),
-    **dict.fromkeys(("test_distributed_accelerate", "test_train_ranks"), "slow"),
+    **dict.fromkeys(("test_distributed_accelerate", "test_distributed_guide", "test_train_ranks"), "slow"),
     **dict.fromkeys(("test_studies", "test_whole_runs"), "slow"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastvae.app.planning.cost import Work, all_rates, cost
 from fastvae.benchmarks import formatting
 
 from ..experiments import plan_check, ranks_check, scaling
@@ -38,18 +39,28 @@ def beside(results: Results) -> str:
 
 @table("out-of-core-large", "out-of-core.json")
 def large(results: Results) -> str:
-    """The large job: its time and its memory."""
+    """The large job: its time, beside what `fastvae plan` says of a core of the CPU's record, and its memory."""
     found = results.read("out-of-core.json")["large"]
+    planned = cost(Work(found["M"], found["K"], found["D"]), all_rates()["cpu"], "rows")
     first, second = found["peak_bytes_of_each_half"]
     row = [
         f"{found['M']:,} x {found['K']:,}, D = {found['D']}",
         formatting.size(found["input_bytes"]),
         formatting.size(found["bytes_read"]),
+        f"{planned.compute_seconds / 60:.1f} min",
         f"{found['cpu_seconds'] / 60:.0f} min",
         f"{found['seconds'] / 60:.0f} min",
         f"{formatting.size(first)}, {formatting.size(second)}",
     ]
-    headings = ["job", "files", "bytes read", "processor", "by the clock", "peak of memory, first and second half"]
+    headings = [
+        "job",
+        "files",
+        "bytes read",
+        "planned",
+        "processor",
+        "by the clock",
+        "peak of memory, first and second half",
+    ]
     return formatting.markdown(headings, [row])
 
 

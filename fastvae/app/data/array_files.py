@@ -20,6 +20,8 @@ _DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, Runtim
 
 
 def _damaged(path: Path, problem: object) -> DataError:
+    if isinstance(problem, OSError) and problem.strerror:  # the file may be as it should
+        return DataError(f"{path}: cannot be read ({problem.strerror}).")
     return DataError(f"{path}: cannot be read ({problem}).\nThe file is damaged or cut short; get it again.")
 
 

@@ -228,6 +228,8 @@ def _half(work: Work, rates: Rates, layout: str, most: int) -> str:
             break
         last = devices
     else:
+        if last == 1:
+            return "There is work for one device alone"
         return f"Up to {last:,} devices are of more than {_LEAST_EFFICIENCY:.0%} use, the most that can share"
     if last == 1:
         return f"One device is of more than {_LEAST_EFFICIENCY:.0%} use, two are not"

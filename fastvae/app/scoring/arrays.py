@@ -67,7 +67,10 @@ class FileRows:
         try:  # a tensor of the very memory that was read into
             block = torch.from_numpy(found.reshape(shape).astype(self.dtype.newbyteorder("="), copy=False))
         except TypeError as error:
-            raise DataError(f"{self.path}: cannot be read as a tensor ({error}).") from error
+            raise DataError(
+                f"{self.path}: holds {self.dtype}, which cannot be read as a tensor; save it as float32 or another "
+                "floating dtype."
+            ) from error
         return block.view(torch.bfloat16) if self._bfloat16 else block
 
 
@@ -186,7 +189,7 @@ def _safetensors(path: Path) -> dict[str, FileRows]:
     arrays = {}
     for name, array in stored.items():
         if array.dtype not in _SAFETENSORS_DTYPES:
-            raise DataError(f"{path}: {name} is {array.dtype}, which cannot be read; save the file without it.")
+            raise DataError(f"{path}: {name} is {array.dtype}, which cannot be read; save it as F32, or leave it out.")
         dtype, (begin, end) = np.dtype(_SAFETENSORS_DTYPES[array.dtype]), array.data_offsets
         needed = math.prod(array.shape) * dtype.itemsize
         if end - begin != needed:

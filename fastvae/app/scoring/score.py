@@ -168,6 +168,8 @@ def _stream(job: Job, inputs: _Inputs, device: str) -> StreamedScores:
             precision=job.precision,
             impl=job.impl,
         )
+    except DataError:  # names its file
+        raise
     except (TypeError, ValueError) as error:
         raise DataError(f"{job.points} and {job.mixture}: {error}.") from error
 

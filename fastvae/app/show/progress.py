@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
+from time import monotonic
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +24,7 @@ from fastvae.app.run.config import TrainConfig, bound_name
 from fastvae.app.run.training import Watchers
 from fastvae.app.show.width import is_narrow
 
+SECONDS = 60.0  # between the lines of a count where output does not go to a terminal
 BESIDE = 40  # columns for epoch, bar and time beside the measures
 
 
@@ -66,7 +68,10 @@ def training_progress(
 def counting_progress(
     console: Console, label: str, total: int, unit: str = "images"
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar over `total` images; gives a function to be told how many have been done."""
+    """Show a bar over `total` images; gives a function to be told how many have been done.
+
+    Where output does not go to a terminal there is a line each minute.
+    """
     wide = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -77,8 +82,16 @@ def counting_progress(
     )
     narrow = (TextColumn("{task.description}\n{task.completed}/{task.total} " + unit), TimeRemainingColumn())
     with _progress(console, wide, narrow) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        task, told = progress.add_task(label, total=total), monotonic()
+
+        def on_done(done: int) -> None:
+            nonlocal told
+            progress.update(task, completed=done)
+            if not console.is_terminal and monotonic() - told >= SECONDS:
+                told = monotonic()
+                console.print(f"{label}: {done:,} of {total:,} {unit}", soft_wrap=True, markup=False, highlight=False)
+
+        yield on_done
 
 
 def _progress(console: Console, wide: tuple[ProgressColumn, ...], narrow: tuple[ProgressColumn, ...]) -> Progress:
