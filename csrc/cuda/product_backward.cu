@@ -156,6 +156,7 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own
   task.limit = own_are_rows || dense ? -INFINITY : log_negligible<float>(mix.K) * float(kLog2E);
   // So many pairs of so small a weight are together less than a quarter of a rounding of the largest one.
   task.negligible = dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
+  task.max_exponent = with_sums ? 15.0f : INFINITY;
   task.doubtful = nullptr;
   const int64_t blocks = task.own.count / kOwnItems;
   task.slices = with_sums ? int(blocks_for(task.shape.steps, kSliceSteps)) : 1;

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 1) sliced_sums(SumsTask task, bool r
       shrink_sums(sums, half, shrink);
     }
     uint32_t weights[kSliceOthers / 16][kParts][4];
-    const unsigned active = make_weights<kOwnAreRows, kParts>(weights, total, b, max, terms, task.negligible);
+    const unsigned active = make_weights<kOwnAreRows, kParts>(weights, total, b, max, terms, task);
 #pragma unroll
     for (int line = 0; line < kSliceLines; ++line) {
       if (line * kLineSteps >= slice_steps) break;

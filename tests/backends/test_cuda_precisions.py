@@ -294,6 +294,28 @@ def test_an_outlier_has_no_weight_above_one(precision: str, factor: float, D: in
     assert_within_products(replace(case, z=z), precision)
 
 
+@tiled
+@each_precision
+@pytest.mark.parametrize("D", [2, 72])
+def test_no_weight_of_a_far_row_is_beyond_fp16(precision: str, D: int) -> None:
+    """Exponents from -2^28 down are multiples of 32 or more, so that the largest weight may come out above 2^16.
+
+    It does where components have a scale of 2^-16, and where they are narrow beside others, which here have no weight.
+    """
+    z = torch.logspace(4, 6, 64)[:, None] * torch.ones(D).index_fill(0, torch.tensor(0), 1.5)
+    logvar = torch.zeros(25, D)
+    logvar[0, 0] = logvar[1, 1] = -0.1
+    log_weights = torch.full((25,), -1e30).index_fill(0, torch.tensor([0, 1]), -math.log(2))
+    for narrow in (0.0, 27.0):
+        of_two = logvar - narrow * (torch.arange(25) < 2)[:, None]
+        case = Case(z, torch.zeros(25, D), of_two, log_weights, torch.ones(64))
+        want = run(case.to(torch.float64), "reference")
+        got = run_at(case, precision)
+        assert all(bool(torch.isfinite(result).all()) for result in got)
+        torch.testing.assert_close(got.dz, want.dz.float(), rtol=2e-3, atol=0)
+        torch.testing.assert_close(got.dlog_weights, want.dlog_weights.float(), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["cuda-high", "cuda-medium", "cuda"])
 @pytest.mark.parametrize("D", [8, 64, 72])
 def test_responsibilities_sum_to_one(
