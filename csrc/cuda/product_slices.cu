@@ -19,6 +19,8 @@ int64_t sliced_shared_bytes(bool resident, int lines) {
 template <int kParts, bool kOwnAreRows>
 __global__ void __launch_bounds__(kThreads, 1) sliced_sums(SumsTask task, bool resident) {
   constexpr int kLineSteps = kLineFeatures<kParts> / kStep, kSliceLines = kSliceSteps / kLineSteps;
+  // The terms of a tile take the place of those of two tiles before, which by then have to be out of use.
+  static_assert(kMaxSteps / kLineSteps + 1 >= kSliceStages - 1, "a tile has as many lines as are copied ahead");
   const int lines = task.shape.lines, steps = task.shape.steps;
   const int slice = int(blockIdx.y) % task.slices, split = int(blockIdx.y) / task.slices;
   const int first_line = slice * kSliceLines, left = steps - slice * kSliceSteps;
@@ -114,14 +116,6 @@ __global__ void __launch_bounds__(kThreads, 1) sliced_sums(SumsTask task, bool r
     const int first = slice * kSliceSteps * kStep;
     if (task.sums) store_sums(task.sums + to * task.columns + first, sums, half, task.columns - first);
   }
-}
-
-// How much shared memory a block may have on this device.
-int64_t largest_shared_bytes() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
 }
 
 }  // namespace
