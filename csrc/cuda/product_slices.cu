@@ -1,8 +1,9 @@
 // Sums of weighted features as in product_sums.cuh, of more features than registers hold.
 //
-// A block makes the sums of a slice: kSliceSteps steps, which are 256 features.  Weights take all features, and are made
-// anew for each slice.  Lines of the others come one at a time: all lines of 64 others for their exponents, then those of
-// the slice once more for its sums.  The own items' lines stay in shared memory where it has room, and else come along.
+// A block makes the sums of a slice: kSliceSteps steps, which are 256 features.  Weights take all features, and each
+// slice makes all of them.  Lines of the others come one at a time: all lines of 64 others for their exponents, then
+// those of the slice once more for its sums.  The own items' lines stay in shared memory where it has room (`resident`);
+// elsewhere they are copied anew with those of each 64 others.
 #include "product_sums.cuh"
 
 namespace fastvae::cuda {

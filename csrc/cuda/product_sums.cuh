@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
   }
 }
 
-// The same, of any number of features, in product_slices.cu.
+// The same, of more than kMaxSteps steps, in product_slices.cu.
 template <int kParts, bool kOwnAreRows>
 void launch_sliced_sums(const SumsTask&, Stream);
 
