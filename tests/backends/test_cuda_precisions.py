@@ -303,7 +303,7 @@ def test_no_weight_of_a_far_row_is_beyond_fp16(precision: str, D: int) -> None:
     log_weights = torch.full((25,), -1e30).index_fill(0, torch.tensor([0, 1]), -math.log(2))
     for narrow in (0.0, 27.0):
         of_two = logvar - narrow * (torch.arange(25) < 2)[:, None]
-        case = Case(z, torch.zeros(25, D), of_two, log_weights, torch.ones(64))
+        case = Case(z * math.exp(-0.5 * narrow), torch.zeros(25, D), of_two, log_weights, torch.ones(64))
         want = run(case.to(torch.float64), "reference")
         got = run_at(case, precision)
         assert all(bool(torch.isfinite(result).all()) for result in got)
