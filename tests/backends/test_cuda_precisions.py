@@ -193,7 +193,7 @@ def test_shapes_around_the_edges_of_tiles(precision: str, shared: bool) -> None:
 @pytest.mark.parametrize("shared", [False, True], ids=["own logvar", "shared logvar"])
 def test_many_dimensions(precision: str, shared: bool) -> None:
     """Above 64 the sums are made in slices, above 128 in several.  Own lines stay where they fit, or come along."""
-    shapes = ((20, 130, 65), (140, 30, 72), (5, 100, 128), (130, 65, 129), (9, 97, 200), (3, 70, 257), (3, 70, 513))
+    shapes = ((20, 130, 65), (140, 30, 72), (5, 100, 128), (130, 65, 129), (9, 97, 200), (3, 70, 257), (3, 60, 513))
     for turn, (M, K, D) in enumerate(shapes):
         case = clustered_case(M, K, D) if turn % 2 else diffuse_case(M, K, D)
         case = replace(case, exclude=torch.arange(M) % (K + 1) - 1)
@@ -206,8 +206,8 @@ def test_many_dimensions(precision: str, shared: bool) -> None:
 @each_precision
 def test_gradients_of_many_dimensions_are_products(precision: str) -> None:
     """They are not those of the difference form, to the bit."""
-    case = diffuse_case(3, 70, 513)
-    for got, exact in zip(run_at(case, precision)[:4], run(case, "cuda"), strict=False):
+    case = diffuse_case(3, 60, 513)
+    for got, exact in zip(run_at(case, precision)[1:4], run(case, "cuda")[1:4], strict=True):
         assert not torch.equal(got, exact)
 
 
