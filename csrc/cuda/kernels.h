@@ -54,14 +54,13 @@ struct Mixture {
 // For mixture_backward.  A gradient that is null is not wanted.
 template <class T>
 struct Gradients {
-  const T* log_prob;         // [M]
-  const T* grad;             // [M], or null: all ones
-  bool negated;              // it is -grad
-  bool dense;                // nothing is left out
-  T *dz, *dmu;               // [M, D], [K, D]
-  T* dlogvar;                // [K, D], or [D] if shared
-  T* dweights;               // [K]
-  bool of_products = false;  // log_prob is that of "high" or "medium"
+  const T* log_prob;  // [M]
+  const T* grad;      // [M], or null: all ones
+  bool negated;       // it is -grad
+  bool dense;         // nothing is left out
+  T *dz, *dmu;        // [M, D], [K, D]
+  T* dlogvar;         // [K, D], or [D] if shared
+  T* dweights;        // [K]
 };
 
 template <class T>
@@ -80,18 +79,11 @@ int64_t backward_scratch(const Mixture<T>&, const Gradients<T>&);
 
 template <class T>
 void mixture_forward(const Mixture<T>&, T* scratch, T* log_prob, Stream);
-// In the difference form alone; only_if is null, or 0 on the device where nothing is to be done.
 template <class T>
-int64_t difference_forward_scratch(const Mixture<T>&);
-template <class T>
-void difference_forward(const Mixture<T>&, int* only_if, T* scratch, T* log_prob, Stream);
-template <class T>
-void mixture_backward(const Mixture<T>&, Gradients<T>, T* scratch, Stream);
+void mixture_backward(const Mixture<T>&, const Gradients<T>&, T* scratch, Stream);
 
-// In the product form (product.h), on tensor cores: kParts = 2 is precision "high", 1 is "medium".  Backward takes at
-// most kMaxProductDimensions, beyond which it would be no faster than the difference form, and writes log_prob as well,
-// unless it is null, where dz is wanted.
-constexpr int64_t kMaxProductDimensions = 512;
+// In the product form (product.h), on tensor cores: kParts = 2 is precision "high", 1 is "medium".  Backward writes
+// log_prob as well, unless it is null, where dz is wanted.
 template <int kParts>
 int64_t product_forward_scratch(const Mixture<float>&);
 template <int kParts>

@@ -143,42 +143,23 @@ void small_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory
   if (mix.shared && wanted.dlogvar) sum_columns(plan.dlogvar, mix.K, mix.D, plan.columns, wanted.dlogvar, stream);
 }
 
-// For large problems.  The difference form makes weights exp(a - l) of its own a.  In a far row the l of "high" or "medium"
-// is off by so much that they would not be below one: then l is made anew, and backward follows in the same memory.
-template <class T>
-struct LargePlan {
-  Scratch<T> scratch;
-  T *log_prob, *rest;  // log_prob is null where it is not made anew
-
-  LargePlan(const Mixture<T>& mix, const Gradients<T>& wanted, T* memory) : scratch(memory) {
-    const int64_t forward = wanted.of_products ? difference_forward_scratch(mix) : 0;
-    log_prob = scratch.take(wanted.of_products ? mix.M : 0);
-    rest = scratch.take(std::max(forward, BackwardPlan<T>(mix, wanted, nullptr).scratch.size()));
-  }
-};
-
 }  // namespace
 
 template <class T>
 int64_t backward_scratch(const Mixture<T>& mix, const Gradients<T>& wanted) {
   if (is_small(mix.M, mix.K, mix.D)) return SmallPlan<T>(mix, wanted, nullptr).scratch.size();
-  return LargePlan<T>(mix, wanted, nullptr).scratch.size();
+  return BackwardPlan<T>(mix, wanted, nullptr).scratch.size();
 }
 
 template <class T>
-void mixture_backward(const Mixture<T>& mix, Gradients<T> wanted, T* scratch, Stream stream) {
+void mixture_backward(const Mixture<T>& mix, const Gradients<T>& wanted, T* scratch, Stream stream) {
   if (is_small(mix.M, mix.K, mix.D)) return small_backward(mix, wanted, scratch, stream);
-  const LargePlan<T> plan(mix, wanted, scratch);
-  if (plan.log_prob) {
-    difference_forward(mix, nullptr, plan.rest, plan.log_prob, stream);
-    wanted.log_prob = plan.log_prob;
-  }
-  tiled_backward(mix, wanted, plan.rest, stream);
+  tiled_backward(mix, wanted, scratch, stream);
 }
 
 template int64_t backward_scratch<float>(const Mixture<float>&, const Gradients<float>&);
 template int64_t backward_scratch<double>(const Mixture<double>&, const Gradients<double>&);
-template void mixture_backward<float>(const Mixture<float>&, Gradients<float>, float*, Stream);
-template void mixture_backward<double>(const Mixture<double>&, Gradients<double>, double*, Stream);
+template void mixture_backward<float>(const Mixture<float>&, const Gradients<float>&, float*, Stream);
+template void mixture_backward<double>(const Mixture<double>&, const Gradients<double>&, double*, Stream);
 
 }  // namespace fastvae::cuda

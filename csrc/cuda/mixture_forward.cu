@@ -113,13 +113,12 @@ struct ForwardPlan {
 // The two forms take the same memory in turn, behind what the product form says of itself.
 constexpr int64_t kUncertain = 4;  // numbers
 
-}  // namespace
-
 template <class T>
 int64_t difference_forward_scratch(const Mixture<T>& mix) {
   return ForwardPlan<T>(mix, nullptr).scratch.size();
 }
 
+// In the difference form alone.  only_if: see Packed, or null.
 template <class T>
 void difference_forward(const Mixture<T>& mix, int* only_if, T* scratch, T* log_prob, Stream stream) {
   ForwardPlan<T> plan(mix, scratch);
@@ -131,6 +130,8 @@ void difference_forward(const Mixture<T>& mix, int* only_if, T* scratch, T* log_
     launch(stream, blocks_for(mix.M, kThreads / 32), 1, kThreads, 0, merge_splits<T>, plan.partial, mix.M, plan.splits,
            plan.packed.only_if, log_prob);
 }
+
+}  // namespace
 
 template <class T>
 int64_t forward_scratch(const Mixture<T>& mix) {
@@ -153,10 +154,6 @@ void mixture_forward(const Mixture<T>& mix, T* scratch, T* log_prob, Stream stre
   difference_forward(mix, only_if, scratch + kUncertain, log_prob, stream);
 }
 
-template int64_t difference_forward_scratch<float>(const Mixture<float>&);
-template int64_t difference_forward_scratch<double>(const Mixture<double>&);
-template void difference_forward<float>(const Mixture<float>&, int*, float*, float*, Stream);
-template void difference_forward<double>(const Mixture<double>&, int*, double*, double*, Stream);
 template int64_t forward_scratch<float>(const Mixture<float>&);
 template int64_t forward_scratch<double>(const Mixture<double>&);
 template void mixture_forward<float>(const Mixture<float>&, float*, float*, Stream);

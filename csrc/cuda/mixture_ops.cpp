@@ -29,20 +29,13 @@ void with_scratch(const Tensor& like, int64_t numbers, const F& f) {
   f(output<T>(scratch));
 }
 
-// Whether a gradient is computed in the product form.
 template <int kParts, class T>
-bool by_products(const Mixture<T>& mix) {
-  return kParts > 0 && sizeof(T) == 4 && mix.D <= kMaxProductDimensions && !is_small(mix.M, mix.K, mix.D);
-}
-
-template <int kParts, class T>
-void backward(const Mixture<T>& mix, Gradients<T> wanted, const Tensor& like, const OnDeviceOf& device) {
+void backward(const Mixture<T>& mix, const Gradients<T>& wanted, const Tensor& like, const OnDeviceOf& device) {
   if constexpr (kParts > 0 && sizeof(T) == 4)
-    if (by_products<kParts>(mix))
+    if (!is_small(mix.M, mix.K, mix.D))
       return with_scratch<T>(like, product_backward_scratch<kParts>(mix, wanted), [&](T* scratch) {
         mixture_product_backward<kParts>(mix, wanted, nullptr, scratch, device.stream());
       });
-  wanted.of_products = kParts > 0 && sizeof(T) == 4;
   with_scratch<T>(like, backward_scratch(mix, wanted),
                   [&](T* scratch) { mixture_backward(mix, wanted, scratch, device.stream()); });
 }
@@ -59,7 +52,6 @@ void forward(const Mixture<T>& mix, const Tensor& log_prob, T* score, const OnDe
   if (is_small(mix.M, mix.K, mix.D))
     return small_forward<T>({mix, nullptr, nullptr, output<T>(log_prob), score}, device.stream());
   if constexpr (kParts > 0 && sizeof(T) == 4) {
-    if (score && !by_products<kParts>(mix)) return forward<0>(mix, log_prob, score, device);
     if (score) {  // both in one pass
       const Gradients<T> wanted = score_of(log_prob, score);
       return with_scratch<T>(log_prob, product_backward_scratch<kParts>(mix, wanted), [&](T* scratch) {

@@ -86,14 +86,16 @@ __global__ void __launch_bounds__(kThreads) finish_rows(Mixture<float> mix, Feat
 }
 
 // The logarithm of a row's density without R, l - R, is rounded as much as l is.  Where l is large, the weights made of it
-// would be off by a large factor.  There it is made anew, by the sums, and kept in two parts.
+// would be off by a large factor.  There it is made anew, by the sums, and kept in two parts, of which the constant is as
+// near as can be: with it alone a pair must not come out below the limit.
 __global__ void __launch_bounds__(kThreads) correct_rows(int64_t M, Features features, SumsTask task) {
   const int64_t m = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (m >= M || task.doubtful[m] == 0.0f) return;
   const Merged merged(task, m);
   ItemTerms& terms = features.rows.terms[m];
-  terms.constant = -merged.reference;
-  terms.weighted -= log2f(merged.total);
+  const double log2_density = double(merged.reference) + log2(double(merged.total));
+  terms.constant = -float(log2_density);
+  terms.weighted -= float(log2_density + double(terms.constant));  // what the constant has lost
 }
 
 // Where a component's gradients go: dlogvar is [K, D], also where the components share logvar.
@@ -156,6 +158,7 @@ SumsTask plan_sums(const Mixture<float>& mix, const Features& features, bool own
   task.limit = own_are_rows || dense ? -INFINITY : log_negligible<float>(mix.K) * float(kLog2E);
   // So many pairs of so small a weight are together less than a quarter of a rounding of the largest one.
   task.negligible = dense ? INFINITY : 26.0f + std::log2(float(std::max<int64_t>(task.others, 1)));
+  task.max_exponent = with_sums ? 15.0f : INFINITY;
   task.doubtful = nullptr;
   const int64_t blocks = task.own.count / kOwnItems;
   task.slices = with_sums ? int(blocks_for(task.shape.steps, kSliceSteps)) : 1;

@@ -1,8 +1,9 @@
 // Sums of weighted features as in product_sums.cuh, of more features than registers hold.
 //
-// A block makes the sums of a slice: kSliceSteps steps, which are 256 features.  Weights take all features, and are made
-// anew for each slice.  Lines of the others come one at a time: all lines of 64 others for their exponents, then those of
-// the slice once more for its sums.  The own items' lines stay in shared memory where it has room, and else come along.
+// A block makes the sums of a slice: kSliceSteps steps, which are 256 features.  Weights take all features, and each
+// slice makes all of them.  Lines of the others come one at a time: all lines of 64 others for their exponents, then
+// those of the slice once more for its sums.  The own items' lines stay in shared memory where it has room (`resident`);
+// elsewhere they are copied anew with those of each 64 others.
 #include "product_sums.cuh"
 
 namespace fastvae::cuda {
@@ -19,6 +20,8 @@ int64_t sliced_shared_bytes(bool resident, int lines) {
 template <int kParts, bool kOwnAreRows>
 __global__ void __launch_bounds__(kThreads, 1) sliced_sums(SumsTask task, bool resident) {
   constexpr int kLineSteps = kLineFeatures<kParts> / kStep, kSliceLines = kSliceSteps / kLineSteps;
+  // The terms of a tile take the place of those of two tiles before, which by then have to be out of use.
+  static_assert(kMaxSteps / kLineSteps + 1 >= kSliceStages - 1, "a tile has as many lines as are copied ahead");
   const int lines = task.shape.lines, steps = task.shape.steps;
   const int slice = int(blockIdx.y) % task.slices, split = int(blockIdx.y) / task.slices;
   const int first_line = slice * kSliceLines, left = steps - slice * kSliceSteps;
@@ -91,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 1) sliced_sums(SumsTask task, bool r
       shrink_sums(sums, half, shrink);
     }
     uint32_t weights[kSliceOthers / 16][kParts][4];
-    const unsigned active = make_weights<kOwnAreRows, kParts>(weights, total, b, max, terms, task.negligible);
+    const unsigned active = make_weights<kOwnAreRows, kParts>(weights, total, b, max, terms, task);
 #pragma unroll
     for (int line = 0; line < kSliceLines; ++line) {
       if (line * kLineSteps >= slice_steps) break;
@@ -114,14 +117,6 @@ __global__ void __launch_bounds__(kThreads, 1) sliced_sums(SumsTask task, bool r
     const int first = slice * kSliceSteps * kStep;
     if (task.sums) store_sums(task.sums + to * task.columns + first, sums, half, task.columns - first);
   }
-}
-
-// How much shared memory a block may have on this device.
-int64_t largest_shared_bytes() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
 }
 
 }  // namespace

@@ -48,6 +48,7 @@ struct SumsTask {
   int64_t M;
   float limit;               // pairs whose b is below it have no weight: the skipping rule, on the components' side
   float negligible;          // bits below the largest weight so far at which a pair does not count in the sums
+  float max_exponent;        // of a weight, on the rows' side: see make_weights
   const float* doubtful;     // [own.count] or null: blocks whose own items are all 0 here have nothing to do
   int splits, slices;        // slices: of the features, see product_slices.cu
   int columns;               // of the sums: the features, and the spread
@@ -157,10 +158,14 @@ __device__ __forceinline__ void shrink_sums(float (&sums)[kSums][4], int half, f
 
 // The weights, in the places of an operand of the second product: hi, and lo.  Adds them to `total`, and says which groups
 // of 16 others have one that counts.
+//
+// A far row's exponents are rounded to multiples of 32 or more, and so is its reference: an exponent less the reference
+// may be 16 or more, for a weight beyond fp16.  Such a weight is cut off, in the sums and in the total alike, so that
+// weights still sum to one.
 template <bool kOwnAreRows, int kParts, int kTiles>
 __device__ __forceinline__ unsigned make_weights(uint32_t (&weights)[kTiles / 2][kParts][4], float (&total)[2],
                                                  const float (&b)[kTiles][4], const float (&max)[2],
-                                                 const ItemTerms* terms, float negligible) {
+                                                 const ItemTerms* terms, const SumsTask& task) {
   unsigned active = 0;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
@@ -169,9 +174,11 @@ __device__ __forceinline__ unsigned make_weights(uint32_t (&weights)[kTiles / 2]
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float reference = reference_below(max[half]);
-      const float x[2] = {weighted<kOwnAreRows>(b[j][2 * half] - reference, first),
-                          weighted<kOwnAreRows>(b[j][2 * half + 1] - reference, second)};
-      counts |= !(fmaxf(x[0], x[1]) < max[half] - reference - negligible);
+      float x[2] = {weighted<kOwnAreRows>(b[j][2 * half] - reference, first),
+                    weighted<kOwnAreRows>(b[j][2 * half + 1] - reference, second)};
+      counts |= !(fmaxf(x[0], x[1]) < max[half] - reference - task.negligible);
+      if constexpr (kOwnAreRows)
+        for (float& each : x) each = each > task.max_exponent ? task.max_exponent : each;  // NaN stays
       float w[2] = {exp2_term(x[0]), exp2_term(x[1])};
       total[half] = fma(w[0], first.inverse_scale, fma(w[1], second.inverse_scale, total[half]));
       w[0] = copysignf(w[0], first.inverse_scale), w[1] = copysignf(w[1], second.inverse_scale);
@@ -389,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
     uint32_t weights[kOthers / 16][kParts][4];
     float step_total[2] = {};
     const unsigned active =
-        make_weights<kOwnAreRows, kParts>(weights, kCertified ? step_total : total, b, max, terms, task.negligible);
+        make_weights<kOwnAreRows, kParts>(weights, kCertified ? step_total : total, b, max, terms, task);
     if constexpr (kCertified) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -437,7 +444,7 @@ __global__ void __launch_bounds__(kThreads, 1) weighted_sums(SumsTask task, Mixt
   }
 }
 
-// The same, of any number of features, in product_slices.cu.
+// The same, of more than kMaxSteps steps, in product_slices.cu.
 template <int kParts, bool kOwnAreRows>
 void launch_sliced_sums(const SumsTask&, Stream);
 

@@ -5,6 +5,8 @@
 // thread writes without a barrier between them depends on the order in which fibers get their turn, and
 // FASTVAE_EMULATION_ORDER=ascending|descending|shuffled sets it: a race shows as different results.
 // FASTVAE_EMULATION_SUMS=truncating|exact sets how tensor cores add: see emulated_tensor_cores.h.
+// FASTVAE_EMULATION_SHARED=<KiB> sets how much shared memory a block may have: 99 to 227, which is what devices since
+// sm_80 have; else 99.
 //
 // Asynchronous copies are done as late as they may be, when their group is waited for; shared memory starts as NaN.
 #pragma once
@@ -21,6 +23,7 @@
 #include <functional>
 #include <limits>
 #include <random>
+#include <set>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -46,7 +49,6 @@ enum cudaError_t { cudaSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t = nullptr) {
   std::memset(to, byte, bytes);
   return cudaSuccess;
@@ -63,18 +65,8 @@ enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fastvae::cuda {
-constexpr size_t kSharedLimit = 99 * 1024;  // of a block, on the smallest device
-alignas(16) inline unsigned char shared_memory[kSharedLimit];
+alignas(16) inline unsigned char shared_memory[227 * 1024];
 }  // namespace fastvae::cuda
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = int(fastvae::cuda::kSharedLimit);
-  return cudaSuccess;
-}
 
 namespace emulation {
 
@@ -82,6 +74,33 @@ namespace emulation {
   std::fprintf(stderr, "emulated CUDA: %s\n", what);
   std::abort();
 }
+
+inline size_t shared_limit() {  // of a block, in bytes
+  const char* kib = std::getenv("FASTVAE_EMULATION_SHARED");
+  const size_t limit = (kib ? std::strtoul(kib, nullptr, 10) : 99) * 1024;
+  if (limit < 99 * 1024 || limit > sizeof(fastvae::cuda::shared_memory)) fail("no device has that much shared memory");
+  return limit;
+}
+
+inline std::set<const void*> asked;  // the kernels that may have more than 48 KiB of it
+
+}  // namespace emulation
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = int(emulation::shared_limit());
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (size_t(bytes) < emulation::shared_limit()) emulation::fail("another thread may be about to launch with more");
+  emulation::asked.insert(kernel);
+  return cudaSuccess;
+}
+
+namespace emulation {
 
 enum class State { ready, at_barrier, at_warp, done };
 
@@ -232,7 +251,7 @@ inline unsigned votes(unsigned mask, Operation operation, bool vote) {
 }
 
 inline void run_grid(dim3 grid, dim3 threads, size_t bytes, const std::function<void()>& kernel) {
-  if (bytes > fastvae::cuda::kSharedLimit) fail("more shared memory than every device has");
+  if (bytes > shared_limit()) fail("more shared memory than the device has");
   if (threads.x % 32 || threads.x > 1024 || threads.y * threads.z != 1) fail("an odd block size");
   if (!grid.x || !grid.y || grid.y > 65535 || grid.z != 1) fail("an impossible grid");
   ++launches;
@@ -357,6 +376,8 @@ T atomicOr(T* to, std::common_type_t<T> value) {
 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+  if (config->dynamicSmemBytes > 48 * 1024 && !emulation::asked.count(reinterpret_cast<const void*>(kernel)))
+    emulation::fail("a kernel has not asked for that much shared memory");
   const std::tuple<P...> given(arguments...);
   emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { std::apply(kernel, given); });
   return cudaSuccess;
