@@ -16,9 +16,13 @@ The second term of `plain` has mean zero for the ELBO, so `stl` leaves it out an
 posterior.  For IWAE its mean is not zero, so `stl` is biased; `dreg` puts in its place what it is in expectation:
 E[v_s d log q(z_s | x)] = E[dv_s / dz_s dz_s] with dv_s / dz_s = v_s (1 - v_s) d log w_s / dz_s.
 
+Few of the IWAE bound's S samples have nearly all of the weight, so few need a backward pass.  `backward_samples=m` puts
+in the place of v_s a random weight whose mean is v_s and which is 0 for all but m of the samples: see :func:`_kept`.
+
 Sources: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016); Roeder, Wu and Duvenaud,
 Sticking the landing (NeurIPS 2017); Tucker, Lawson, Gu and Maddison, Doubly reparameterized gradient estimators for
-Monte Carlo objectives (ICLR 2019), whose beta is 1.
+Monte Carlo objectives (ICLR 2019), whose beta is 1.  That one sample, drawn by its weight, is enough for an unbiased
+gradient is in Burda et al.
 """
 
 from __future__ import annotations
@@ -112,7 +116,7 @@ def elbo(
             is no such estimator.
     """
     with choice.with_options(choice.checked("elbo", backend)):
-        return estimate("elbo", log_likelihood, log_prior, mu, logvar, num_samples, gradient, beta, chunk_size)
+        return estimate("elbo", log_likelihood, log_prior, mu, logvar, gradient, beta, num_samples, chunk_size)
 
 
 def iwae(
@@ -125,6 +129,7 @@ def iwae(
     gradient: str | None = None,
     beta: float = 1.0,
     chunk_size: int | None = None,
+    backward_samples: int | None = None,
     **backend: Unpack[BackendOptions],
 ) -> Bound:
     """The importance weighted bound: log 1/S sum_s p(x | z_s) [p(z_s) / q(z_s | x)]^beta.
@@ -132,11 +137,21 @@ def iwae(
     Args:
         gradient: "dreg", which None means, "plain" or "stl"; the last is biased for S > 1.
         beta: 0 ... 1, for warm-up; every estimator is that of the objective with this beta.
+        backward_samples: how many of the S samples of each x get a gradient, chosen at random by their weights, so that
+            its mean is that of all S; None means all.  Both densities are then computed without activations for all
+            S, `chunk_size` at a time, and once more for those chosen.  They must give a z the same value both times:
+            dropout does not, nor does batch normalisation in training.
 
         The others, Returns, Raises: as :func:`elbo`.
     """
     with choice.with_options(choice.checked("iwae", backend)):
-        return estimate("iwae", log_likelihood, log_prior, mu, logvar, num_samples, gradient, beta, chunk_size)
+        counts = num_samples, chunk_size, backward_samples
+        return estimate("iwae", log_likelihood, log_prior, mu, logvar, gradient, beta, *counts)
+
+
+def gaussian_sampler(mu: Tensor, logvar: Tensor, count: int, path_derivative: bool) -> tuple[Tensor, Tensor]:
+    """The sampler of q(z | x) = N(mu, exp(logvar))."""
+    return F.gaussian_rsample(mu, logvar, count, path_derivative=path_derivative)
 
 
 def estimate(
@@ -145,18 +160,24 @@ def estimate(
     log_prior: Density,
     mu: Tensor,
     logvar: Tensor,
-    num_samples: int,
     gradient: str | None,
     beta: float,
+    num_samples: int,
     chunk_size: int | None,
-    sampler: Sampler | None = None,
+    backward_samples: int | None = None,
+    sampler: Sampler = gaussian_sampler,
 ) -> Bound:
-    """The bound of this name, of z that the sampler draws; None means z of N(mu, exp(logvar)).  Others as elsewhere."""
+    """The bound of this name, of z that the sampler draws.  Others as elsewhere."""
     gradient = gradient_for(bound, gradient)
     if (bound, gradient) == ("elbo", "dreg"):
         raise ValueError("gradient='dreg' is for the IWAE bound; for the ELBO it is gradient='stl'")
-    sampler = sampler or gaussian_sampler
-    z, log_x, kl, carrier = _draws(log_likelihood, log_prior, mu, logvar, num_samples, gradient, chunk_size, sampler)
+    _check_counts(num_samples, chunk_size, backward_samples)
+    if bound == "elbo" and backward_samples is not None:
+        raise ValueError("backward_samples is for the IWAE bound; the ELBO's samples weigh the same, so draw fewer")
+    densities = log_likelihood, log_prior
+    if backward_samples is not None and backward_samples < num_samples and torch.is_grad_enabled():
+        return _iwae_of_few(*densities, mu, logvar, gradient, beta, num_samples, chunk_size, backward_samples, sampler)
+    z, log_x, kl, carrier = _draws(*densities, mu, logvar, gradient, num_samples, chunk_size, sampler)
     log_w = log_x - beta * kl  # [S, B]
     if bound == "elbo":
         return Bound(log_w.mean(0), z, log_x, kl)
@@ -167,9 +188,79 @@ def estimate(
     return Bound(objective, z, log_x.detach(), kl.detach())
 
 
-def gaussian_sampler(mu: Tensor, logvar: Tensor, count: int, path_derivative: bool) -> tuple[Tensor, Tensor]:
-    """The sampler of q(z | x) = N(mu, exp(logvar))."""
-    return F.gaussian_rsample(mu, logvar, count, path_derivative=path_derivative)
+def _iwae_of_few(
+    log_likelihood: Density,
+    log_prior: Density,
+    mu: Tensor,
+    logvar: Tensor,
+    gradient: str,
+    beta: float,
+    num_samples: int,
+    chunk_size: int | None,
+    backward_samples: int,
+    sampler: Sampler,
+) -> Bound:
+    """The IWAE bound, whose gradient is that of `backward_samples` of the draws."""
+    z, log_q = sampler(mu, logvar, num_samples, gradient != "plain")
+    with torch.no_grad():
+        parts = z.split(chunk_size or num_samples)
+        log_x = torch.cat([evaluate("log_likelihood", log_likelihood, part) for part in parts])
+        kl = log_q - torch.cat([evaluate("log_prior", log_prior, part) for part in parts])
+        log_w = log_x - beta * kl
+        v = torch.softmax(log_w, 0)
+        kept, weights = _kept(v, backward_samples)
+
+    def draws_kept(*_: object) -> tuple[Tensor, Tensor]:
+        return _rows(z, kept), _rows(log_q, kept)
+
+    densities = log_likelihood, log_prior
+    _, kept_x, kept_kl, carrier = _draws(*densities, mu, logvar, gradient, backward_samples, None, draws_kept)
+    # The compiled backward pass makes anew, with other random numbers, what no output of the forward pass depends on.
+    # So the bound must seem to depend on the samples kept.
+    value = torch.where(kept[0] >= 0, log_mean_exp(log_w), math.nan)
+    objective = _WithGradient.apply(value, kept_x - beta * kept_kl, weights)
+    if gradient == "dreg":
+        objective = _SendBack.apply(objective, carrier, 1 - beta + beta * _rows(v, kept))
+    return Bound(objective, z, log_x, kl)
+
+
+def _kept(v: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of the weights v [S, B], each column's sum being 1, `count` that stand for all: (s, weight), [count, B] each.
+
+    Weights above a threshold c are kept as they are.  Of the others each is kept with probability v / c, and then
+    weighs c; c is such that `count` are kept.  So the mean of what a sample weighs, 0 if it is not kept, is v.  No
+    other choice of `count` samples with this mean has a smaller variance, summed over the samples.
+
+    Source: Fearnhead and Clifford, On-line inference for hidden Markov models via particle filters (JRSS B 2003).
+    """
+    v, order = v.T.sort(-1, descending=True)  # [B, S]
+    place = torch.arange(v.shape[-1], device=v.device)
+    first = place[:count]
+    rest = v.flip(-1).cumsum(-1).flip(-1)[:, :count]  # [B, count]: the sum of the weights from this one on
+    thresholds = rest / (count - first)  # c, if those before this one are kept as they are
+    as_they_are = (v[:, :count] > thresholds).sum(-1, keepdim=True)  # [B, 1]; where it is no longer true, it stays so
+    c = thresholds.gather(-1, as_they_are)
+    # The others share count - as_they_are places: one in each stretch of length c of their weights, laid end to end.
+    laid = v.masked_fill(place < as_they_are, 0.0).cumsum(-1)
+    start = 1 - _uniform(v)[:, None]  # in (0, 1]: a point at 0 would lie before all of them
+    points = torch.minimum((first - as_they_are + start) * c, laid[:, -1:])
+    drawn = torch.searchsorted(laid, points).clamp(max=v.shape[-1] - 1)  # beyond the last one if v is NaN
+    s = torch.where(first < as_they_are, first, drawn)
+    weights = torch.where(first < as_they_are, v[:, :count], c)
+    return order.gather(-1, s).T, weights.T
+
+
+def _uniform(v: Tensor) -> Tensor:
+    """Numbers in [0, 1), one for each row of v [B, ...]: [B], those of its part of a batch."""
+    part = part_of_batch()
+    if part is None:
+        return torch.rand(len(v), dtype=v.dtype, device=v.device)
+    return part.own(torch.rand(part.of, dtype=v.dtype, device=v.device), 0)
+
+
+def _rows(value: Tensor, s: Tensor) -> Tensor:
+    """value[s[m, b], b, ...] of value [S, B, ...] and s [M, B]: [M, B, ...]."""
+    return value.gather(0, s.reshape(*s.shape, *(1,) * (value.ndim - 2)).expand(*s.shape, *value.shape[2:]))
 
 
 def gradient_for(bound: str, gradient: str | None) -> str:
@@ -190,13 +281,20 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return 1 / torch.softmax(log_weights, 0).square().sum(0)
 
 
+def _check_counts(num_samples: int, chunk_size: int | None, backward_samples: int | None) -> None:
+    _checks.count("num_samples", num_samples)
+    for name, count in (("chunk_size", chunk_size), ("backward_samples", backward_samples)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1 or None, not {count}")
+
+
 def _draws(
     log_likelihood: Density,
     log_prior: Density,
     mu: Tensor,
     logvar: Tensor,
-    num_samples: int,
     gradient: str,
+    num_samples: int,
     chunk_size: int | None,
     sampler: Sampler,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -206,9 +304,6 @@ def _draws(
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, not {gradient!r}")
-    _checks.count("num_samples", num_samples)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 or None, not {chunk_size}")
 
     def some(mu: Tensor, logvar: Tensor, count: int) -> tuple[Tensor, ...]:
         z, log_q = sampler(mu, logvar, count, gradient != "plain")
@@ -258,3 +353,17 @@ class _SendBack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, *ctx.saved_tensors, None
+
+
+class _WithGradient(torch.autograd.Function):
+    """Passes the objective [B] on; what arrives for it goes on to log_weights [M, B], times `scale` [M, B]."""
+
+    @staticmethod
+    def forward(ctx: Any, objective: Tensor, log_weights: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return objective.view_as(objective)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return None, scale * grad, None

@@ -159,6 +159,9 @@ class HierarchicalVAE(VAE):
         z1, _ = self._lower_posterior(x, z2[None])
         return self.decoder(z1[0], z2)
 
+    def _networks_of_densities(self) -> tuple[nn.Module, ...]:
+        return self.decoder, self.lower_prior
+
     def _lower_posterior(self, x: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, logvar) of q(z1 | x, z2), [S, B, D1], of x [B, *x_shape] and z2 [S, B, D2]."""
         return self._checked_lower(self.lower_encoder(x, z2), x, z2)

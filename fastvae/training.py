@@ -40,7 +40,8 @@ class TrainingStep:
             indices from a data set that is on the device.
         capture: False never captures; True raises RuntimeError where a step cannot be captured; None captures where it
             can, unless FASTVAE_CAPTURE=0 is in the environment.
-        options: arguments of :meth:`fastvae.VAE.forward`: num_samples, kl, bound, gradient, chunk_size.
+        options: arguments of :meth:`fastvae.VAE.forward`: num_samples, kl, bound, gradient, chunk_size,
+            backward_samples.
 
     Raises:
         TypeError: VAE.forward has no such argument.

@@ -154,6 +154,7 @@ class VAE(nn.Module):
         bound: str = "elbo",
         gradient: str | None = None,
         chunk_size: int | None = None,
+        backward_samples: int | None = None,
         index: Tensor | None = None,
     ) -> VAEOutput:
         """One pass.
@@ -172,11 +173,14 @@ class VAE(nn.Module):
                 "plain" for the ELBO, "dreg" for iwae.
             chunk_size: draw so many of the S samples at a time and recompute their activations in backward, so that
                 memory does not grow with S.
+            backward_samples: for iwae: how many of the S samples of each x get a gradient, chosen at random by their
+                weights, so that its mean is that of all S; None means all.
             index: int64 [B], which of the training points the x are; for an :class:`fastvae.ExemplarPrior`.
 
         Raises:
             ValueError: a name is none of these, or they do not go together, or kl is "analytic" for a prior that has
-                no closed form; a shape is not the one that :class:`VAE` documents.
+                no closed form; a shape is not the one that :class:`VAE` documents; backward_samples is for a decoder
+                with dropout or batch normalisation in training mode, which gives a z another output the second time.
             TypeError: the encoder or the decoder returns something else than tensors.
         """
         if bound not in bounds.BOUNDS:
@@ -189,12 +193,14 @@ class VAE(nn.Module):
         if kl == "analytic" and (bound, gradient, chunk_size) != ("elbo", "plain", None):
             raise ValueError("kl='analytic' is for bound='elbo' with gradient='plain' and no chunk_size")
         mu, logvar = self._posterior(x, y)
-        if bound == "elbo" and gradient == "plain" and chunk_size is None and kl != "sample":
+        may_be_closed = bound == "elbo" and gradient == "plain" and chunk_size is None and backward_samples is None
+        if may_be_closed and kl != "sample":
             z, log_likelihood, divergence = self._drawn_with_kl(x, y, mu, logvar, num_samples, index)
             drawn = bounds.Bound((log_likelihood - beta * divergence).mean(0), z, log_likelihood, divergence)
             in_closed_form = self._has_closed_form_kl()
         else:
-            drawn = self._drawn(bound, x, y, mu, logvar, num_samples, gradient, beta, chunk_size, index)
+            counts = num_samples, chunk_size, backward_samples
+            drawn = self._drawn(bound, x, y, mu, logvar, gradient, beta, *counts, index)
             in_closed_form = False
         log_weights = (drawn.log_likelihood - drawn.kl).detach()  # of drawn; torch 2.10 traces no property
         reconstruction, divergence = drawn.log_likelihood.mean(0), drawn.kl.mean(0)  # [B]
@@ -228,6 +234,7 @@ class VAE(nn.Module):
         *,
         gradient: str | None = None,
         chunk_size: int | None = None,
+        backward_samples: int | None = None,
         index: Tensor | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
@@ -239,7 +246,8 @@ class VAE(nn.Module):
         Source: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016).
         """
         mu, logvar = self._posterior(x, y)
-        return self._drawn("iwae", x, y, mu, logvar, num_samples, gradient, 1.0, chunk_size, index).objective
+        counts = num_samples, chunk_size, backward_samples
+        return self._drawn("iwae", x, y, mu, logvar, gradient, 1.0, *counts, index).objective
 
     @torch.no_grad()
     @_with_own_backend
@@ -326,6 +334,10 @@ class VAE(nn.Module):
         mu, _ = self._posterior(x, y)
         return self._decode(mu, y=y)
 
+    def _networks_of_densities(self) -> tuple[nn.Module, ...]:
+        """The networks inside p(x | z) and, of what is in the latents beside the prior's z, p(z)."""
+        return (self.decoder,)
+
     # These are for every model.
 
     def _prior_sample(self, n: int, y: Tensor | None) -> Tensor:
@@ -371,16 +383,31 @@ class VAE(nn.Module):
         y: Tensor | None,
         mu: Tensor,
         logvar: Tensor,
-        num_samples: int,
         gradient: str | None,
         beta: float,
+        num_samples: int,
         chunk_size: int | None,
+        backward_samples: int | None,
         index: Tensor | None,
     ) -> bounds.Bound:
         """The bound with its KL sampled."""
+        if backward_samples is not None:
+            self._check_repeatable()
         densities = self._densities(x, y, mu, self.prior.density(index, mu, **self._for_prior(y)))
         sampler = self._sampler(x)
-        return bounds.estimate(bound, *densities, mu, logvar, num_samples, gradient, beta, chunk_size, sampler)
+        return bounds.estimate(
+            bound, *densities, mu, logvar, gradient, beta, num_samples, chunk_size, backward_samples, sampler
+        )
+
+    def _check_repeatable(self) -> None:
+        """ValueError where a network's output for a row differs from call to call, or with the other rows."""
+        for network in self._networks_of_densities():
+            for module in network.modules():
+                if module.training and isinstance(module, _NOT_REPEATABLE):
+                    raise ValueError(
+                        "backward_samples calls the decoder twice for the same z, which must give the same output: not "
+                        f"so with a {type(module).__name__} in training mode"
+                    )
 
     def _log_likelihood_of(self, x: Tensor, *z: Tensor, y: Tensor | None = None) -> Tensor:
         """log p(x | z), [S, B], of x [B, *x_shape] and y under z [S, B, D]; the decoder is given all z there are."""
@@ -409,6 +436,7 @@ def is_conditional(prior: Prior) -> bool:
     return getattr(prior, "conditional", False)  # a prior of one's own need not have it
 
 
+_NOT_REPEATABLE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 _PRIOR_METHODS = ("log_prob", "sample", "kl", "density", "snapshot", "has_closed_form_kl")
 
 

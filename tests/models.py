@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from fastvae import VAE, StandardNormalPrior, VampPrior
+from fastvae import VAE, StandardNormalPrior, VampPrior, bounds
 from fastvae.priors import Prior
 
 
@@ -52,6 +53,26 @@ def vae(prior: str = "standard", components: int = 5) -> VAE:
         VampPrior(encoder, torch.rand(components, 6)) if prior == "vamp" else StandardNormalPrior(latent_dim=3)
     )
     return VAE(encoder, Decoder(), chosen)
+
+
+def assert_gradient_of_few_samples(model: VAE, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the choices of 2 of 5 samples, the mean gradient is that of all, in its own direction and a random one."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(backward_samples: int | None) -> Tensor:
+        torch.manual_seed(1)  # the same draws of z
+        loss = model(x, bound="iwae", num_samples=5, gradient="plain", backward_samples=backward_samples).loss
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+    of_all = gradient(None)
+    assert torch.equal(gradient(5), of_all)
+    directions = torch.stack((of_all / of_all.norm(), torch.randn_like(of_all)))
+    choice = torch.Generator().manual_seed(3)
+    monkeypatch.setattr(bounds, "_uniform", lambda v: torch.rand(len(v), generator=choice))
+    difference = torch.stack([directions @ (gradient(2) - of_all) for _ in range(400)]).double()
+    error = difference.std(0) / math.sqrt(len(difference))
+    assert 0 < error[0] < 0.1 * of_all.norm()
+    assert bool((difference.mean(0).abs() < 5 * error).all())
 
 
 class LinearGaussian(nn.Module):

@@ -9,11 +9,21 @@ from pathlib import Path
 import torch
 
 from ..record import versions, write_record
-from . import annealing, em, encoding_memory, estimators, exemplar_refresh, out_of_core, total_correlation
+from . import (
+    annealing,
+    backward_samples,
+    em,
+    encoding_memory,
+    estimators,
+    exemplar_refresh,
+    out_of_core,
+    total_correlation,
+)
 
 # Each with the record that it writes.
 STUDIES = {
     "annealing": ("bounds-annealing.json", annealing.study),
+    "backward-samples": ("bounds-backward-samples.json", backward_samples.study),
     "em": ("em.json", em.study),
     "estimators": ("bounds-estimators.json", estimators.study),
     "memory": ("bounds-memory.json", encoding_memory.study),

@@ -82,6 +82,7 @@ def train_command(
     bound: options.Bound = None,
     num_samples: options.BoundSamples = None,
     gradient: options.Gradient = None,
+    backward_samples: options.BackwardSamples = None,
     epochs: options.Epochs = None,
     warmup: options.Warmup = None,
     patience: options.Patience = None,

@@ -206,6 +206,14 @@ BoundSamples = Annotated[
         "--samples", help="Draws of z for each image in the bound. (default 1; iwae 50)", rich_help_panel=TRAINING
     ),
 ]
+BackwardSamples = Annotated[
+    int | None,
+    typer.Option(
+        help="For iwae: how many of the draws of each image get a gradient, chosen at random by their weights, so that "
+        "its mean is that of all. (default: all)",
+        rich_help_panel=TRAINING,
+    ),
+]
 Gradient = Annotated[
     str | None,
     typer.Option(

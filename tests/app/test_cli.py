@@ -64,14 +64,21 @@ def test_exemplars_with_the_iwae_bound(cli: Cli, tmp_path: Path, tiny_npz: Path)
     """A new prior and a new bound through train, evaluate and sample; what is told names the bound."""
     out = tmp_path / "run"
     model = ["--prior", "exemplar", "--no-shared-variance", "--refresh", 0.2, "--neighbours", 2, "--chunk-size", 16]
-    bound = ["--bound", "iwae", "--samples", 6, "--gradient", "dreg"]
+    bound = ["--bound", "iwae", "--samples", 6, "--gradient", "dreg", "--backward-samples", 2]
     code, text, error = cli("train", "--data", tiny_npz, "--out", out, *TINY, *model, *bound)
     assert code == 0, error
     assert "validation IWAE bound of 6 samples" in text
     line = json.loads((out / "results.json").read_text())["history"][-1]
     assert line["validation"]["bound"] > line["validation"]["elbo"]
     config = json.loads((out / "config.json").read_text())
-    given = {"prior": "exemplar", "refresh": 0.2, "neighbours": 2, "chunk_size": 16, "num_samples": 6}
+    given = {
+        "prior": "exemplar",
+        "refresh": 0.2,
+        "neighbours": 2,
+        "chunk_size": 16,
+        "num_samples": 6,
+        "backward_samples": 2,
+    }
     assert given.items() <= config.items() and config["gradient"] == "dreg" and not config["shared_variance"]
     code, _, error = cli("train", "--out", out, "--resume", "--samples", 7)
     assert code == 1 and "--samples is 7, but the run to be resumed was begun with 6" in error
@@ -198,6 +205,8 @@ def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Pat
         (["train", "--gradient", "score"], "it can be plain, stl, dreg"),
         (["train", "--gradient", "dreg"], "--gradient dreg is for --bound iwae"),
         (["train", "--samples", "0"], "--samples is 0"),
+        (["train", "--bound", "iwae", "--backward-samples", "0"], "--backward-samples is 0; it should be 1 or more"),
+        (["train", "--backward-samples", "5"], "--backward-samples is for --bound iwae"),
         (["train", "--chunk-size", "-1"], "--chunk-size is -1"),
         (["train", "--prior", "exemplar", "--subset", "1201"], "--subset is 1201; it should be 2 ... 1200"),
         (["train", "--subset", "9", "--refresh", "0.5"], "--subset and --refresh are two ways"),

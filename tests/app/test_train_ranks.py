@@ -55,6 +55,7 @@ def assert_close(a: Checkpoint, b: Checkpoint) -> None:
         {"prior": "mixture", "learn_weights": True, "conditional": True},
         {"prior": "vamp", "normalize_gradients": True},
         {"prior": "vamp", "refresh": 0.5, "bound": "iwae", "num_samples": 3, "gradient": "dreg", "chunk_size": 4},
+        {"prior": "standard", "bound": "iwae", "num_samples": 4, "gradient": "plain", "backward_samples": 2},
         {"prior": "exemplar", "shared_variance": True, "chunk_size": 7},
         {"prior": "exemplar", "subset": 20},
     ],

@@ -10,6 +10,7 @@ import torch
 
 from fastvae.benchmarks.studies import (
     annealing,
+    backward_samples,
     digits,
     em,
     encoding_memory,
@@ -28,6 +29,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """So short that only the form of what is found can be looked at."""
     monkeypatch.setattr(digits, "EPOCHS", 1)
     monkeypatch.setattr(estimators, "DRAWS", 3)
+    for name, value in {"DRAWS": 3, "STEPS": 1, "FEW": (2,), "S": 4}.items():
+        monkeypatch.setattr(backward_samples, name, value)
     monkeypatch.setattr(exemplar_refresh, "SAMPLES", 2)
     monkeypatch.setattr(encoding_memory, "SIZES", (20,))
     for name, value in {"IMAGES": 2, "SAMPLES": 20, "CHAINS": 3, "TEMPERATURES": 4, "LEAPFROG_STEPS": 1}.items():
@@ -46,7 +49,7 @@ def test_the_split_is_the_recorded_one() -> None:
     assert torch.equal(data.validation, data.validation.round())
 
 
-ROWS = {"estimators": 6, "refresh": 8, "memory": 2, "annealing": 3, "total-correlation": 3}
+ROWS = {"backward-samples": 2, "estimators": 6, "refresh": 8, "memory": 2, "annealing": 3, "total-correlation": 3}
 
 
 @pytest.mark.parametrize(("study", "rows"), ROWS.items())
@@ -57,6 +60,10 @@ def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> Non
     for row in found["rows"]:
         if study == "estimators":
             assert row["variance"] > 0 and (row["gradient"] != "plain" or row["bias"] == 0)
+        if study == "backward-samples":
+            assert row["seconds"] > 0 and row["backward_samples"] in (4, 2)
+            both = row["variance_of_a_batch"], row["variance_over_batches"]
+            assert both == (1, 1) if row["backward_samples"] == 4 else min(both) > 0
         if study == "refresh":
             # of validation images, which are encoded too, none is counted
             assert row["log_likelihood"] < 0 and row["way"].startswith("all") == (row["encoded_in_a_step"] == 1200)

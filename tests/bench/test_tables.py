@@ -81,6 +81,12 @@ def root(tmp_path: Path) -> Path:
     (results / "static-mnist-vamp.json").write_text(json.dumps(evaluation | {"latent": 40}))
     bounds = {
         "estimators": {"samples": 5, "gradient": "dreg", "variance": 0.0123, "bias": 0.251, "bias_error": 0.2},
+        "backward-samples": {
+            "backward_samples": 10,
+            "variance_of_a_batch": 2.345,
+            "variance_over_batches": 1.0123,
+            "seconds": 0.2,
+        },
         "refresh": {"way": "subset=60", "log_likelihood": -23.456, "encoded_in_a_step": 60.0},
         "memory": {"K": 50_000, "chunk_size": None, "peak_bytes": 1_559_000_000},
     }
@@ -174,6 +180,7 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
     )
     assert "`standard-freyfaces`" in of_faces and "`vampprior-freyfaces-truncated`" in of_faces
     assert line(root, "bounds-estimators", "dreg")[1:] == ["5", "0.012", "0.25 (0.20)"]
+    assert line(root, "bounds-backward-samples", "10")[1:] == ["1.00", "2.35", "1.01"]
     assert line(root, "bounds-refresh", "subset=60")[1:] == ["60", "-23.46"]
     assert line(root, "bounds-memory", "50,000")[1:] == ["at once", "1.56 GB"]
     assert line(root, "em-speed", "100,000")[1:] == ["2", "1.20 s", "0.20 s", "6.1 x", "8.0 x", "1e-03", "1e-05"]

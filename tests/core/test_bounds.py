@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import LinearGaussian, vae
+from models import LinearGaussian, assert_gradient_of_few_samples, vae
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from fastvae import VAE, StandardNormalPrior, bounds
-from fastvae.bounds import GRADIENTS, Bound, effective_sample_size
+from fastvae.bounds import GRADIENTS, Bound, _kept, effective_sample_size
 
 Z0, ONE = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
 
@@ -282,6 +282,112 @@ def test_chunks_keep_no_activations() -> None:
     assert kept[40] >= 40 * 3 * 6
 
 
+@pytest.mark.parametrize("count", [1, 3, 7, 8])
+def test_few_weights_stand_for_all(count: int) -> None:
+    """Each weight's mean is right, with the variance of the best threshold, which is found here by bisection."""
+    torch.manual_seed(0)
+    log_w = 3 * torch.randn(8, 5, dtype=torch.float64)
+    log_w[:, 0] = 0.0
+    log_w[4:, 1] = -math.inf
+    v, R = torch.softmax(log_w, 0), 40_000
+    s, kept = _kept(v.repeat_interleave(R, 1), count)  # R columns of each
+    assert s.shape == kept.shape == (count, 5 * R)
+    weights = torch.zeros(8, 5 * R, dtype=torch.float64).scatter_add_(0, s, kept).reshape(8, 5, R)
+    assert torch.allclose(weights.sum(0), torch.ones(5, R, dtype=torch.float64))
+
+    low, high = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    for _ in range(100):
+        c = (low + high) / 2
+        too_many = (v / c).clamp(max=1).sum(0) > count
+        low, high = torch.where(too_many, c, low), torch.where(too_many, high, c)
+    variance = torch.where(v < high, v * (high - v), 0.0)
+    error = (variance / R).sqrt()
+    assert bool(((weights.mean(-1) - v).abs() <= 5 * error + 1e-12).all())
+    assert bool((variance.sum(0) > 0)[2:].all()) or count == 8  # there is something to see
+    assert torch.allclose(weights.var(-1).sum(0), variance.sum(0), rtol=0.2, atol=1e-12)
+    as_they_are = weights.std(-1) < 1e-12
+    assert bool(as_they_are[v > high * (1 + 1e-9)].all())
+
+
+def test_few_weights_where_almost_all_is_in_one() -> None:
+    v = torch.softmax(torch.tensor([[-3e4, 0.0], [0.0, math.nan], [-200.0, 1.0], [-math.inf, 0.0]]), 0)
+    s, weights = _kept(v, 3)
+    assert weights[:, 0].tolist() == [1.0, 0.0, 0.0] and s[0, 0] == 1
+    assert bool((s[1:, 0] == 1).all())  # not those whose gradient may be infinite
+    assert bool(weights[:, 1].isnan().all())
+    assert [part.shape for part in _kept(v[:, :0], 3)] == [(3, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_backward_pass_of_few_samples_has_the_gradient_of_all_as_its_mean(gradient: str, beta: float) -> None:
+    """At the same draws; within five standard errors in each of six dimensions."""
+    known, R = Known(), 40_000
+    results = []
+    for backward_samples in (None, 2):
+        torch.manual_seed(2)
+        more = {"gradient": gradient, "beta": beta, "backward_samples": backward_samples}
+        results.append(known.gradients("iwae", R, 6, **more))
+    of_all, of_few = results
+    difference = of_few - of_all
+    error = difference.std(0) / math.sqrt(R)
+    assert bool((difference.mean(0).abs() < 5 * error).all())
+    assert bool((of_all.mean(0).abs() > 20 * error).any())  # there is a gradient to agree on
+    assert bool((difference.abs().max(0).values > 0).all())
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_only_few_samples_have_activations(gradient: str, chunk_size: int | None) -> None:
+    """All else that is handed out is as without."""
+    known, called = Known(n=3), []
+
+    def drawn(**more: Any) -> tuple[Bound, Tensor]:
+        torch.manual_seed(4)
+        mu, logvar = (v.detach().clone().requires_grad_() for v in known.linear.encode(known.x))
+
+        def log_likelihood(z: Tensor) -> Tensor:
+            called.append((len(z), torch.is_grad_enabled()))
+            return known.log_likelihood(known.x, z)
+
+        drawn = bounds.iwae(log_likelihood, known.model.prior.density(), mu, logvar, 6, gradient=gradient, **more)
+        return drawn, torch.autograd.grad(drawn.z.square().sum(), mu, retain_graph=True)[0]
+
+    of_all, gradient_of_z = drawn()
+    called.clear()
+    of_few, gradient_of_z_again = drawn(backward_samples=2, chunk_size=chunk_size)
+    assert called == [*[(6, False)] * (not chunk_size), *[(2, False)] * 3 * bool(chunk_size), (2, True)]
+    for name in ("objective", "z", "log_likelihood", "kl"):
+        assert torch.allclose(getattr(of_few, name), getattr(of_all, name), rtol=1e-12, atol=0), name
+    assert torch.equal(gradient_of_z, gradient_of_z_again)
+    assert not of_few.log_likelihood.requires_grad and not of_few.kl.requires_grad
+    called.clear()
+    with torch.no_grad():
+        bounds.iwae(
+            lambda z: called.append(len(z)) or known.log_likelihood(known.x, z),  # type: ignore[func-returns-value]
+            known.model.prior.density(),
+            *known.linear.encode(known.x),
+            6,
+            backward_samples=2,
+        )
+    assert called == [6]  # no gradient is wanted, so there is no second pass
+
+
+@pytest.mark.parametrize("prior", ["standard", "vamp"])
+def test_few_samples_of_a_vae(prior: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    assert_gradient_of_few_samples(vae(prior), torch.rand(4, 6), monkeypatch)
+
+
+def test_few_samples_need_a_decoder_that_repeats_itself() -> None:
+    for module in (torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(6)):
+        model = vae()
+        model.decoder = torch.nn.Sequential(model.decoder, module)
+        with pytest.raises(ValueError, match=f"not so with a {type(module).__name__} in training mode"):
+            model(torch.rand(2, 6), bound="iwae", num_samples=3, backward_samples=2)
+        model.eval()(torch.rand(2, 6), bound="iwae", num_samples=3, backward_samples=2).loss.backward()
+
+
 def test_effective_sample_size() -> None:
     log_w = torch.tensor([[0.0, 0.0, -2000.0], [0.0, -math.inf, -2001.0], [0.0, -math.inf, -9000.0]])
     v = math.exp(-1.0)
@@ -320,6 +426,8 @@ def test_estimators_train_an_encoder(bound: str, gradient: str) -> None:
         ({"gradient": "dreg"}, "gradient='stl'"),
         ({"bound": "iwae", "num_samples": 0}, "num_samples must be at least 1, not 0"),
         ({"bound": "iwae", "chunk_size": 0}, "chunk_size must be at least 1 or None, not 0"),
+        ({"bound": "iwae", "backward_samples": 0}, "backward_samples must be at least 1 or None, not 0"),
+        ({"backward_samples": 2}, "backward_samples is for the IWAE bound"),
         ({"bound": "iwae", "kl": "analytic"}, "kl='analytic' is for bound='elbo'"),
         ({"gradient": "stl", "kl": "analytic"}, "kl='analytic' is for bound='elbo' with gradient='plain'"),
     ],
@@ -329,14 +437,17 @@ def test_mistakes(arguments: dict[str, Any], message: str) -> None:
         vae()(torch.rand(2, 6), **arguments)
 
 
-def test_dreg_under_compile() -> None:
-    """The carrier survives tracing: the same gradients as in eager mode, with no break in the graph."""
+@pytest.mark.parametrize(("gradient", "backward_samples"), [("dreg", None), ("dreg", 2), ("stl", 2), ("plain", 2)])
+def test_under_compile(gradient: str, backward_samples: int | None) -> None:
+    """The carrier and the choice of samples survive tracing: the same gradients as in eager mode, in one graph."""
     known = Known(n=4)
     mu, logvar = (v.detach().clone().requires_grad_() for v in known.linear.encode(known.x))
 
     def objective(mu: Tensor, logvar: Tensor) -> Tensor:
         log_likelihood = lambda z: -(z - 1).square().sum(-1)  # noqa: E731
-        return bounds.iwae(log_likelihood, lambda z: -z.abs().sum(-1), mu, logvar, 6).objective.sum()
+        log_prior = lambda z: -z.abs().sum(-1)  # noqa: E731
+        more = {"gradient": gradient, "backward_samples": backward_samples}
+        return bounds.iwae(log_likelihood, log_prior, mu, logvar, 6, **more).objective.sum()
 
     results = []
     for run in (objective, torch.compile(objective, fullgraph=True, backend="aot_eager")):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Decoder, Encoder
+from models import Decoder, Encoder, assert_gradient_of_few_samples
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
@@ -556,6 +556,14 @@ def test_networks_that_return_something_else(case: str, kl: str) -> None:
     getattr(vae, name).forward = function
     with pytest.raises((TypeError, ValueError), match=told):
         vae(torch.rand(4, PIXELS), num_samples=2, kl=kl)
+
+
+def test_few_samples_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_gradient_of_few_samples(model("vamp"), torch.rand(4, PIXELS), monkeypatch)
+    vae = model()
+    vae.lower_prior = nn.Sequential(nn.Dropout(0.1), vae.lower_prior)
+    with pytest.raises(ValueError, match="Dropout in training mode"):
+        vae(torch.rand(4, PIXELS), bound="iwae", num_samples=3, backward_samples=2)
 
 
 @pytest.mark.parametrize("wrong", [None, Upper, lambda *z: z, StandardNormalPrior])

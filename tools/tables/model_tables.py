@@ -250,6 +250,24 @@ def bounds_estimators(results: Results) -> str:
     return formatting.markdown(headings, rows)
 
 
+@table("bounds-backward-samples", "bounds-backward-samples.json")
+def bounds_backward_samples(results: Results) -> str:
+    """What a backward pass of few samples saves, and the noise that it adds."""
+    rows = results.read("bounds-backward-samples.json")["rows"]
+    return formatting.markdown(
+        ["samples in backward", "time of a step / all samples'", "variance of a batch's gradient", "over batches"],
+        [
+            [
+                str(row["backward_samples"]),
+                f"{row['seconds'] / rows[0]['seconds']:.2f}",
+                f"{row['variance_of_a_batch']:.2f}",
+                f"{row['variance_over_batches']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 @table("bounds-refresh", "bounds-refresh.json")
 def bounds_refresh(results: Results) -> str:
     """What training with fewer exemplars encoded in a step costs."""

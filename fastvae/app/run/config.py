@@ -35,11 +35,11 @@ class TrainConfig:
     The sizes are those of the VampPrior paper (Tomczak and Welling 2018); `model` is its one-level VAE or its
     hierarchical one, whose two levels have `latent` dimensions each. `warmup` and `patience` are in epochs;
     `learning_rate` is Adam's, whose gradients are first divided by their norms where `normalize_gradients` says so.
-    `chunk_size` to `shared_variance` are the prior's; `bound`, with `num_samples` draws and the estimator `gradient`,
-    is what training maximises. `truncated_logistic` is the likelihood of grey images as the paper's code has it, see
-    :class:`fastvae.app.run.networks.TruncatedLogistic`. A `conditional` model is given the images' labels.
-    `data_sha256` is the fingerprint of the images, and of a conditional model's labels, by which they are known again
-    when their file has moved.
+    `chunk_size` to `shared_variance` are the prior's; `bound`, with `num_samples` draws and the estimator `gradient` of
+    `backward_samples` of them, is what training maximises. `truncated_logistic` is the likelihood of grey images as the
+    paper's code has it, see :class:`fastvae.app.run.networks.TruncatedLogistic`. A `conditional` model is given the
+    images' labels. `data_sha256` is the fingerprint of the images, and of a conditional model's labels, by which they
+    are known again when their file has moved.
     """
 
     data: str = "digits"
@@ -60,6 +60,7 @@ class TrainConfig:
     bound: BoundName = "elbo"
     num_samples: AtLeastOne = 1
     gradient: GradientName = "plain"
+    backward_samples: AtLeastOne | None = None
     latent: AtLeastOne = 40
     hidden: AtLeastOne = 300
     epochs: AtLeastOne = 100
@@ -79,6 +80,8 @@ class TrainConfig:
             raise ConfigError("--conditional is for --model vae; an hvae is not given labels.")
         if self.bound == "elbo" and self.gradient == "dreg":
             raise ConfigError("--gradient dreg is for --bound iwae; for the ELBO it would be --gradient stl.")
+        if self.bound == "elbo" and self.backward_samples is not None:
+            raise ConfigError("--backward-samples is for --bound iwae; for the ELBO it would be fewer --samples.")
         if self.warmup >= self.epochs:
             raise ConfigError(
                 f"--warmup is {self.warmup} of {self.epochs} epochs; the KL term would never count in full. "
@@ -89,7 +92,15 @@ class TrainConfig:
 
 # What runs of earlier versions do not say: for them the default holds.
 ADDED_LATER = frozenset(
-    {"data_sha256", "model", "shared_variance", "normalize_gradients", "conditional", "truncated_logistic"}
+    {
+        "data_sha256",
+        "model",
+        "shared_variance",
+        "normalize_gradients",
+        "conditional",
+        "truncated_logistic",
+        "backward_samples",
+    }
 )
 
 

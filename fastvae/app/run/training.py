@@ -119,6 +119,7 @@ def train(
         num_samples=config.num_samples,
         bound=config.bound,
         gradient=config.gradient,
+        backward_samples=config.backward_samples,
     )
     meter = Meter(vae, config.num_samples, config.bound, ranks)
 
