@@ -366,6 +366,9 @@ def reproduce_command(
             "--as-it-is", help="Train no further: measure the best model so far, and record that it is not finished."
         ),
     ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="With --as-it-is: measure on this many test images alone, the first.")
+    ] = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     data_dir: options.DataDir = None,
@@ -389,6 +392,8 @@ def reproduce_command(
     config = protocol.config
     check_name(config.data, data_dir)
     options.check_device(device)
+    if limit is not None and not as_it_is:
+        raise ConfigError("--limit is for --as-it-is: a run that has ended is measured on all test images.")
     if as_it_is and not folder.holds_run():
         raise ConfigError(f"--as-it-is: {folder.path} holds no run to measure.")
     with interruptible(console, lambda: "The same command goes on from here."), locked(folder.path):
@@ -401,7 +406,9 @@ def reproduce_command(
         device = pick_device(device)
         dataset = load(config.data, data_dir, download=download)
         use_threads(threads, config, dataset)
-        reproduction = reproduce_figure(console, protocol, dataset, seed, folder.path, device=device, as_it_is=as_it_is)
+        reproduction = reproduce_figure(
+            console, protocol, dataset, seed, folder.path, device=device, as_it_is=as_it_is, limit=limit
+        )
     console.print(reproduction_table(reproduction))
     for difference in protocol.differences:
         _say(f"Not as published: {difference}")

@@ -175,8 +175,11 @@ def reproduce_figure(
     *,
     device: str,
     as_it_is: bool = False,
+    limit: int | None = None,
 ) -> Reproduction:
     """Train and evaluate by a protocol, going on with what `out` holds; keep the record in `out`.
+
+    With `as_it_is` nothing is trained, and with a `limit` only so many test images are measured, the first.
 
     Raises:
         RunError: `as_it_is`, to train no further, was said of a folder without a run.
@@ -189,7 +192,7 @@ def reproduce_figure(
         run = load_run(out, dataset=dataset, device=device)
     else:
         run = _trained(console, config, dataset, folder, device, label="")
-    evaluation = evaluate_once(console, run, protocol.plan)
+    evaluation = evaluate_once(console, run, replace(protocol.plan, limit=limit))
     reproduction = reproduction_of(protocol, run, evaluation)
     write_reproduction(reproduction, folder.reproduction)
     return reproduction

@@ -116,6 +116,20 @@ def test_as_it_is(cli: Cli, tmp_path: Path, tiny_protocol: str) -> None:
     assert not record["finished"] and record["epochs"] == 3 and "not finished" in text
 
 
+def test_as_it_is_on_some_images(cli: Cli, tmp_path: Path, tiny_protocol: str) -> None:
+    """A run that has ended is not finished either, as long as not all images are measured."""
+    out = tmp_path / "run"
+    assert cli("reproduce", tiny_protocol, "--out", out)[0] == 0
+    code, text, error = cli("reproduce", tiny_protocol, "--out", out, "--as-it-is", "--limit", 5)
+    assert code == 0 and "5 test images; not finished" in text, error
+    record = json.loads((out / "reproduction.json").read_text())
+    assert not record["finished"] and record["evaluation"]["images"] == 5
+    code, text, error = cli("reproduce", tiny_protocol, "--out", out, "--as-it-is")
+    assert code == 0 and "not finished" not in text, error
+    code, _, error = cli("reproduce", tiny_protocol, "--out", out, "--limit", 5)
+    assert code == 1 and "--limit is for --as-it-is" in error
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [("seed", 1, "--seed is 1 there and should be 0"), ("chunk_size", 4, "--chunk-size is 4 there and should be None")],

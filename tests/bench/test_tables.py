@@ -78,6 +78,7 @@ def root(tmp_path: Path) -> Path:
     priors = [{"prior": "vamp", "log_likelihood": [-1.0, -2.0], **row}]
     (results / "demo-digits.json").write_text(json.dumps({"priors": priors, "verdict": {"sentence": "vamp wins."}}))
     evaluation = {"log_likelihood": -80.126, "standard_error": 0.2, "elbo": -85.0, "kl": 25.0, "active_units": 20}
+    evaluation["images"] = 1234
     (results / "static-mnist-vamp.json").write_text(json.dumps(evaluation | {"latent": 40}))
     bounds = {
         "estimators": {"samples": 5, "gradient": "dreg", "variance": 0.0123, "bias": 0.251, "bias_error": 0.2},
@@ -167,7 +168,7 @@ def test_tables_say_what_the_records_say(root: Path, capsys: pytest.CaptureFixtu
     assert line(root, "static-mnist", "vamp") == ["vamp", "-80.13 +- 0.20", "-85.00", "25.00", "20 of 40"]
     found, place = "-80.13 +- 0.20", ["2.0 h", "1 CPU thread"]
     assert line(root, "reproductions", "`a`")[1:] == ["3", "-80.00", found, "-0.13", "191", *place]
-    assert line(root, "unfinished-reproductions", "`b`")[1:] == ["3", "-", found, "191", *place]
+    assert line(root, "unfinished-reproductions", "`b`")[1:] == ["3", "-", found, "1,234", "191", *place]
     assert "`b`" not in (root / "docs" / "reproductions.md").read_text()
     assert "`a`" not in (root / "docs" / "unfinished-reproductions.md").read_text()
     truncated = ["truncated, as in the paper's code", "3", "4.64", "4.500", "-1746.7 +- 0.2", "191"]

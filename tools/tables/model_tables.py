@@ -92,6 +92,7 @@ def unfinished_reproductions(results: Results) -> str:
             str(found["seed"]),
             formatting.NOTHING if _first_published(found) is None else f"{_first_published(found):.2f}",
             f"{found['evaluation']['log_likelihood']:.2f} +- {found['evaluation']['standard_error']:.2f}",
+            f"{found['evaluation']['images']:,}",
             str(found["epochs"]),
             _hours(found["seconds"]),
             _place(found["machine"]),
@@ -100,7 +101,16 @@ def unfinished_reproductions(results: Results) -> str:
     ]
     if not rows:
         return f"Every recorded run went to its end. {not_run}"
-    headings = ["", "seed", "published", "so far +- standard error", "epochs so far", "training so far", "on"]
+    headings = [
+        "",
+        "seed",
+        "published",
+        "so far +- standard error",
+        "test images",
+        "epochs so far",
+        "training so far",
+        "on",
+    ]
     return f"{formatting.markdown(headings, rows)}\n\n{not_run}"
 
 

@@ -22,7 +22,7 @@ class Reproduction:
     Attributes:
         protocol: the protocol's name, title, published figures and differences.
         seed: the run's.
-        finished: whether training went to its end; else it was measured on the way.
+        finished: whether training went to its end, and all test images were measured; else it was measured on the way.
         epochs, best_epoch: how many there were, and which had the best validation bound.
         validation_bounds: nats per image after each epoch.
         seconds, seconds_per_epoch: of training; the sum, and the median.
@@ -58,7 +58,7 @@ def reproduction_of(protocol: Protocol, run: TrainedRun, evaluation: Evaluation)
             "differences": list(protocol.differences),
         },
         seed=run.config.seed,
-        finished=finished(protocol.config, state),
+        finished=finished(protocol.config, state) and evaluation.images == len(run.dataset.test),
         epochs=state["epoch"],
         best_epoch=state["best_epoch"],
         validation_bounds=[round(line["validation"]["bound"], 3) for line in state["history"]],

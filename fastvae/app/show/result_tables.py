@@ -79,9 +79,10 @@ def reproduction_table(reproduction: Reproduction) -> Table:
     """A run's test log-likelihood beside the published ones."""
     found = reproduction.evaluation["log_likelihood"]
     error = reproduction.evaluation["standard_error"]
-    state = f"{reproduction.epochs} epochs, the best of them {reproduction.best_epoch}"
+    images = reproduction.evaluation["images"]
+    state = f"{reproduction.epochs} epochs, the best of them {reproduction.best_epoch}; {images:,} test images"
     if not reproduction.finished:
-        state += "; training was not finished"
+        state += "; not finished"
     table = Table(title=reproduction.protocol["title"], box=SIMPLE_HEAD, pad_edge=False, caption=state)
     table.add_column("test log-likelihood, nats per image")
     table.add_column("", justify="right")
