@@ -25,8 +25,8 @@ def study() -> dict[str, Any]:
     """For each number of samples in backward: the gradient's variance, and the time of a step, relative to all 50.
 
     The gradient is that of all parameters of a model that was trained on the digits: for one batch, and over batches,
-    which is what training sees.  The step is one of the VampPrior paper's networks with 500 pseudo-inputs, on 100 images
-    of 784 pixels; its seconds are a median.
+    which is what training sees.  The step is one of the VampPrior paper's networks with 500 pseudo-inputs, on 100
+    images of 784 pixels; its seconds are a median.
     """
     data = digits.load()
     vae = digits.new_model(data)
