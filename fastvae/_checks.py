@@ -179,12 +179,12 @@ def sampled_shape(num_samples: int | None, mu: Tensor) -> tuple[int, ...]:
     return num_samples, *mu.shape
 
 
-def count(name: str, value: object) -> None:
-    """TypeError for what is no integer, ValueError for one below 1."""
+def count(name: str, value: object, otherwise: str = "") -> None:
+    """TypeError for what is no integer, ValueError for one below 1; otherwise: what else the caller takes."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        raise TypeError(f"{name} must be an integer{otherwise}, not {type(value).__name__}")
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
+        raise ValueError(f"{name} must be at least 1{otherwise}, not {value}")
 
 
 def positive(name: str, value: Any) -> int:

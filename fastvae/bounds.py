@@ -209,6 +209,9 @@ def _iwae_of_few(
         log_w = log_x - beta * kl
         v = torch.softmax(log_w, 0)
         kept, weights = _kept(v, backward_samples)
+    if not torch.compiler.is_compiling():  # compiled code casts weights wherever it uses them
+        # Older versions of PyTorch keep a weight that autocast cast here, without a gradient, for the second pass.
+        torch.clear_autocast_cache()
 
     def draws_kept(*_: object) -> tuple[Tensor, Tensor]:
         return _rows(z, kept), _rows(log_q, kept)
@@ -284,8 +287,8 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 def _check_counts(num_samples: int, chunk_size: int | None, backward_samples: int | None) -> None:
     _checks.count("num_samples", num_samples)
     for name, count in (("chunk_size", chunk_size), ("backward_samples", backward_samples)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1 or None, not {count}")
+        if count is not None:
+            _checks.count(name, count, " or None")
 
 
 def _draws(
@@ -358,10 +361,15 @@ class _SendBack(torch.autograd.Function):
 class _WithGradient(torch.autograd.Function):
     """Passes the objective [B] on; what arrives for it goes on to log_weights [M, B], times `scale` [M, B]."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, objective: Tensor, log_weights: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
+    def forward(objective: Tensor, log_weights: Tensor, scale: Tensor) -> Tensor:
         return objective.view_as(objective)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:

@@ -391,7 +391,7 @@ class VAE(nn.Module):
         index: Tensor | None,
     ) -> bounds.Bound:
         """The bound with its KL sampled."""
-        if backward_samples is not None:
+        if bound == "iwae" and backward_samples is not None:
             self._check_repeatable()
         densities = self._densities(x, y, mu, self.prior.density(index, mu, **self._for_prior(y)))
         sampler = self._sampler(x)
@@ -403,10 +403,11 @@ class VAE(nn.Module):
         """ValueError where a network's output for a row differs from call to call, or with the other rows."""
         for network in self._networks_of_densities():
             for module in network.modules():
-                if module.training and isinstance(module, _NOT_REPEATABLE):
+                if not _repeats_itself(module):
+                    how = "in training mode" if module.training else "without running statistics"
                     raise ValueError(
                         "backward_samples calls the decoder twice for the same z, which must give the same output: not "
-                        f"so with a {type(module).__name__} in training mode"
+                        f"so with a {type(module).__name__} {how}"
                     )
 
     def _log_likelihood_of(self, x: Tensor, *z: Tensor, y: Tensor | None = None) -> Tensor:
@@ -436,7 +437,17 @@ def is_conditional(prior: Prior) -> bool:
     return getattr(prior, "conditional", False)  # a prior of one's own need not have it
 
 
-_NOT_REPEATABLE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+def _repeats_itself(module: nn.Module) -> bool:
+    """Whether PyTorch's module gives a row the same output in each call and whatever the other rows are."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return not module.training and module.running_mean is not None
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return not module.training or module.p == 0
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return not module.training or module.dropout == 0
+    return not (module.training and isinstance(module, nn.RReLU))
+
+
 _PRIOR_METHODS = ("log_prob", "sample", "kl", "density", "snapshot", "has_closed_form_kl")
 
 

@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 import torch
 from models import LinearGaussian, assert_gradient_of_few_samples, vae
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from fastvae import VAE, StandardNormalPrior, bounds
+from fastvae._noise import PartOfBatch, rows_of_batch
 from fastvae.bounds import GRADIENTS, Bound, _kept, effective_sample_size
+
+
+class First(nn.Module):
+    """The first of what the module before it returns."""
+
+    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        return outputs[0]
+
 
 Z0, ONE = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
 
@@ -318,6 +327,33 @@ def test_few_weights_where_almost_all_is_in_one() -> None:
     assert [part.shape for part in _kept(v[:, :0], 3)] == [(3, 0), (3, 0)]
 
 
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_few_weights_at_the_ends_of_the_random_number(
+    count: int, number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no weight is never kept, and nothing is kept twice, wherever the sums are rounded."""
+    monkeypatch.setattr(bounds, "_uniform", lambda v: torch.full_like(v[:, 0], number))
+    torch.manual_seed(0)
+    log_w = 2 * torch.randn(12, 2000)
+    log_w[[3, 7]] = -math.inf
+    v = torch.softmax(log_w, 0)
+    s, weights = _kept(v, count)
+    assert bool((v.gather(0, s) > 0).all() and (weights > 0).all())
+    assert bool((s.sort(0).values.diff(dim=0) > 0).all())
+
+
+def test_few_weights_of_a_part_of_a_batch() -> None:
+    v = torch.softmax(torch.randn(6, 5), 0)
+    torch.manual_seed(0)
+    whole = _kept(v, 2)
+    torch.manual_seed(0)
+    with rows_of_batch(PartOfBatch(3, 2, 5)):
+        part = _kept(v[:, 3:], 2)
+    for mine, of_all in zip(part, whole, strict=True):
+        assert torch.equal(mine, of_all[:, 3:])
+
+
 @pytest.mark.parametrize("beta", [1.0, 0.4])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_backward_pass_of_few_samples_has_the_gradient_of_all_as_its_mean(gradient: str, beta: float) -> None:
@@ -379,13 +415,72 @@ def test_few_samples_of_a_vae(prior: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert_gradient_of_few_samples(vae(prior), torch.rand(4, 6), monkeypatch)
 
 
-def test_few_samples_need_a_decoder_that_repeats_itself() -> None:
-    for module in (torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(6)):
-        model = vae()
-        model.decoder = torch.nn.Sequential(model.decoder, module)
-        with pytest.raises(ValueError, match=f"not so with a {type(module).__name__} in training mode"):
-            model(torch.rand(2, 6), bound="iwae", num_samples=3, backward_samples=2)
-        model.eval()(torch.rand(2, 6), bound="iwae", num_samples=3, backward_samples=2).loss.backward()
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Dropout(0.5),
+        nn.BatchNorm1d(6),
+        nn.RReLU(),
+        nn.Sequential(nn.LSTM(6, 6, 2, dropout=0.5), First()),
+        nn.TransformerEncoderLayer(6, 2, 8, dropout=0.5),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_few_samples_need_a_decoder_that_repeats_itself(module: nn.Module) -> None:
+    model = vae()
+    model.decoder = nn.Sequential(model.decoder, module)
+    few: dict[str, Any] = {"bound": "iwae", "num_samples": 3, "backward_samples": 2}
+    with pytest.raises(ValueError, match=r"not so with a \w+ in training mode"):
+        model(torch.rand(2, 6), **few)
+    model.eval()(torch.rand(2, 6), **few).loss.backward()
+
+
+def test_few_samples_look_at_what_a_module_does() -> None:
+    few: dict[str, Any] = {"bound": "iwae", "num_samples": 3, "backward_samples": 2}
+    model = vae()
+    model.decoder = nn.Sequential(model.decoder, nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0))
+    model(torch.rand(2, 6), **few).loss.backward()  # it has dropout that drops nothing
+    model.decoder = nn.Sequential(model.decoder, nn.BatchNorm1d(6, track_running_stats=False)).eval()
+    with pytest.raises(
+        ValueError, match="BatchNorm1d without running statistics"
+    ):  # its statistics are always the batch's
+        model(torch.rand(2, 6), **few)
+    with pytest.raises(ValueError, match="backward_samples is for the IWAE bound"):
+        model(torch.rand(2, 6), backward_samples=2)
+
+
+@pytest.mark.parametrize("gradient", ["plain", "stl"])
+def test_few_samples_under_transforms(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example's own gradient, by vmap of grad, is that of the batch."""
+    monkeypatch.setattr(bounds, "_uniform", lambda v: torch.full_like(v[:, 0], 0.3))
+    known = Known(n=3)
+    mu, logvar = (v.detach().clone().requires_grad_() for v in known.linear.encode(known.x))
+    noise = torch.randn(6, 3, mu.shape[-1], dtype=mu.dtype)
+
+    def objective(mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        def sampler(mu: Tensor, logvar: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+            z = mu + torch.exp(0.5 * logvar) * noise
+            return z, Normal(mu, torch.exp(0.5 * logvar), validate_args=False).log_prob(z).sum(-1)
+
+        densities = (lambda z: -(z - 1).square().sum(-1)), (lambda z: -z.abs().sum(-1))
+        return bounds.estimate("iwae", *densities, mu, logvar, gradient, 1.0, 6, None, 2, sampler).objective.sum()
+
+    def of_one(*row: Tensor) -> Tensor:
+        return objective(row[0][None], row[1][None], row[2][:, None])
+
+    wanted = torch.autograd.grad(objective(mu, logvar, noise), mu)[0]
+    each = torch.func.vmap(torch.func.grad(of_one), in_dims=(0, 0, 1))(mu.detach(), logvar.detach(), noise)
+    assert torch.allclose(each, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_few_samples_under_autocast() -> None:
+    """Weights that autocast cast in the pass without activations have gradients in the other."""
+    model = vae()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.rand(2, 6), bound="iwae", num_samples=4, backward_samples=2).loss
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in model.decoder.parameters())
 
 
 def test_effective_sample_size() -> None:
@@ -437,6 +532,14 @@ def test_mistakes(arguments: dict[str, Any], message: str) -> None:
         vae()(torch.rand(2, 6), **arguments)
 
 
+@pytest.mark.parametrize("name", ["num_samples", "chunk_size", "backward_samples"])
+@pytest.mark.parametrize("wrong", [2.5, True, "2"])
+def test_counts_that_are_no_integers(name: str, wrong: object) -> None:
+    arguments: dict[str, Any] = {"bound": "iwae", "num_samples": 4} | {name: wrong}
+    with pytest.raises(TypeError, match=f"{name} must be an integer.*, not {type(wrong).__name__}"):
+        vae()(torch.rand(2, 6), **arguments)
+
+
 @pytest.mark.parametrize(("gradient", "backward_samples"), [("dreg", None), ("dreg", 2), ("stl", 2), ("plain", 2)])
 def test_under_compile(gradient: str, backward_samples: int | None) -> None:
     """The carrier and the choice of samples survive tracing: the same gradients as in eager mode, in one graph."""
@@ -446,7 +549,7 @@ def test_under_compile(gradient: str, backward_samples: int | None) -> None:
     def objective(mu: Tensor, logvar: Tensor) -> Tensor:
         log_likelihood = lambda z: -(z - 1).square().sum(-1)  # noqa: E731
         log_prior = lambda z: -z.abs().sum(-1)  # noqa: E731
-        more = {"gradient": gradient, "backward_samples": backward_samples}
+        more: dict[str, Any] = {"gradient": gradient, "backward_samples": backward_samples}
         return bounds.iwae(log_likelihood, log_prior, mu, logvar, 6, **more).objective.sum()
 
     results = []
