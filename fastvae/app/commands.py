@@ -185,8 +185,8 @@ def evaluate_command(
 
     It also measures how far the prior is from the aggregated posterior q(z), the mean of q(z|x) over all training
     images. The run's folder gets evaluation.json and a picture of both densities. A measurement on the validation
-    images, or with --limit on some images alone, gets a file of its own, such as evaluation-test-first-100.json. Under
-    torchrun, processes share the images.
+    images, or with --limit on some images alone, gets a file of its own, such as evaluation-test-100-of-10000.json.
+    Under torchrun, processes share the images.
     """
     plan = EvaluationPlan(split, samples, limit, precision or "highest")
     _check_run(run_dir, data, data_dir, device)
@@ -367,7 +367,7 @@ def reproduce_command(
         ),
     ] = False,
     limit: Annotated[
-        int | None, typer.Option(min=2, help="With --as-it-is: measure on this many test images alone, the first.")
+        int | None, typer.Option(min=2, help="With --as-it-is: measure on this many test images alone, evenly spread.")
     ] = None,
     device: options.Device = "auto",
     threads: options.Threads = None,

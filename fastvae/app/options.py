@@ -350,7 +350,9 @@ ImportanceSamples = Annotated[
     int,
     typer.Option("--samples", "-s", min=1, max=10_000_000, help="Importance samples for each image's log-likelihood."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images alone, the first.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Evaluate on this many images alone, evenly spread over the set.")
+]
 RunDir = Annotated[
     Path, typer.Argument(help="The folder of a training run.", show_default=False, parser=path, metavar="DIR")
 ]

@@ -179,7 +179,7 @@ def reproduce_figure(
 ) -> Reproduction:
     """Train and evaluate by a protocol, going on with what `out` holds; keep the record in `out`.
 
-    With `as_it_is` nothing is trained, and with a `limit` only so many test images are measured, the first.
+    With `as_it_is` nothing is trained, and with a `limit` only so many test images are measured.
 
     Raises:
         RunError: `as_it_is`, to train no further, was said of a folder without a run.

@@ -45,7 +45,7 @@ def test_train_evaluate_sample(cli: Cli, tmp_path: Path) -> None:
 
     code, text, error = cli("evaluate", out, "--samples", 20, "--limit", 30, "--device", "cpu")
     assert code == 0, error
-    evaluation = json.loads((out / "evaluation-test-first-30.json").read_text())
+    evaluation = json.loads((out / "evaluation-test-30-of-300.json").read_text())
     assert evaluation["images"] == 30 and evaluation["importance_samples"] == 20
     assert evaluation["elbo"] == pytest.approx(evaluation["reconstruction"] - evaluation["kl"])
     # The importance-weighted bound is the tighter one, and no model knows digits better than this.
@@ -117,15 +117,15 @@ def test_partial_evaluations_leave_the_full_one_alone(cli: Cli, run: Path) -> No
     assert cli("evaluate", run, "-s", 3)[0] == 0
     full = (run / "evaluation.json").read_bytes()
     for options, name in (
-        (["--limit", 1], "evaluation-test-first-1.json"),
-        (["--limit", 7], "evaluation-test-first-7.json"),
+        (["--limit", 1], "evaluation-test-1-of-8.json"),
+        (["--limit", 7], "evaluation-test-7-of-8.json"),
         (["--split", "validation"], "evaluation-validation.json"),
-        (["--split", "validation", "--limit", 2], "evaluation-validation-first-2.json"),
+        (["--split", "validation", "--limit", 2], "evaluation-validation-2-of-8.json"),
     ):
         code, text, error = cli("evaluate", run, "-s", 3, *options)
         assert code == 0 and str(run / name) in text, error
         assert (run / "evaluation.json").read_bytes() == full
-    one = json.loads((run / "evaluation-test-first-1.json").read_text())
+    one = json.loads((run / "evaluation-test-1-of-8.json").read_text())
     assert one["images"] == 1 and one["standard_error"] is None and one["active_units"] is None
     assert json.loads(full)["standard_error"] > 0
     for limit in (8, 1000):  # all test images
@@ -145,7 +145,7 @@ def test_evaluation_repeats(cli: Cli, tmp_path: Path, tiny_npz: Path) -> None:
     values = []
     for _ in range(2):
         cli("evaluate", tmp_path, "--samples", 5, "--limit", 6)
-        values.append(json.loads((tmp_path / "evaluation-test-first-6.json").read_text())["log_likelihood"])
+        values.append(json.loads((tmp_path / "evaluation-test-6-of-8.json").read_text())["log_likelihood"])
     assert values[0] == values[1]
 
 

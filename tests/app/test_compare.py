@@ -65,7 +65,7 @@ def test_compare_and_compare_again(cli: Cli, tmp_path: Path, tiny_npz: Path) -> 
     assert json.loads((tmp_path / "compare.json").read_text()) == summary
 
     code, text, error = cli(*command, "--limit", 1)
-    assert code == 0 and (tmp_path / "compare-test-first-1.json").exists(), error
+    assert code == 0 and (tmp_path / "compare-test-1-of-8.json").exists(), error
     assert json.loads((tmp_path / "compare.json").read_text()) == summary
 
 

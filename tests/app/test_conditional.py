@@ -13,6 +13,8 @@ import torch
 from fastvae import VampPrior
 from fastvae.app.data.named_sets import load
 from fastvae.app.run.config import make_config
+from fastvae.app.run.evaluation import _images
+from fastvae.app.run.evaluation_plan import EvaluationPlan
 from fastvae.app.run.trained import TrainedRun, load_run
 from fastvae.app.run.training import train
 
@@ -46,7 +48,10 @@ def test_train_evaluate_sample(cli: Cli, tmp_path: Path) -> None:
         check_picture(out / name)
     code, _, error = cli("evaluate", out, "--samples", 5, "--limit", 6)
     assert code == 0, error
-    assert np.isfinite(json.loads((out / "evaluation-test-first-6.json").read_text())["log_likelihood"])
+    assert np.isfinite(json.loads((out / "evaluation-test-6-of-9.json").read_text())["log_likelihood"])
+    measured, plan = load_run(out), EvaluationPlan("test", 5, limit=6)
+    _, y = _images(measured, plan)
+    assert y is not None and torch.equal(y, measured.dataset.y(measured.dataset.test)[plan.rows(measured.dataset)])
     for label in ("-1", "9"):
         code, _, error = cli("sample", out, "--label", label, "-n", 3, "--out", tmp_path / "some.png")
         assert code == 0, error

@@ -131,6 +131,17 @@ def test_killed(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lengths == [3, 6, 7, 7]
 
 
+def test_some_images_are_spread_over_the_set(run: Path) -> None:
+    """A set may be ordered by class."""
+    loaded = load_run(run)
+    test = loaded.dataset.test.x
+    assert len(test) == 8
+    plan = EvaluationPlan("test", 5, limit=3)
+    assert torch.equal(plan.images(loaded.dataset), test[[0, 2, 5]])
+    for limit in (None, 8, 100):
+        assert torch.equal(EvaluationPlan("test", 5, limit=limit).images(loaded.dataset), test)
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"log_likelihood": 3}'])
 def test_damaged_unfinished_evaluation(cli: Cli, run: Path, damage: str) -> None:
     assert cli("evaluate", run, "--samples", 5)[0] == 0

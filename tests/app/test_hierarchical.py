@@ -41,7 +41,7 @@ def test_train_evaluate_sample(cli: Cli, tmp_path: Path) -> None:
 
     code, text, error = cli("evaluate", out, "--samples", 20, "--limit", 30, "--device", "cpu")
     assert code == 0, error
-    evaluation = json.loads((out / "evaluation-test-first-30.json").read_text())
+    evaluation = json.loads((out / "evaluation-test-30-of-300.json").read_text())
     assert evaluation["elbo"] < evaluation["log_likelihood"] < -10 and evaluation["latent"] == 3
     assert "digits, hvae, vamp prior" in text and "active units of z2" in text and "KL(q(z2) || p(z2))" in text
 

@@ -100,7 +100,7 @@ def evaluate(
 def _images(run: TrainedRun, plan: EvaluationPlan) -> tuple[Tensor, Tensor | None]:
     """(x [N, pixels], y [N] or None) to measure on."""
     x, y = plan.images(run.dataset).to(run.device), run.y(plan.whole_set(run.dataset))
-    return x, None if y is None else y[: len(x)]
+    return x, None if y is None else y[plan.rows(run.dataset)]
 
 
 def log_likelihoods(
@@ -133,7 +133,8 @@ def log_likelihoods(
             if not bool(together.isfinite().all()):
                 number = int(together.isfinite().logical_not().nonzero()[0])
                 raise RunError(
-                    f"{run.folder.path}: the log-likelihood of {plan.split} image {len(done) + number} is "
+                    f"{run.folder.path}: the log-likelihood of {plan.split} image "
+                    f"{plan.rows(run.dataset)[len(done) + number]} is "
                     f"{float(together[number])}, no finite number; the model has diverged or is damaged."
                 )
             done += together.tolist()

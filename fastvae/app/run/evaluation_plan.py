@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What to measure on: the "validation" or "test" set, or its first `limit` images; and how closely.
+    """What to measure on: the "validation" or "test" set, or `limit` of its images; and how closely.
+
+    These images are evenly spread over the set, which may be ordered by class, as that of static MNIST is.
 
     `samples` are the importance samples for each image's log-likelihood, and `precision` is the lowest that the kernels
     may compute with.
@@ -32,13 +34,19 @@ class EvaluationPlan:
 
     def images(self, dataset: Dataset) -> Tensor:
         """The images to measure on, [N, pixels]."""
-        return self.whole_set(dataset).x[: self.limit]
+        return self.whole_set(dataset).x[self.rows(dataset)]
+
+    def rows(self, dataset: Dataset) -> list[int]:
+        """Which images of the set they are."""
+        count = len(self.whole_set(dataset))
+        chosen = count if self.limit is None else min(self.limit, count)
+        return [number * count // chosen for number in range(chosen)]
 
     def part(self, dataset: Dataset) -> str:
         """The part of the data that this is, as in a file's name; "" for all test images."""
-        partial = self.limit is not None and self.limit < len(self.whole_set(dataset))
-        if partial:
-            return f"{self.split}-first-{self.limit}"
+        count = len(self.whole_set(dataset))
+        if self.limit is not None and self.limit < count:
+            return f"{self.split}-{self.limit}-of-{count}"
         return "" if self.split == "test" else self.split
 
     def whole_set(self, dataset: Dataset) -> Split:
