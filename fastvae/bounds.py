@@ -17,12 +17,13 @@ posterior.  For IWAE its mean is not zero, so `stl` is biased; `dreg` puts in it
 E[v_s d log q(z_s | x)] = E[dv_s / dz_s dz_s] with dv_s / dz_s = v_s (1 - v_s) d log w_s / dz_s.
 
 Few of the IWAE bound's S samples have nearly all of the weight, so few need a backward pass.  `backward_samples=m` puts
-in the place of v_s a random weight whose mean is v_s and which is 0 for all but m of the samples: see :func:`_kept`.
+in the place of v_s a random weight whose mean is v_s and which is 0 for all but m of the samples.
 
 Sources: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016); Roeder, Wu and Duvenaud,
 Sticking the landing (NeurIPS 2017); Tucker, Lawson, Gu and Maddison, Doubly reparameterized gradient estimators for
 Monte Carlo objectives (ICLR 2019), whose beta is 1.  That one sample, drawn by its weight, is enough for an unbiased
-gradient is in Burda et al.
+gradient is in Burda et al.; which m to take, in Fearnhead and Clifford, On-line inference for hidden Markov models via
+particle filters (JRSS B 2003).
 """
 
 from __future__ import annotations
