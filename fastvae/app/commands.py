@@ -337,7 +337,7 @@ def compare_command(
                 console, config, dataset, names, range(seeds), out, plan, device=device, overwrite=overwrite
             )
             written = keep_comparison(comparison, config, plan, plan.part(dataset), out)
-    title = f"{dataset.name}: {images_in_words(len(plan.images(dataset)), split)}, nats per image, seeds: {seeds}"
+    title = f"{dataset.name}: {images_in_words(len(plan.rows(dataset)), split)}, nats per image, seeds: {seeds}"
     for table in comparison_tables(comparison.rows, title, narrow=is_narrow(console)):
         console.print(table)
     _say(f"{comparison.verdict}")

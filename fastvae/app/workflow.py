@@ -69,7 +69,7 @@ def evaluate_run(
 
     Of several ranks the first one calls this function, and the others `log_likelihoods`.
     """
-    with counting_progress(console, label, len(plan.images(run.dataset))) as on_images:
+    with counting_progress(console, label, len(plan.rows(run.dataset))) as on_images:
         evaluation = evaluate(run, plan, on_images, ranks)
     write_json(run.folder.evaluation(plan.part(run.dataset)), asdict(evaluation))
     draw_gap(run)
@@ -243,7 +243,7 @@ def evaluate_once(console: Console, run: TrainedRun, plan: EvaluationPlan, label
         earlier = _EVALUATION.validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
         return evaluate_run(console, run, plan, label)
-    asked = plan.split, len(plan.images(run.dataset)), plan.samples, plan.precision
+    asked = plan.split, len(plan.rows(run.dataset)), plan.samples, plan.precision
     if asked == (earlier.split, earlier.images, earlier.importance_samples, earlier.precision):
         return earlier
     kept = run.folder.other_evaluation(part, earlier.importance_samples, earlier.precision)
