@@ -50,6 +50,15 @@ DEFAULT_GRADIENTS = {"elbo": "plain", "iwae": "dreg"}
 BOUNDS = tuple(DEFAULT_GRADIENTS)
 GRADIENTS = ("plain", "stl", "dreg")
 
+# z decoded at once without gradients: so many that a CPU's cache holds the activations, or that a GPU is kept busy.
+_ROWS, _DEVICE_ROWS = 1_000, 50_000
+
+
+def rows_on(device: torch.device) -> int:
+    """How many z a device decodes at once where no activations are kept."""
+    return _ROWS if device.type == "cpu" else _DEVICE_ROWS
+
+
 # (mu [B, D], logvar [B, D], s, path_derivative) -> (z [s, B, ...], log q(z | x) [s, B]).  With path_derivative the
 # gradient of log q flows through z alone, as of :func:`fastvae.gaussian_rsample`.
 Sampler = Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor]]
@@ -98,8 +107,8 @@ def elbo(
     """The evidence lower bound by S draws: E[log p(x | z) - beta (log q(z | x) - log p(z))].
 
     Args:
-        log_likelihood: z [s, B, D] -> log p(x | z) [s, B], each from its own z alone.  Under "dreg" the gradient in
-            this z is scaled; for another loss take z from the Bound.
+        log_likelihood: z [s, B, D] -> log p(x | z) [s, B], each from its own z alone: where no gradient is wanted, s
+            may be a part of S.  Under "dreg" the gradient in this z is scaled; for another loss take z from the Bound.
         log_prior: z [s, B, D] -> log p(z) [s, B], likewise.
         mu, logvar: [B, D], q(z | x).
         num_samples: S.
@@ -205,7 +214,7 @@ def _iwae_of_few(
     z, log_q = sampler(mu, logvar, num_samples, gradient != "plain")
     with torch.no_grad():
         parts = z.split(chunk_size or num_samples)
-        log_x = torch.cat([evaluate("log_likelihood", log_likelihood, part) for part in parts])
+        log_x = torch.cat([_evaluate(log_likelihood, part) for part in parts])
         kl = log_q - torch.cat([evaluate("log_prior", log_prior, part) for part in parts])
         log_w = log_x - beta * kl
         v = torch.softmax(log_w, 0)
@@ -226,6 +235,15 @@ def _iwae_of_few(
     if gradient == "dreg":
         objective = _SendBack.apply(objective, carrier, 1 - beta + beta * _rows(v, kept))
     return Bound(objective, z, log_x, kl)
+
+
+def _evaluate(log_likelihood: Density, z: Tensor) -> Tensor:
+    """Of z [s, B, D]: [s, B].  Without a gradient by pieces of :func:`rows_on`; compiled code is made for any B."""
+    S, B = z.shape[:2]
+    together = max(1, rows_on(z.device) // max(1, B))
+    if together >= S or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return evaluate("log_likelihood", log_likelihood, z)
+    return torch.cat([evaluate("log_likelihood", log_likelihood, part) for part in z.split(together)])
 
 
 def _kept(v: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -314,7 +332,7 @@ def _draws(
         scaled, carrier = z, log_q.new_empty(0)
         if gradient == "dreg":
             scaled, log_q, carrier = _Scale.apply(z, log_q)
-        log_x, log_p = evaluate("log_likelihood", log_likelihood, scaled), evaluate("log_prior", log_prior, scaled)
+        log_x, log_p = _evaluate(log_likelihood, scaled), evaluate("log_prior", log_prior, scaled)
         return z, log_x, log_q - log_p, carrier
 
     step = chunk_size or num_samples

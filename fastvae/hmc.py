@@ -28,10 +28,11 @@ from torch import Tensor
 from fastvae import _checks
 from fastvae import functional as F
 from fastvae.backends import choice
+from fastvae.bounds import rows_on
 from fastvae.contracts import evaluate, require_methods
 from fastvae.hierarchical import HierarchicalVAE, gaussian_log_prob
 from fastvae.priors import Density
-from fastvae.vae import VAE, is_conditional, rows_on
+from fastvae.vae import VAE, is_conditional
 
 STARTS = ("posterior", "prior")
 Progress = Callable[[int, int], object]  # called with (steps done, steps in all)

@@ -22,9 +22,6 @@ from fastvae.priors import Density, Prior
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# z decoded at once by log_likelihood: so many that a CPU's cache holds the activations, or that a GPU is kept busy.
-_ROWS, _DEVICE_ROWS = 2_000, 50_000
-
 
 @dataclass
 class VAEOutput:
@@ -61,11 +58,6 @@ class VAEOutput:
 
 
 torch.export.register_dataclass(VAEOutput, serialized_type_name="fastvae.VAEOutput")
-
-
-def rows_on(device: torch.device) -> int:
-    """How many z a device decodes at once."""
-    return _ROWS if device.type == "cpu" else _DEVICE_ROWS
 
 
 Parameters = ParamSpec("Parameters")
@@ -267,7 +259,7 @@ class VAE(nn.Module):
         """
         _checks.count("num_samples", num_samples)
         self._check_y(y, x.shape[:1], "x")
-        prior, rows = self.prior.snapshot(), rows_on(x.device) // 10
+        prior, rows = self.prior.snapshot(), bounds.rows_on(x.device) // 10
         parts = zip(x.split(rows), repeat(None) if y is None else y.split(rows), strict=False)
         return torch.cat([self._importance(*part, num_samples, prior) for part in parts])
 
@@ -276,7 +268,7 @@ class VAE(nn.Module):
         of_prior = prior.density(y=y) if y is not None and is_conditional(prior) else prior.log_prob
         log_likelihood, log_prior = self._densities(x, y, mu, of_prior)
         draw = self._sampler(x)
-        step = max(1, rows_on(x.device) // max(1, len(x)))
+        step = max(1, bounds.rows_on(x.device) // max(1, len(x)))
         parts = []
         for start in range(0, num_samples, step):
             z, log_q = draw(mu, logvar, min(step, num_samples - start), False)

@@ -15,6 +15,7 @@ from torch.distributions import Independent, Normal
 from fastvae import VAE, StandardNormalPrior, bounds
 from fastvae._noise import PartOfBatch, rows_of_batch
 from fastvae.bounds import GRADIENTS, Bound, _kept, effective_sample_size
+from fastvae.priors import Density
 
 
 class First(nn.Module):
@@ -407,6 +408,36 @@ def test_only_few_samples_have_activations(gradient: str, chunk_size: int | None
             backward_samples=2,
         )
     assert called == [6]  # no gradient is wanted, so there is no second pass
+
+
+def test_without_activations_a_cache_holds_what_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many samples of each x as make `rows_on` rows, one at least; the prior takes all of them together."""
+    known = Known(n=3)
+    density, called = known.model.prior.density(), []
+
+    def of(name: str, of_z: Density) -> Density:
+        return lambda z: called.append((name, len(z))) or of_z(z)  # type: ignore[func-returns-value]
+
+    def drawn(**more: Any) -> Tensor:
+        torch.manual_seed(4)
+        log_likelihood = of("x", lambda z: known.log_likelihood(known.x, z))
+        posterior = known.linear.encode(known.x)
+        return bounds.iwae(log_likelihood, of("z", density), *posterior, 6, **more).objective
+
+    wanted = drawn()
+    for rows, pieces in ((12, [4, 2]), (2, [1] * 6)):
+        monkeypatch.setattr(bounds, "rows_on", lambda device, rows=rows: rows)
+        without_activations = [*[("x", piece) for piece in pieces], ("z", 6)]
+        called.clear()
+        with torch.no_grad():
+            assert torch.allclose(drawn(), wanted, rtol=1e-12, atol=0)
+        assert called == without_activations
+        called.clear()
+        assert torch.allclose(drawn(backward_samples=2), wanted, rtol=1e-12, atol=0)
+        assert called == [*without_activations, ("x", 2), ("z", 2)]
+        called.clear()
+        drawn()
+        assert called == [("x", 6), ("z", 6)]  # whose activations are kept anyway
 
 
 @pytest.mark.parametrize("prior", ["standard", "vamp"])
