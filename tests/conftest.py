@@ -14,6 +14,7 @@ if not torch.cuda.is_available():  # Triton decides when it decorates the kernel
 from emulation import cuda
 from support.backend import BACKENDS, require_cpu, use_backend
 from support.internals import Operators, missing_cuda
+from support.interpreter import hasten
 from support.tiers import MARKS, marks_of
 
 
@@ -107,3 +108,9 @@ def compiled() -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("triton"):
+        hasten()

@@ -17,7 +17,6 @@ from product_budget import LOWER, design_case, product_band, run_at
 from support import internals
 from support.backend import device_of, use_backend
 from support.internals import NAMES, choose, interpreted, operators_of, triton_module
-from support.interpreter import patch_once
 from support.patience import PATIENCE
 from torch import Tensor
 
@@ -112,7 +111,6 @@ def test_the_tiles_that_users_get(monkeypatch: pytest.MonkeyPatch, precision: st
     monkeypatch.undo()
     if interpreted():
         monkeypatch.setenv("FASTVAE_TILES", "1")
-        patch_once(monkeypatch)
     else:
         use_backend("triton", monkeypatch)
     assert not triton_module("small").is_small(130, 150, 67)  # which has no tiles

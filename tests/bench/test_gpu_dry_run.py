@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.interpreter import hasten
 
 from fastvae.backends import native
 from tools.gpu import gpu_targets as targets
@@ -51,6 +52,7 @@ def test_a_dry_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("interprets, which it does not where there is a GPU")
+    hasten()
 
     def broken(*arguments: object) -> float:
         raise RuntimeError("no memory")

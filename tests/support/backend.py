@@ -14,7 +14,6 @@ from emulation import avx512, cuda
 import fastvae
 
 from . import internals
-from .interpreter import patch_once
 from .on_gpu import call_on
 
 ISAS = ("baseline", "avx2", "avx512")
@@ -101,7 +100,6 @@ def _use_triton(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
     if not internals.interpreted():
         call_on(monkeypatch, "cuda", "triton")
         return
-    patch_once(monkeypatch)
     # an interpreter likes large tiles
     monkeypatch.setattr(internals.triton_module("gaussian"), "ELEMENTS", 2**14)
     monkeypatch.setattr(internals.triton_module("small"), "MULTIPROCESSORS", 4)

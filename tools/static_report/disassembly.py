@@ -85,14 +85,13 @@ def read(kernel: Kernel) -> Code:
     Raises:
         BenchmarkError: there is no cuobjdump, or it cannot read the machine code.
     """
-    usage, listing = _listings(kernel.cubin)
-    found = {match[1]: [int(n) for n in match.groups()[1:]] for match in _USAGE.finditer(usage)}
+    found = _usage(kernel.cubin)
     name = kernel.function or next(iter(found), None)
     if name is None or name not in found or (kernel.function is None and len(found) != 1):
         held = ", ".join(found) or "none"
         raise BenchmarkError(f"{kernel.name}: the machine code should hold one kernel, it has {held}")
     registers, stack, _, local = found[name]
-    instructions = _INSTRUCTION.findall(_of_function(listing, name))
+    instructions = _INSTRUCTION.findall(_listings(kernel.cubin).get(name, ""))
     if not instructions:
         raise BenchmarkError(f"{kernel.name}: cuobjdump shows no instructions")
     parts = [opcode.split(".") for _, opcode, _ in instructions]
@@ -112,13 +111,30 @@ def read(kernel: Kernel) -> Code:
     )
 
 
+def functions(cubin: bytes) -> list[str]:
+    """The kernels in it, by their symbols."""
+    return list(_usage(cubin))
+
+
 @lru_cache(maxsize=4)
-def _listings(cubin: bytes) -> tuple[str, str]:
-    """What cuobjdump says of all kernels: their resources, their instructions."""
+def _usage(cubin: bytes) -> dict[str, list[int]]:
+    """Of each kernel: registers, stack, shared and local memory."""
+    usage = _run_on(cubin, "-res-usage")
+    return {match[1]: [int(n) for n in match.groups()[1:]] for match in _USAGE.finditer(usage)}
+
+
+@lru_cache(maxsize=4)
+def _listings(cubin: bytes) -> dict[str, str]:
+    """The instructions of each kernel."""
+    _, *parts = _FUNCTION.split(_run_on(cubin, "-sass"))
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _run_on(cubin: bytes, option: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return _run("-res-usage", path), _run("-sass", path)
+        return run(option, path)
 
 
 def _kind(head: str, *modifiers: str) -> str:
@@ -138,14 +154,6 @@ def _inner_loops(instructions: list[tuple[str, str, str]], kinds: list[str]) -> 
     for begin, end in jumps:
         if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in jumps):
             yield Loop(end + 1 - begin, Counter(kinds[begin : end + 1]))
-
-
-def _of_function(listing: str, name: str) -> str:
-    starts = list(_FUNCTION.finditer(listing))
-    for match, following in zip(starts, [*starts[1:], None], strict=True):
-        if match[1] == name:
-            return listing[match.end() : following.start() if following else None]
-    return ""
 
 
 def _widths(parts: list[list[str]], *heads: str) -> Counter[int]:
@@ -168,8 +176,13 @@ def _tool() -> str:
     return found
 
 
-def _run(option: str, path: Path) -> str:
-    done = subprocess.run([_tool(), option, str(path)], capture_output=True, text=True, check=False)
+def run(*arguments: str | Path, folder: str | None = None) -> str:
+    """What cuobjdump says, run in a folder.
+
+    Raises:
+        BenchmarkError: there is no cuobjdump, or it fails.
+    """
+    done = subprocess.run([_tool(), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode != 0:
-        raise BenchmarkError(f"cuobjdump {option} failed: {done.stderr.strip()}")
+        raise BenchmarkError(f"cuobjdump {' '.join(map(str, arguments))} failed: {done.stderr.strip()}")
     return done.stdout

@@ -14,13 +14,13 @@ from tempfile import TemporaryDirectory
 
 from fastvae.benchmarks.errors import BenchmarkError
 
-from .. import limits
+from .. import disassembly, limits
 from ..kernel import Family, Kernel
 
 TOOLS = Path(__file__).resolve().parents[2]
 SOURCES = TOOLS.parent / "csrc" / "cuda"
 EXPANSION = TOOLS / "experiments" / "double_expansion.cu"  # for one generation, and not part of the extension
-STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,--warning-as-error")
+STRICT = (*(SOURCES / "strict.txt").read_text().split(), "-Xptxas=-v")
 
 LARGE = (4096, 50_000, 64)
 NARROW = (1000, 50_000, 40)  # where backward has fewer dimensions a lane
@@ -81,18 +81,23 @@ def flags_and_targets() -> tuple[list[str], dict[int, str]]:
     return [f for f in flags if not f.startswith("-gencode")], {int(t[3:].rstrip("a")): t for t in targets}
 
 
-def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
+def kernels(arch: int, wanted: re.Pattern[str], extension: Path | None = None) -> Iterator[Kernel]:
     """Each kernel of each source whose "name, case" a pattern matches.
+
+    Args:
+        extension: the built extension, to take its machine code instead of compiling.
 
     Raises:
         BenchmarkError: a source does not compile without a warning.
     """
-    sources = sorted(SOURCES.glob("*.cu")) + ([EXPANSION] if arch == 90 else [])
+    sources = sorted(SOURCES.glob("*.cu")) * (extension is None) + [EXPANSION] * (arch == 90)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = list(pool.map(partial(compile_source, arch=arch), sources))
-    for source, (binary, symbols) in zip(sources, compiled, strict=True):
+    if extension is not None:
+        compiled += [(binary, disassembly.functions(binary)) for binary in machine_code(extension, arch)]
+    for binary, symbols in compiled:
         for symbol in symbols:
-            name = source.stem if source == EXPANSION else readable(symbol)
+            name = EXPANSION.stem if EXPANSION.stem in symbol else readable(symbol)
             case, work = case_of(name)
             if wanted.search(f"{name}, {case}"):
                 yield Kernel(
@@ -103,7 +108,7 @@ def kernels(arch: int, wanted: re.Pattern[str]) -> Iterator[Kernel]:
                     threads={"pack_components<float>": 128, "pack_components<double>": 64}.get(name, 256),
                     shared=SHARED.get(name, 0),
                     work=work,
-                    tensor_cores=source == EXPANSION or name.startswith(PRODUCTS),
+                    tensor_cores=name == EXPANSION.stem or name.startswith(PRODUCTS),
                     function=symbol,
                 )
 
@@ -120,6 +125,13 @@ def compile_source(source: Path, arch: int) -> tuple[bytes, list[str]]:
         if compiled.returncode:
             raise BenchmarkError(f"{source.name} for {target}: {compiled.stdout}{compiled.stderr}")
         return binary.read_bytes(), re.findall(r"Compiling entry function '(\w+)'", compiled.stderr)
+
+
+def machine_code(extension: Path, arch: int) -> list[bytes]:
+    """What each source became in the built extension; empty where that has nothing for the architecture."""
+    with TemporaryDirectory() as folder:
+        disassembly.run("-xelf", "all", extension.resolve(), folder=folder)
+        return [path.read_bytes() for path in sorted(Path(folder).glob(f"*.{flags_and_targets()[1][arch]}.cubin"))]
 
 
 def readable(symbol: str) -> str:
