@@ -355,15 +355,9 @@ class _Scale(torch.autograd.Function):
     samples into chunks or computes them again, and so it reaches the gradient in z_s.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(z: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return z.view_as(z), log_q.view_as(log_q), torch.zeros_like(log_q)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_log_q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,15 +367,10 @@ class _Scale(torch.autograd.Function):
 class _SendBack(torch.autograd.Function):
     """Passes the objective [B] on; backward gives `scale` [S, B] to the carrier, whatever arrives."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(objective: Tensor, carrier: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, objective: Tensor, carrier: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
         return objective.view_as(objective)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -480,9 +480,8 @@ def test_few_samples_look_at_what_a_module_does() -> None:
         model(torch.rand(2, 6), backward_samples=2)
 
 
-@pytest.mark.parametrize("backward_samples", [None, 2])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_under_transforms(gradient: str, backward_samples: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gradient", ["plain", "stl"])
+def test_few_samples_under_transforms(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each example's own gradient, by vmap of grad, is that of the batch."""
     monkeypatch.setattr(bounds, "_uniform", lambda v: torch.full_like(v[:, 0], 0.3))
     known = Known(n=3)
@@ -495,8 +494,7 @@ def test_under_transforms(gradient: str, backward_samples: int | None, monkeypat
             return z, Normal(mu, torch.exp(0.5 * logvar), validate_args=False).log_prob(z).sum(-1)
 
         densities = (lambda z: -(z - 1).square().sum(-1)), (lambda z: -z.abs().sum(-1))
-        counts = 6, None, backward_samples
-        return bounds.estimate("iwae", *densities, mu, logvar, gradient, 1.0, *counts, sampler).objective.sum()
+        return bounds.estimate("iwae", *densities, mu, logvar, gradient, 1.0, 6, None, 2, sampler).objective.sum()
 
     def of_one(*row: Tensor) -> Tensor:
         return objective(row[0][None], row[1][None], row[2][:, None])
