@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fastvae import _checks
@@ -107,8 +108,8 @@ def elbo(
     """The evidence lower bound by S draws: E[log p(x | z) - beta (log q(z | x) - log p(z))].
 
     Args:
-        log_likelihood: z [s, B, D] -> log p(x | z) [s, B], each from its own z alone: where no gradient is wanted, s
-            may be a part of S.  Under "dreg" the gradient in this z is scaled; for another loss take z from the Bound.
+        log_likelihood: z [s, B, D] -> log p(x | z) [s, B], each from its own z alone.  Under "dreg" the gradient in
+            this z is scaled; for another loss take z from the Bound.
         log_prior: z [s, B, D] -> log p(z) [s, B], likewise.
         mu, logvar: [B, D], q(z | x).
         num_samples: S.
@@ -149,8 +150,10 @@ def iwae(
         beta: 0 ... 1, for warm-up; every estimator is that of the objective with this beta.
         backward_samples: how many of the S samples of each x get a gradient, chosen at random by their weights, so that
             its mean is that of all S; None means all.  Both densities are then computed without activations for all
-            S, `chunk_size` at a time, and once more for those chosen.  They must give a z the same value both times:
-            dropout does not, nor does batch normalisation in training.
+            S, and once more for those chosen.  They must give a z the same value both times: dropout does not, nor does
+            batch normalisation in training.
+        chunk_size: with `backward_samples`, how many samples at a time are computed without activations; None means
+            all for the prior, and for the likelihood as many as a CPU's cache holds.
 
         The others, Returns, Raises: as :func:`elbo`.
     """
@@ -213,9 +216,9 @@ def _iwae_of_few(
     """The IWAE bound, whose gradient is that of `backward_samples` of the draws."""
     z, log_q = sampler(mu, logvar, num_samples, gradient != "plain")
     with torch.no_grad():
-        parts = z.split(chunk_size or num_samples)
-        log_x = torch.cat([_evaluate(log_likelihood, part) for part in parts])
-        kl = log_q - torch.cat([evaluate("log_prior", log_prior, part) for part in parts])
+        of_x, of_prior = z.split(chunk_size or _decoded_at_once(z)), z.split(chunk_size or num_samples)
+        log_x = torch.cat([evaluate("log_likelihood", log_likelihood, part) for part in of_x])
+        kl = log_q - torch.cat([evaluate("log_prior", log_prior, part) for part in of_prior])
         log_w = log_x - beta * kl
         v = torch.softmax(log_w, 0)
         kept, weights = _kept(v, backward_samples)
@@ -237,13 +240,10 @@ def _iwae_of_few(
     return Bound(objective, z, log_x, kl)
 
 
-def _evaluate(log_likelihood: Density, z: Tensor) -> Tensor:
-    """Of z [s, B, D]: [s, B].  Without a gradient by pieces of :func:`rows_on`; compiled code is made for any B."""
+def _decoded_at_once(z: Tensor) -> int:
+    """How many of the samples z [S, B, D]: compiled code takes all, as a number of pieces would tie it to one B."""
     S, B = z.shape[:2]
-    together = max(1, rows_on(z.device) // max(1, B))
-    if together >= S or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return evaluate("log_likelihood", log_likelihood, z)
-    return torch.cat([evaluate("log_likelihood", log_likelihood, part) for part in z.split(together)])
+    return S if torch.compiler.is_compiling() else max(1, rows_on(z.device) // max(1, B))
 
 
 def _kept(v: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -332,7 +332,7 @@ def _draws(
         scaled, carrier = z, log_q.new_empty(0)
         if gradient == "dreg":
             scaled, log_q, carrier = _Scale.apply(z, log_q)
-        log_x, log_p = _evaluate(log_likelihood, scaled), evaluate("log_prior", log_prior, scaled)
+        log_x, log_p = evaluate("log_likelihood", log_likelihood, scaled), evaluate("log_prior", log_prior, scaled)
         return z, log_x, log_q - log_p, carrier
 
     step = chunk_size or num_samples
@@ -360,6 +360,7 @@ class _Scale(torch.autograd.Function):
         return z.view_as(z), log_q.view_as(log_q), torch.zeros_like(log_q)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_log_q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return grad_z * scale[..., None], grad_log_q * scale
 
@@ -373,6 +374,7 @@ class _SendBack(torch.autograd.Function):
         return objective.view_as(objective)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, *ctx.saved_tensors, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zipfile
 from importlib.metadata import distributions
@@ -77,9 +78,9 @@ def test_the_archive_has_the_sources(source: Path) -> None:
 
 @pytest.fixture
 def installed(source: Path, tmp_path: Path) -> tuple[str, set[str]]:
-    """The tags and files of a wheel that is built and installed here: soon, without CUDA and without optimisation."""
-    compiler = tmp_path / "g++"
-    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    """The tags and files of a wheel that is built and installed here: quickly, without CUDA and optimisation."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     compiler.chmod(0o755)
     return install(source, tmp_path, FASTVAE_CUDA="0", CXX=str(compiler))
 

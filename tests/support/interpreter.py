@@ -7,6 +7,7 @@ anew: most of the time of a kernel on small tiles goes into tuples of constants 
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,8 @@ from typing import Any
 @cache
 def hasten() -> None:
     """From now on it patches a set of modules once, and makes each type once; as far as this version of it is known."""
-    if importlib.util.find_spec("triton") is None:
-        return
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return  # a compiler is left as it is
     from triton.runtime import interpreter
 
     if hasattr(interpreter, "_patch_lang") and hasattr(interpreter.InterpretedFunction, "rewrite"):
@@ -61,11 +62,9 @@ def _make_types_once(interpreter: Any) -> None:
     tensors: dict[Any, tuple[Any, Any]] = {}
     numpy_types: dict[str, Any] = {}
 
-    def key_of(element_ty: Any, shape: Any) -> Any:
-        return element_ty.name, *(v.value if isinstance(v, core.constexpr) else v for v in shape)
-
     def block(self: Any, element_ty: Any, shape: Any) -> None:
-        key = key_of(element_ty, shape)
+        sizes = [size.value if isinstance(size, core.constexpr) else size for size in shape]
+        key = element_ty.name, *sizes, *map(type, sizes)  # 2, 2.0 and True are alike to a dictionary
         if key not in blocks:
             make_block(self, element_ty, shape)
             blocks[key] = dict(vars(self))

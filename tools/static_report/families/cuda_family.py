@@ -20,7 +20,6 @@ from ..kernel import Family, Kernel
 TOOLS = Path(__file__).resolve().parents[2]
 SOURCES = TOOLS.parent / "csrc" / "cuda"
 EXPANSION = TOOLS / "experiments" / "double_expansion.cu"  # for one generation, and not part of the extension
-STRICT = (*(SOURCES / "strict.txt").read_text().split(), "-Xptxas=-v")
 
 LARGE = (4096, 50_000, 64)
 NARROW = (1000, 50_000, 40)  # where backward has fewer dimensions a lane
@@ -120,7 +119,8 @@ def compile_source(source: Path, arch: int) -> tuple[bytes, list[str]]:
     code = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
     with TemporaryDirectory() as folder:
         binary = Path(folder) / "kernels.cubin"
-        command = ["nvcc", *flags, *STRICT, code, "-cubin", str(source), "-o", str(binary)]
+        strict = (SOURCES / "strict.txt").read_text().split()
+        command = ["nvcc", *flags, *strict, "-Xptxas=-v", code, "-cubin", str(source), "-o", str(binary)]
         compiled = subprocess.run(command, capture_output=True, text=True)
         if compiled.returncode:
             raise BenchmarkError(f"{source.name} for {target}: {compiled.stdout}{compiled.stderr}")
@@ -128,7 +128,11 @@ def compile_source(source: Path, arch: int) -> tuple[bytes, list[str]]:
 
 
 def machine_code(extension: Path, arch: int) -> list[bytes]:
-    """What each source became in the built extension; empty where that has nothing for the architecture."""
+    """What each source became in the built extension.
+
+    Raises:
+        BenchmarkError: it was built without CUDA.
+    """
     with TemporaryDirectory() as folder:
         disassembly.run("-xelf", "all", extension.resolve(), folder=folder)
         return [path.read_bytes() for path in sorted(Path(folder).glob(f"*.{flags_and_targets()[1][arch]}.cubin"))]
