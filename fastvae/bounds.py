@@ -60,6 +60,11 @@ def rows_on(device: torch.device) -> int:
     return _ROWS if device.type == "cpu" else _DEVICE_ROWS
 
 
+def samples_on(device: torch.device, points: int) -> int:
+    """How many samples of each of so many points that makes; one at least."""
+    return max(1, rows_on(device) // max(1, points))
+
+
 # (mu [B, D], logvar [B, D], s, path_derivative) -> (z [s, B, ...], log q(z | x) [s, B]).  With path_derivative the
 # gradient of log q flows through z alone, as of :func:`fastvae.gaussian_rsample`.
 Sampler = Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor]]
@@ -243,7 +248,7 @@ def _iwae_of_few(
 def _decoded_at_once(z: Tensor) -> int:
     """How many of the samples z [S, B, D]: compiled code takes all, as a number of pieces would tie it to one B."""
     S, B = z.shape[:2]
-    return S if torch.compiler.is_compiling() else max(1, rows_on(z.device) // max(1, B))
+    return S if torch.compiler.is_compiling() else samples_on(z.device, B)
 
 
 def _kept(v: Tensor, count: int) -> tuple[Tensor, Tensor]:

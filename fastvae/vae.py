@@ -268,7 +268,7 @@ class VAE(nn.Module):
         of_prior = prior.density(y=y) if y is not None and is_conditional(prior) else prior.log_prob
         log_likelihood, log_prior = self._densities(x, y, mu, of_prior)
         draw = self._sampler(x)
-        step = max(1, bounds.rows_on(x.device) // max(1, len(x)))
+        step = bounds.samples_on(x.device, len(x))
         parts = []
         for start in range(0, num_samples, step):
             z, log_q = draw(mu, logvar, min(step, num_samples - start), False)

@@ -116,7 +116,7 @@ def functions(cubin: bytes) -> list[str]:
     return list(_usage(cubin))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)  # which is asked for all sources first, and is short
 def _usage(cubin: bytes) -> dict[str, list[int]]:
     """Of each kernel: registers, stack, shared and local memory."""
     usage = _run_on(cubin, "-res-usage")
