@@ -22,8 +22,7 @@ in the place of v_s a random weight whose mean is v_s and which is 0 for all but
 Sources: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016); Roeder, Wu and Duvenaud,
 Sticking the landing (NeurIPS 2017); Tucker, Lawson, Gu and Maddison, Doubly reparameterized gradient estimators for
 Monte Carlo objectives (ICLR 2019), whose beta is 1.  That one sample, drawn by its weight, is enough for an unbiased
-gradient is in Burda et al.; which m to take, in Fearnhead and Clifford, On-line inference for hidden Markov models via
-particle filters (JRSS B 2003).
+gradient is in Burda et al.; which m to take, in :func:`fastvae._few.resampled`.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvae import _checks
 from fastvae import functional as F
+from fastvae._few import forget_casts, resampled, samples_on
 from fastvae._noise import part_of_batch, rows_of_batch
 from fastvae.backends import BackendOptions, choice
 from fastvae.contracts import evaluate
@@ -50,20 +50,6 @@ if TYPE_CHECKING:
 DEFAULT_GRADIENTS = {"elbo": "plain", "iwae": "dreg"}
 BOUNDS = tuple(DEFAULT_GRADIENTS)
 GRADIENTS = ("plain", "stl", "dreg")
-
-# z decoded at once without gradients: so many that a CPU's cache holds the activations, or that a GPU is kept busy.
-_ROWS, _DEVICE_ROWS = 1_000, 50_000
-
-
-def rows_on(device: torch.device) -> int:
-    """How many z a device decodes at once where no activations are kept."""
-    return _ROWS if device.type == "cpu" else _DEVICE_ROWS
-
-
-def samples_on(device: torch.device, points: int) -> int:
-    """How many samples of each of so many points that makes; one at least."""
-    return max(1, rows_on(device) // max(1, points))
-
 
 # (mu [B, D], logvar [B, D], s, path_derivative) -> (z [s, B, ...], log q(z | x) [s, B]).  With path_derivative the
 # gradient of log q flows through z alone, as of :func:`fastvae.gaussian_rsample`.
@@ -226,10 +212,8 @@ def _iwae_of_few(
         kl = log_q - torch.cat([evaluate("log_prior", log_prior, part) for part in of_prior])
         log_w = log_x - beta * kl
         v = torch.softmax(log_w, 0)
-        kept, weights = _kept(v, backward_samples)
-    if not torch.compiler.is_compiling():  # compiled code casts weights wherever it uses them
-        # Older versions of PyTorch keep a weight that autocast cast here, without a gradient, for the second pass.
-        torch.clear_autocast_cache()
+        kept, weights = resampled(v, backward_samples)
+    forget_casts()
 
     def draws_kept(*_: object) -> tuple[Tensor, Tensor]:
         return _rows(z, kept), _rows(log_q, kept)
@@ -249,40 +233,6 @@ def _decoded_at_once(z: Tensor) -> int:
     """How many of the samples z [S, B, D]: compiled code takes all, as a number of pieces would tie it to one B."""
     S, B = z.shape[:2]
     return S if torch.compiler.is_compiling() else samples_on(z.device, B)
-
-
-def _kept(v: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of the weights v [S, B], each column's sum being 1, `count` that stand for all: (s, weight), [count, B] each.
-
-    Weights above a threshold c are kept as they are.  Of the others each is kept with probability v / c, and then
-    weighs c; c is such that `count` are kept.  So the mean of what a sample weighs, 0 if it is not kept, is v.  No
-    other choice of `count` samples with this mean has a smaller variance, summed over the samples.
-
-    Source: Fearnhead and Clifford, On-line inference for hidden Markov models via particle filters (JRSS B 2003).
-    """
-    v, order = v.T.sort(-1, descending=True)  # [B, S]
-    place = torch.arange(v.shape[-1], device=v.device)
-    first = place[:count]
-    rest = v.flip(-1).cumsum(-1).flip(-1)[:, :count]  # [B, count]: the sum of the weights from this one on
-    thresholds = rest / (count - first)  # c, if those before this one are kept as they are
-    as_they_are = (v[:, :count] > thresholds).sum(-1, keepdim=True)  # [B, 1]; where it is no longer true, it stays so
-    c = thresholds.gather(-1, as_they_are)
-    # The others share count - as_they_are places: one in each stretch of length c of their weights, laid end to end.
-    laid = v.masked_fill(place < as_they_are, 0.0).cumsum(-1)
-    start = 1 - _uniform(v)[:, None]  # in (0, 1]: a point at 0 would lie before all of them
-    points = torch.minimum((first - as_they_are + start) * c, laid[:, -1:])
-    drawn = torch.searchsorted(laid, points).clamp(max=v.shape[-1] - 1)  # beyond the last one if v is NaN
-    s = torch.where(first < as_they_are, first, drawn)
-    weights = torch.where(first < as_they_are, v[:, :count], c)
-    return order.gather(-1, s).T, weights.T
-
-
-def _uniform(v: Tensor) -> Tensor:
-    """Numbers in [0, 1), one for each row of v [B, ...]: [B], those of its part of a batch."""
-    part = part_of_batch()
-    if part is None:
-        return torch.rand(len(v), dtype=v.dtype, device=v.device)
-    return part.own(torch.rand(part.of, dtype=v.dtype, device=v.device), 0)
 
 
 def _rows(value: Tensor, s: Tensor) -> Tensor:

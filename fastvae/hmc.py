@@ -27,8 +27,8 @@ from torch import Tensor
 
 from fastvae import _checks
 from fastvae import functional as F
+from fastvae._few import rows_on
 from fastvae.backends import choice
-from fastvae.bounds import rows_on
 from fastvae.contracts import evaluate, require_methods
 from fastvae.hierarchical import HierarchicalVAE, gaussian_log_prob
 from fastvae.priors import Density

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastvae import _checks, bounds
+from fastvae._few import require_repeatable, rows_on, samples_on
 from fastvae.backends import BackendOptions, choice
 from fastvae.contracts import encode, evaluate, require_methods, require_shape, require_tensor
 from fastvae.likelihoods import LIKELIHOODS, Likelihood
@@ -259,7 +260,7 @@ class VAE(nn.Module):
         """
         _checks.count("num_samples", num_samples)
         self._check_y(y, x.shape[:1], "x")
-        prior, rows = self.prior.snapshot(), bounds.rows_on(x.device) // 10
+        prior, rows = self.prior.snapshot(), rows_on(x.device) // 10
         parts = zip(x.split(rows), repeat(None) if y is None else y.split(rows), strict=False)
         return torch.cat([self._importance(*part, num_samples, prior) for part in parts])
 
@@ -268,7 +269,7 @@ class VAE(nn.Module):
         of_prior = prior.density(y=y) if y is not None and is_conditional(prior) else prior.log_prob
         log_likelihood, log_prior = self._densities(x, y, mu, of_prior)
         draw = self._sampler(x)
-        step = bounds.samples_on(x.device, len(x))
+        step = samples_on(x.device, len(x))
         parts = []
         for start in range(0, num_samples, step):
             z, log_q = draw(mu, logvar, min(step, num_samples - start), False)
@@ -384,23 +385,13 @@ class VAE(nn.Module):
     ) -> bounds.Bound:
         """The bound with its KL sampled."""
         if bound == "iwae" and backward_samples is not None:
-            self._check_repeatable()
+            for network in self._networks_of_densities():
+                require_repeatable("backward_samples calls the decoder twice for the same z", network)
         densities = self._densities(x, y, mu, self.prior.density(index, mu, **self._for_prior(y)))
         sampler = self._sampler(x)
         return bounds.estimate(
             bound, *densities, mu, logvar, gradient, beta, num_samples, chunk_size, backward_samples, sampler
         )
-
-    def _check_repeatable(self) -> None:
-        """ValueError where a network's output for a row differs from call to call, or with the other rows."""
-        for network in self._networks_of_densities():
-            for module in network.modules():
-                if not _repeats_itself(module):
-                    how = "in training mode" if module.training else "without running statistics"
-                    raise ValueError(
-                        "backward_samples calls the decoder twice for the same z, which must give the same output: not "
-                        f"so with a {type(module).__name__} {how}"
-                    )
 
     def _log_likelihood_of(self, x: Tensor, *z: Tensor, y: Tensor | None = None) -> Tensor:
         """log p(x | z), [S, B], of x [B, *x_shape] and y under z [S, B, D]; the decoder is given all z there are."""
@@ -427,17 +418,6 @@ class VAE(nn.Module):
 def is_conditional(prior: Prior) -> bool:
     """Whether the prior is p(z | y)."""
     return getattr(prior, "conditional", False)  # a prior of one's own need not have it
-
-
-def _repeats_itself(module: nn.Module) -> bool:
-    """Whether PyTorch's module gives a row the same output in each call and whatever the other rows are."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return not module.training and module.running_mean is not None
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return not module.training or module.p == 0
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-        return not module.training or module.dropout == 0
-    return not (module.training and isinstance(module, nn.RReLU))
 
 
 _PRIOR_METHODS = ("log_prob", "sample", "kl", "density", "snapshot", "has_closed_form_kl")

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae import _checks
+from fastvae import _checks, reference
 from fastvae import functional as F
+from fastvae.backends import BACKENDS
+from fastvae.backends.choice import choose, dense
 from fastvae.backends.composite import chunk_on
 from fastvae.em.statistics import wide_dtype
 
@@ -87,6 +89,36 @@ def mixture_responsibilities(
         values[m] = torch.exp(a - log_prob[:, None]).masked_fill(nowhere, 0.0)[:, :top_k].to(dtype)
         indices[m] = candidates.gather(1, order)[:, :top_k]
     return Responsibilities(values.reshape(*shape, top_k), indices.reshape(*shape, top_k))
+
+
+@torch.no_grad()
+def responsibility_sums(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    log_weights: Tensor | None = None,
+    exclude: Tensor | None = None,
+    *,
+    dense_backward: bool | None = None,
+    precision: str | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """The sum over the rows z [..., D] of each component's responsibilities, [K]; arguments as elsewhere.
+
+    That is the gradient of their log densities' sum in the components' log weights.
+    """
+    z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
+    backend = choose(impl, z.device, z.dtype, precision)
+    if backend == "reference":
+        with torch.enable_grad():
+            leaf = mu.new_full((len(mu),), -math.log(len(mu))) if log_weights is None else log_weights.detach()
+            log_prob = reference.mixture_log_prob(z, mu, logvar, leaf.requires_grad_(), exclude=exclude)
+            return torch.autograd.grad(log_prob.sum(), leaf)[0]
+    rows, operators = _checks.flat(z, mu, logvar, log_weights, exclude), BACKENDS[backend].operators
+    log_prob = operators.mixture_log_prob(*rows)
+    ones = torch.ones_like(log_prob)
+    need = False, False, False, True  # in z, mu, logvar; in the log weights
+    return operators.mixture_log_prob_backward(ones, log_prob, *rows, dense(dense_backward), *need)[3]
 
 
 class Exponents:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastvae import _checks
+from fastvae import functional as F
+from fastvae._few import forget_casts, require_repeatable, resampled, rows_on
 from fastvae.contracts import encode, is_readable, require_tensor
+from fastvae.em.responsibilities import responsibility_sums
+from fastvae.priors.base import Density, Prior
 from fastvae.priors.mixture import Mixture, checked_labels
 from fastvae.priors.weights import weight_logits
 
@@ -33,6 +38,13 @@ class EncodedMixture(Mixture):
     arrives, and training shows it.  `neighbours` brings more of it back: each row's nearest components, which hold
     most of its responsibilities, are encoded too.  `log_prob`, `components`, `sample` and evaluation mode encode all,
     and so does the first step after `train()` or `eval()`.
+
+    With `backward_components`, a step of training encodes all inputs without activations, and so many of them once
+    more with a gradient.  The density is that of all components, exactly; so are its gradients in z, in the weights
+    and in a shared variance.  Of the gradient by way of the encodings, which is the sum of the components' parts, those
+    of the components chosen stand for all, scaled so that the mean is that of all.  Components are chosen at random by
+    their responsibilities, summed over the rows, and one whose part is 0 never is: where no more than
+    `backward_components` have a part, the gradient is exact.
     """
 
     encoder: nn.Module
@@ -43,6 +55,7 @@ class EncodedMixture(Mixture):
         chunk_size: int | None,
         refresh: float,
         neighbours: int,
+        backward_components: int | None = None,
         **backend: Unpack[BackendOptions],
     ) -> None:
         super().__init__(**backend)
@@ -52,10 +65,17 @@ class EncodedMixture(Mixture):
             raise ValueError(f"refresh must be above 0 and at most 1, the share of a step, not {refresh}")
         if neighbours < 0:
             raise ValueError(f"neighbours must be at least 0, not {neighbours}")
+        if backward_components is not None:
+            _checks.count("backward_components", backward_components, " or None")
+            if refresh < 1:
+                raise ValueError(
+                    "backward_components and refresh are two ways to save work in a step; give one of them"
+                )
         self.encoder = encoder
         self.chunk_size = chunk_size
         self.refresh = refresh
         self.neighbours = neighbours
+        self.backward_components = backward_components
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "encoder":
@@ -116,14 +136,104 @@ class EncodedMixture(Mixture):
         self._kept = mu.detach(), logvar.detach()
         return mu, logvar
 
+    def _takes_few(self, K: int) -> bool:
+        """Whether a gradient is to reach the encoder by way of few of K components."""
+        few = self.backward_components
+        return few is not None and few < K and self.training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def _without_activations(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mu [n, D], logvar [n, D]) of these components, None for all, in pieces that a cache holds."""
+        require_repeatable("backward_components calls the encoder twice for the same input", self.encoder)
+        u = self._inputs(index)
+        rows = len(u) if torch.compiler.is_compiling() else self.chunk_size or rows_on(u.device)
+        parts = [self._encode(part, None) for part in u.split(rows)]
+        forget_casts()
+        mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
+        return mu, logvar
+
+    def _with_gradient_of_few(
+        self,
+        z: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        log_weights: Tensor | None = None,
+        exclude: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same mu and logvar, with the gradient of the components that are chosen for z [..., D].
+
+        Args:
+            mu, logvar: as `_without_activations(index)` gave them; logvar may also be one for all, [], which the
+                encoder does not give.
+            log_weights, exclude: as of :func:`fastvae.mixture_log_prob`.
+        """
+        if not torch.is_grad_enabled():
+            return mu, logvar
+        assert self.backward_components is not None
+        sums = responsibility_sums(z, mu, logvar, log_weights, exclude, **self.backend_options)  # [K]
+        kept, weight = (t.squeeze(1) for t in resampled(sums[:, None], self.backward_components))
+        scale = torch.where(weight > 0, weight / sums[kept], 0.0)  # a weight of 0 fills the number
+        few = self._encoded(kept if index is None else index[kept])
+        # The compiled backward pass makes anew, with other random numbers, what no output of the forward pass depends
+        # on.  So the means must seem to depend on the components kept.
+        mu = torch.where(kept[0] >= 0, mu, math.nan)
+        scale = scale.to(mu.dtype)[:, None]
+        mu = _OfFew.apply(mu, few[0], kept, scale)
+        return mu, logvar if logvar.ndim == 0 else _OfFew.apply(logvar, few[1], kept, scale)
+
     def components(self) -> tuple[Tensor, Tensor, Tensor]:
         return (*self._encoded(), self.component_log_weights())
+
+    def density(self, index: Tensor | None = None, near: Tensor | None = None, y: Tensor | None = None) -> Density:
+        log_weights = self.component_log_weights()
+        if not self._takes_few(log_weights.shape[-1]):
+            return super().density(index, near, y)
+        self._check_given(y)
+        encoded = self._without_activations()
+
+        def log_prob(z: Tensor) -> Tensor:
+            mu, logvar = self._with_gradient_of_few(z, *encoded, log_weights)
+            return F.mixture_log_prob(z, mu, logvar, log_weights, **self.backend_options)
+
+        return log_prob
+
+    def kl(
+        self,
+        mu: Tensor,
+        logvar: Tensor,
+        num_samples: int | None = None,
+        *,
+        index: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        of = Prior if self.backward_components is not None else Mixture
+        return of.kl(self, mu, logvar, num_samples, index=index, y=y)
 
     def step_components(self, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         return (*self._refreshed(None, near), self.component_log_weights())
 
     def component_parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self._encoded(index)
+
+
+class _OfFew(torch.autograd.Function):
+    """Passes `of_all` [K, D] on; what arrives for the rows `kept` [n] goes on to `few` [n, D], times `scale` [n, 1]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(of_all: Tensor, few: Tensor, kept: Tensor, scale: Tensor) -> Tensor:
+        return of_all.view_as(of_all)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        kept, scale = ctx.saved_tensors
+        return None, grad[kept] * scale, None, None
 
 
 def _nearest(points: Tensor, mu: Tensor, count: int, index: Tensor | None) -> Tensor:
@@ -163,6 +273,9 @@ class VampPrior(EncodedMixture):
             memory does not grow with K; None encodes all at once.
         refresh, neighbours: the share of the components that a step of training encodes anew, and how many of those
             nearest to each row, see :class:`EncodedMixture`.
+        backward_components: how many components' encodings get a gradient in a step of training, chosen at random by
+            their responsibilities, so that its mean is that of all; None means all.  See :class:`EncodedMixture`.  Not
+            for a conditional prior, and not together with `refresh`.
         backend: impl, precision, dense_backward, see :class:`fastvae.Prior`.
 
     Source: Tomczak and Welling, VAE with a VampPrior (AISTATS 2018).
@@ -183,9 +296,10 @@ class VampPrior(EncodedMixture):
         chunk_size: int | None = None,
         refresh: float = 1.0,
         neighbours: int = 0,
+        backward_components: int | None = None,
         **backend: Unpack[BackendOptions],
     ) -> None:
-        super().__init__(encoder, chunk_size, refresh, neighbours, **backend)
+        super().__init__(encoder, chunk_size, refresh, neighbours, backward_components, **backend)
         require_tensor("pseudo_inputs", pseudo_inputs)
         if pseudo_inputs.ndim < 2 or 0 in pseudo_inputs.shape or not pseudo_inputs.is_floating_point():
             raise ValueError(
@@ -199,6 +313,8 @@ class VampPrior(EncodedMixture):
         self.logits = weight_logits(pseudo_inputs, probs, learn_weights)
         self.register_buffer("labels", checked_labels(labels, self.logits))
         self.conditional = labels is not None or self.logits.ndim == 2
+        if self.conditional and backward_components is not None:
+            raise ValueError("backward_components is not for a conditional prior: leave out labels and probs [L, K]")
         self.value_range = value_range
 
     def inputs(self) -> Tensor:

@@ -35,6 +35,8 @@ class ExemplarPrior(EncodedMixture):
             subset's mixture is lower in expectation than that of the whole, so that the bound stays a bound.
         refresh, neighbours: the share of the exemplars that a step of training encodes anew, and how many of those
             nearest to each row, see :class:`EncodedMixture`.  Not together with `subset`.
+        backward_components: how many exemplars' encodings get a gradient in a step of training, as in
+            :class:`VampPrior`; with `subset`, of the exemplars that it takes.  Not together with `refresh`.
         chunk_size: encode this many at a time, as in :class:`VampPrior`.
         backend: impl, precision, dense_backward, see :class:`fastvae.Prior`.
 
@@ -53,10 +55,11 @@ class ExemplarPrior(EncodedMixture):
         subset: int | None = None,
         refresh: float = 1.0,
         neighbours: int = 0,
+        backward_components: int | None = None,
         chunk_size: int | None = None,
         **backend: Unpack[BackendOptions],
     ) -> None:
-        super().__init__(encoder, chunk_size, refresh, neighbours, **backend)
+        super().__init__(encoder, chunk_size, refresh, neighbours, backward_components, **backend)
         require_tensor("data", data)
         if data.ndim < 2 or 0 in data.shape[1:] or len(data) < 2 or not data.is_floating_point():
             raise ValueError(
@@ -76,22 +79,25 @@ class ExemplarPrior(EncodedMixture):
 
     def density(self, index: Tensor | None = None, near: Tensor | None = None, y: Tensor | None = None) -> Density:
         self._check_given(y)
-        mu, logvar, own = self._step(index, near)
+        mu, logvar, own, chosen = self._step(index, near)
+        K = len(mu)
+        few = self._takes_few(K)
         if self.logvar is not None:
             logvar = self.logvar  # one for all, which the kernels need not read K times, and never an old one
-        if own is None:
-            return lambda z: F.mixture_log_prob(z, mu, logvar, **self.backend_options)
         # The others' weights become 1 / (K - 1), but for the rows whose own point is not among the components.
-        K = len(mu)
-        more = (own >= 0).to(mu.dtype) * math.log(K / (K - 1))  # [B]
+        more = None if own is None else (own >= 0).to(mu.dtype) * math.log(K / (K - 1))  # [B]
 
-        def leave_one_out(z: Tensor) -> Tensor:
-            if z.shape[-2:-1] != own.shape:
+        def log_prob(z: Tensor) -> Tensor:
+            if own is not None and z.shape[-2:-1] != own.shape:
                 raise ValueError(f"index must be [B] to match z [..., B, D] {list(z.shape)}, not {list(own.shape)}")
-            exclude = own.expand(z.shape[:-1])
-            return F.mixture_log_prob(z, mu, logvar, exclude=exclude, **self.backend_options) + more
+            exclude = None if own is None else own.expand(z.shape[:-1])
+            components = mu, logvar
+            if few:
+                components = self._with_gradient_of_few(z, mu, logvar, exclude=exclude, index=chosen)
+            of_all = F.mixture_log_prob(z, *components, exclude=exclude, **self.backend_options)
+            return of_all if more is None else of_all + more
 
-        return leave_one_out
+        return log_prob
 
     def kl(
         self,
@@ -104,21 +110,24 @@ class ExemplarPrior(EncodedMixture):
     ) -> tuple[Tensor, Tensor]:
         return Prior.kl(self, mu, logvar, num_samples, index=index, y=y)  # Mixture's does not know `index`
 
-    def _step(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(mu [K, D], logvar, own int64 [B]): the components of a step, and which of them each row is, or -1."""
+    def _step(self, index: Tensor | None, near: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The components of a step, mu [K, D] and logvar [K, D]; which of them each row is, int64 [B], or -1; and which
+        of the points they are, int64 [K], None for all.
+        """
         N = len(self.data)
         self._warn_without(index)
         if index is not None:
             require_index(index, N, others=True)
         if self.subset is None or not self.training:
-            return (*self._refreshed(index, near), index)
+            encoded = self._without_activations() if self._takes_few(N) else self._refreshed(index, near)
+            return (*encoded, index, None)
         chosen = torch.randperm(N, device=self.data.device)[: self.subset]
-        mu, logvar = self._encoded(chosen)
+        encoded = self._without_activations(chosen) if self._takes_few(self.subset) else self._encoded(chosen)
         if index is None:
-            return mu, logvar, None
+            return (*encoded, None, chosen)
         place = chosen.new_full((N + 1,), -1)  # the last is for an index of -1
         place[chosen] = torch.arange(self.subset, device=chosen.device)
-        return mu, logvar, place[index]
+        return (*encoded, place[index], chosen)
 
     def _warn_without(self, index: Tensor | None) -> None:
         if index is not None or self._warned or not (self.training and torch.is_grad_enabled()):
