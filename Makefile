@@ -41,7 +41,7 @@ bench: .venv/ready
 	$(BIN)/fastvae bench mixture --isa all --out benchmarks/results
 	for suite in gaussian train-step; do $(BIN)/fastvae bench $$suite --out benchmarks/results/$$suite || exit 1; done
 	$(BIN)/python examples/score_groups.py --record benchmarks/results/groups.json
-	for study in annealing backward-samples em estimators memory refresh total-correlation; do $(BIN)/python -m fastvae.benchmarks.studies $$study || exit 1; done
+	for study in annealing backward-components backward-samples em estimators memory refresh total-correlation; do $(BIN)/python -m fastvae.benchmarks.studies $$study || exit 1; done
 	$(BIN)/python -m tools.tables
 
 # beside the best peer alone, each shape in a process of its own: see "What is fair" in the docs

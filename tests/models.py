@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from fastvae import VAE, StandardNormalPrior, VampPrior, bounds
+from fastvae import VAE, StandardNormalPrior, VampPrior, _few
 from fastvae.priors import Prior
 
 
@@ -68,7 +68,7 @@ def assert_gradient_of_few_samples(model: VAE, x: Tensor, monkeypatch: pytest.Mo
     assert torch.equal(gradient(5), of_all)
     directions = torch.stack((of_all / of_all.norm(), torch.randn_like(of_all)))
     choice = torch.Generator().manual_seed(3)
-    monkeypatch.setattr(bounds, "_uniform", lambda v: torch.rand(len(v), generator=choice))
+    monkeypatch.setattr(_few, "_uniform", lambda v: torch.rand(len(v), generator=choice))
     difference = torch.stack([directions @ (gradient(2) - of_all) for _ in range(400)]).double()
     error = difference.std(0) / math.sqrt(len(difference))
     assert 0 < error[0] < 0.1 * of_all.norm()

@@ -11,6 +11,7 @@ import torch
 from ..record import versions, write_record
 from . import (
     annealing,
+    backward_components,
     backward_samples,
     em,
     encoding_memory,
@@ -23,6 +24,7 @@ from . import (
 # Each with the record that it writes.
 STUDIES = {
     "annealing": ("bounds-annealing.json", annealing.study),
+    "backward-components": ("bounds-backward-components.json", backward_components.study),
     "backward-samples": ("bounds-backward-samples.json", backward_samples.study),
     "em": ("em.json", em.study),
     "estimators": ("bounds-estimators.json", estimators.study),

@@ -21,6 +21,8 @@ def study() -> dict[str, Any]:
         "subset=60": {"subset": 60},
         "all, shared_variance": {"shared_variance": True},
         "subset=300, shared_variance": {"subset": 300, "shared_variance": True},
+        "backward_components=100": {"backward_components": 100},
+        "backward_components=30": {"backward_components": 30},
         "refresh=0.05": {"refresh": 0.05},
         "refresh=0.05, neighbours=2": {"refresh": 0.05, "neighbours": 2},
         "refresh=0.05, neighbours=5": {"refresh": 0.05, "neighbours": 5},

@@ -76,6 +76,7 @@ def train_command(
     subset: options.Subset = None,
     refresh: options.Refresh = None,
     neighbours: options.Neighbours = None,
+    backward_components: options.BackwardComponents = None,
     shared_variance: options.SharedVariance = None,
     latent: options.Latent = None,
     hidden: options.Hidden = None,

@@ -165,7 +165,7 @@ Subset = Annotated[
     int | None,
     typer.Option(
         help="How many exemplars each training step takes, at random; evaluation takes all. "
-        f"(default {EXEMPLARS}, or all if there are no more; with --refresh all)",
+        f"(default {EXEMPLARS}, or all if there are no more; with --refresh or --backward-components all)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -181,6 +181,14 @@ Neighbours = Annotated[
     int | None,
     typer.Option(
         help="With --refresh: how many of those nearest to each image a step encodes as well. (default 0)",
+        rich_help_panel=MODEL,
+    ),
+]
+BackwardComponents = Annotated[
+    int | None,
+    typer.Option(
+        help="Of how many pseudo-inputs or exemplars the encoder is given a gradient in each step, chosen at random by "
+        "their responsibilities, so that its mean is that of all. (default: all)",
         rich_help_panel=MODEL,
     ),
 ]

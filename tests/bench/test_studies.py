@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fastvae.benchmarks.studies import (
     annealing,
+    backward_components,
     backward_samples,
     digits,
     em,
@@ -25,12 +27,17 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """So short that only the form of what is found can be looked at."""
     monkeypatch.setattr(digits, "EPOCHS", 1)
     monkeypatch.setattr(estimators, "DRAWS", 3)
     for name, value in {"DRAWS": 3, "STEPS": 1, "FEW": (2,), "S": 4}.items():
         monkeypatch.setattr(backward_samples, name, value)
+    monkeypatch.setenv("FASTVAE_DATA", str(tmp_path))
+    np.savez(tmp_path / "mnist.npz", x_train=np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8))
+    sizes = {"DRAWS": 2, "STEPS": 1, "EXEMPLARS": 30, "SUBSET": 4, "PSEUDO_INPUTS": 4}
+    for name, value in {**sizes, "FEW": {"digits": (30,), "exemplars": (3,), "pseudo-inputs": (2,)}}.items():
+        monkeypatch.setattr(backward_components, name, value)
     monkeypatch.setattr(exemplar_refresh, "SAMPLES", 2)
     monkeypatch.setattr(encoding_memory, "SIZES", (20,))
     for name, value in {"IMAGES": 2, "SAMPLES": 20, "CHAINS": 3, "TEMPERATURES": 4, "LEAPFROG_STEPS": 1}.items():
@@ -49,7 +56,10 @@ def test_the_split_is_the_recorded_one() -> None:
     assert torch.equal(data.validation, data.validation.round())
 
 
-ROWS = {"backward-samples": 2, "estimators": 6, "refresh": 8, "memory": 2, "annealing": 3, "total-correlation": 3}
+ROWS = {
+    **{"backward-components": 3, "backward-samples": 2, "estimators": 6, "refresh": 10, "memory": 2},
+    **{"annealing": 3, "total-correlation": 3},
+}
 
 
 @pytest.mark.parametrize(("study", "rows"), ROWS.items())
@@ -64,6 +74,9 @@ def test_a_study_writes_its_record(study: str, rows: int, tmp_path: Path) -> Non
             assert row["seconds"] > 0 and row["backward_samples"] in (4, 2)
             both = row["variance_of_a_batch"], row["variance_over_batches"]
             assert both == (1, 1) if row["backward_samples"] == 4 else min(both) > 0
+        if study == "backward-components":
+            assert row["time"] > 0 and row["components"] > row["backward_components"] in (30, 3, 2)
+            assert row["added_variance"] > 0
         if study == "refresh":
             # of validation images, which are encoded too, none is counted
             assert row["log_likelihood"] < 0 and row["way"].startswith("all") == (row["encoded_in_a_step"] == 1200)

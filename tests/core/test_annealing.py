@@ -186,7 +186,7 @@ def test_the_score_comes_with_the_density(compiled: None) -> None:
 def test_memory_and_progress() -> None:
     """No more rows at once than log_likelihood decodes; each step is told."""
     model, told = vae(), []
-    rows = fastvae.bounds.rows_on(torch.device("cpu"))
+    rows = fastvae._few.rows_on(torch.device("cpu"))
     for x, chains in ((torch.rand(500, 6).round(), 10), (torch.rand(2, 6).round(), rows + 1)):
         model.decoder.rows.clear()
         told.clear()

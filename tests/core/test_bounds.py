@@ -12,9 +12,10 @@ from models import LinearGaussian, assert_gradient_of_few_samples, vae
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from fastvae import VAE, StandardNormalPrior, bounds
+from fastvae import VAE, StandardNormalPrior, _few, bounds
+from fastvae._few import resampled
 from fastvae._noise import PartOfBatch, rows_of_batch
-from fastvae.bounds import GRADIENTS, Bound, _kept, effective_sample_size
+from fastvae.bounds import GRADIENTS, Bound, effective_sample_size
 from fastvae.priors import Density
 
 
@@ -300,7 +301,7 @@ def test_few_weights_stand_for_all(count: int) -> None:
     log_w[:, 0] = 0.0
     log_w[4:, 1] = -math.inf
     v, R = torch.softmax(log_w, 0), 40_000
-    s, kept = _kept(v.repeat_interleave(R, 1), count)  # R columns of each
+    s, kept = resampled(v.repeat_interleave(R, 1), count)  # R columns of each
     assert s.shape == kept.shape == (count, 5 * R)
     weights = torch.zeros(8, 5 * R, dtype=torch.float64).scatter_add_(0, s, kept).reshape(8, 5, R)
     assert torch.allclose(weights.sum(0), torch.ones(5, R, dtype=torch.float64))
@@ -321,11 +322,11 @@ def test_few_weights_stand_for_all(count: int) -> None:
 
 def test_few_weights_where_almost_all_is_in_one() -> None:
     v = torch.softmax(torch.tensor([[-3e4, 0.0], [0.0, math.nan], [-200.0, 1.0], [-math.inf, 0.0]]), 0)
-    s, weights = _kept(v, 3)
+    s, weights = resampled(v, 3)
     assert weights[:, 0].tolist() == [1.0, 0.0, 0.0] and s[0, 0] == 1
     assert bool((s[1:, 0] == 1).all())  # not those whose gradient may be infinite
     assert bool(weights[:, 1].isnan().all())
-    assert [part.shape for part in _kept(v[:, :0], 3)] == [(3, 0), (3, 0)]
+    assert [part.shape for part in resampled(v[:, :0], 3)] == [(3, 0), (3, 0)]
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
@@ -334,12 +335,12 @@ def test_few_weights_at_the_ends_of_the_random_number(
     count: int, number: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has no weight is never kept, and nothing is kept twice, wherever the sums are rounded."""
-    monkeypatch.setattr(bounds, "_uniform", lambda v: torch.full_like(v[:, 0], number))
+    monkeypatch.setattr(_few, "_uniform", lambda v: torch.full_like(v[:, 0], number))
     torch.manual_seed(0)
     log_w = 2 * torch.randn(12, 2000)
     log_w[[3, 7]] = -math.inf
     v = torch.softmax(log_w, 0)
-    s, weights = _kept(v, count)
+    s, weights = resampled(v, count)
     assert bool((v.gather(0, s) > 0).all() and (weights > 0).all())
     assert bool((s.sort(0).values.diff(dim=0) > 0).all())
 
@@ -347,10 +348,10 @@ def test_few_weights_at_the_ends_of_the_random_number(
 def test_few_weights_of_a_part_of_a_batch() -> None:
     v = torch.softmax(torch.randn(6, 5), 0)
     torch.manual_seed(0)
-    whole = _kept(v, 2)
+    whole = resampled(v, 2)
     torch.manual_seed(0)
     with rows_of_batch(PartOfBatch(3, 2, 5)):
-        part = _kept(v[:, 3:], 2)
+        part = resampled(v[:, 3:], 2)
     for mine, of_all in zip(part, whole, strict=True):
         assert torch.equal(mine, of_all[:, 3:])
 
@@ -427,7 +428,7 @@ def test_the_first_pass_decodes_what_a_cache_holds(monkeypatch: pytest.MonkeyPat
     wanted = drawn()
     for rows, pieces in ((12, [4, 2]), (2, [1] * 6)):
         called.clear()
-        monkeypatch.setattr(bounds, "rows_on", lambda device, rows=rows: rows)
+        monkeypatch.setattr(_few, "rows_on", lambda device, rows=rows: rows)
         assert torch.allclose(drawn(), wanted, rtol=1e-12, atol=0)
         assert called == [*[("x", piece) for piece in pieces], ("z", 6), ("x", 2), ("z", 2)]
 
@@ -475,7 +476,7 @@ def test_few_samples_look_at_what_a_module_does() -> None:
 @pytest.mark.parametrize("gradient", ["plain", "stl"])
 def test_few_samples_under_transforms(gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each example's own gradient, by vmap of grad, is that of the batch."""
-    monkeypatch.setattr(bounds, "_uniform", lambda v: torch.full_like(v[:, 0], 0.3))
+    monkeypatch.setattr(_few, "_uniform", lambda v: torch.full_like(v[:, 0], 0.3))
     known = Known(n=3)
     mu, logvar = (v.detach().clone().requires_grad_() for v in known.linear.encode(known.x))
     noise = torch.randn(6, 3, mu.shape[-1], dtype=mu.dtype)

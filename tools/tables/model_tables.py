@@ -278,6 +278,24 @@ def bounds_backward_samples(results: Results) -> str:
     )
 
 
+@table("bounds-backward-components", "bounds-backward-components.json")
+def bounds_backward_components(results: Results) -> str:
+    """What a backward pass of few components saves, and the noise that it adds."""
+    rows = results.read("bounds-backward-components.json")["rows"]
+    return formatting.markdown(
+        ["components", "in backward", "time of forward and backward / all components'", "added variance"],
+        [
+            [
+                f"{row['components']:,} {row['case']}",
+                str(row["backward_components"]),
+                f"{row['time']:.2f}",
+                f"{100 * row['added_variance']:.2g} %",
+            ]
+            for row in rows
+        ],
+    )
+
+
 @table("bounds-refresh", "bounds-refresh.json")
 def bounds_refresh(results: Results) -> str:
     """What training with fewer exemplars encoded in a step costs."""

@@ -56,6 +56,7 @@ class TrainConfig:
     subset: AtLeastOne | None = None
     refresh: Annotated[float, Field(gt=0, le=1)] = 1.0
     neighbours: AtLeastZero = 0
+    backward_components: AtLeastOne | None = None
     shared_variance: bool = False
     bound: BoundName = "elbo"
     num_samples: AtLeastOne = 1
@@ -76,6 +77,12 @@ class TrainConfig:
     def _fit_together(self) -> TrainConfig:
         if self.subset is not None and self.refresh < 1:
             raise ConfigError("--subset and --refresh are two ways to save work in a step; say one of them.")
+        if self.backward_components is not None and self.refresh < 1:
+            raise ConfigError(
+                "--backward-components and --refresh are two ways to save work in a step; say one of them."
+            )
+        if self.backward_components is not None and self.conditional:
+            raise ConfigError("--backward-components is not for a --conditional model; leave one of them out.")
         if self.conditional and self.model == "hvae":
             raise ConfigError("--conditional is for --model vae; an hvae is not given labels.")
         if self.bound == "elbo" and self.gradient == "dreg":
@@ -100,6 +107,7 @@ ADDED_LATER = frozenset(
         "conditional",
         "truncated_logistic",
         "backward_samples",
+        "backward_components",
     }
 )
 
@@ -142,7 +150,8 @@ FOR_BOUND: dict[str, dict[str, Any]] = {"iwae": {"num_samples": 50, "gradient": 
 
 # Found by `python -m tools.experiments.exemplar`.
 FOR_PRIOR: dict[str, dict[str, Any]] = {"exemplar": {"shared_variance": True}}
-EXEMPLARS = 500  # that a step of training takes, unless it is said how many, or to refresh a share of all
+# Exemplars that a step of training takes, unless it is said how many, or how few of all are encoded with a gradient.
+EXEMPLARS = 500
 
 
 def make_config(given: dict[str, Any]) -> TrainConfig:
@@ -174,6 +183,7 @@ OF_PRIORS: dict[str, tuple[PriorName, ...]] = {
     "subset": ("exemplar",),
     "refresh": ("vamp", "exemplar"),
     "neighbours": ("vamp", "exemplar"),
+    "backward_components": ("vamp", "exemplar"),
     "shared_variance": ("exemplar",),
 }
 
@@ -192,7 +202,8 @@ def begun(config: TrainConfig, images: int) -> TrainConfig:
 
     Where it was not said how many exemplars a step takes, it takes `EXEMPLARS` of them, or all if there are no more.
     """
-    if config.prior != "exemplar" or config.subset is not None or config.refresh < 1 or images <= EXEMPLARS:
+    said = config.subset is not None or config.refresh < 1 or config.backward_components is not None
+    if config.prior != "exemplar" or said or images <= EXEMPLARS:
         return config
     return replace(config, subset=EXEMPLARS)
 

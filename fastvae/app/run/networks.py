@@ -117,6 +117,7 @@ def build(config: TrainConfig, dataset: Dataset, ranks: Ranks = ALONE) -> VAE:
             chunk_size=config.chunk_size,
             refresh=config.refresh,
             neighbours=config.neighbours,
+            backward_components=config.backward_components,
         )
     likelihood = _likelihood(config, dataset)
     if lower:
@@ -205,6 +206,7 @@ def _exemplar_prior(config: TrainConfig, dataset: Dataset, encoder: nn.Module, r
         chunk_size=chunk_size,
         refresh=config.refresh,
         neighbours=config.neighbours,
+        backward_components=config.backward_components,
     )
 
 

@@ -190,6 +190,8 @@ def _check_ranks(ranks: Ranks, config: TrainConfig, dataset: Dataset, earlier: C
         )
     if ranks.size > 1 and config.neighbours:
         raise ConfigError("--neighbours is for one process: each of several knows those of its own images alone.")
+    if ranks.size > 1 and config.backward_components is not None:
+        raise ConfigError("--backward-components is for one process: each of several would choose by its own images.")
 
 
 def _first(vae: VAE, optimizer: Adam) -> Checkpoint:
