@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae import VAE, ExemplarPrior, VampPrior
+from fastvae import VAE, ExemplarPrior, StandardNormalPrior, VampPrior
 from fastvae._networks import BinaryDecoder, Encoder
 
 from . import digits
@@ -29,6 +29,7 @@ class Case(NamedTuple):
 
     name: str
     vae: VAE
+    prior: ExemplarPrior | VampPrior
     x: Tensor
     few: tuple[int, ...]
 
@@ -36,29 +37,25 @@ class Case(NamedTuple):
 def study() -> dict[str, Any]:
     """For each case and number of components in backward: the variance that this adds, and the time it takes.
 
-    The variance is that of the encoder's gradient over batches of 100, with all components in backward; what is added
+    The variance is that of all parameters' gradient over batches of 100, with all components in backward; what is added
     to it is the mean squared distance of the gradient of few from that of all, of the same batch and draws of z.  The
     time is that of forward and backward, relative to that with all.  The digits are always there; MNIST where
     FASTVAE_DATA names its folder.
     """
     rows = []
     for case in _cases():
-        prior = case.vae.prior
-        assert isinstance(prior, ExemplarPrior | VampPrior)
-        K = len(prior.component_log_weights())
-        of_all, seconds_of_all = _gradients(case, None)
+        gradients, seconds = _measured(case)
+        of_all = gradients[None]
         variance = float(of_all.var(0).sum())
         for few in case.few:
-            of_few, seconds = _gradients(case, few)
-            added = float((of_few - of_all).square().sum(1).mean()) / variance
             rows.append(
                 {
                     "case": case.name,
-                    "components": K,
+                    "components": len(case.prior.component_log_weights()),
                     "backward_components": few,
-                    "added_variance": added,
-                    "time": seconds / seconds_of_all,
-                    "seconds_of_all": seconds_of_all,
+                    "added_variance": float((gradients[few] - of_all).square().sum(1).mean()) / variance,
+                    "seconds": seconds[few],
+                    "seconds_of_all": seconds[None],
                 }
             )
             print(rows[-1], flush=True)
@@ -69,20 +66,29 @@ def _cases() -> Iterator[Case]:
     data = digits.load()
     vae = digits.new_model(data, {"shared_variance": True})
     digits.train(vae, data)
-    yield Case("exemplars, digits", vae, data.train, FEW["digits"])
+    assert isinstance(vae.prior, ExemplarPrior)
+    yield Case("exemplars, digits", vae, vae.prior, data.train, FEW["digits"])
     folder = os.environ.get("FASTVAE_DATA")
     if not folder:
         return
     with np.load(Path(folder) / "mnist.npz") as arrays:
         x = torch.from_numpy(arrays["x_train"][:EXEMPLARS]).flatten(1) / 255
-    for name, few in (("exemplars", FEW["exemplars"]), ("pseudo-inputs", FEW["pseudo-inputs"])):
-        torch.manual_seed(0)
-        encoder, decoder = Encoder(784, 300, 40), BinaryDecoder(784, 300, 40)
-        exemplars = ExemplarPrior(encoder, x, shared_variance=True, subset=SUBSET, chunk_size=1000)
-        vae = VAE(encoder, decoder, exemplars if name == "exemplars" else VampPrior(encoder, x[:PSEUDO_INPUTS]))
-        _train(vae, x)
-        exemplars.subset = None  # for training alone, to which little time is given here
-        yield Case(f"{name}, MNIST", vae, x, few)
+    vae = _vae()
+    exemplars = ExemplarPrior(vae.encoder, x, shared_variance=True, subset=SUBSET, chunk_size=1000)
+    vae.prior = exemplars
+    _train(vae, x)
+    exemplars.subset = None  # which was for training, to save time
+    yield Case("exemplars, MNIST", vae, exemplars, x, FEW["exemplars"])
+    vae = _vae()
+    pseudo_inputs = VampPrior(vae.encoder, x[:PSEUDO_INPUTS])
+    vae.prior = pseudo_inputs
+    _train(vae, x)
+    yield Case("pseudo-inputs, MNIST", vae, pseudo_inputs, x, FEW["pseudo-inputs"])
+
+
+def _vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE(Encoder(784, 300, 40), BinaryDecoder(784, 300, 40), StandardNormalPrior(40))
 
 
 def _train(vae: VAE, x: Tensor) -> None:
@@ -99,16 +105,24 @@ def _batch(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bernoulli(x[index]), index
 
 
-def _gradients(case: Case, few: int | None) -> tuple[Tensor, float]:
-    """The encoder's gradients of the same batches whatever `few` is, [DRAWS, n], and the median seconds of one."""
-    case.vae.train().prior.backward_components = few
-    found, seconds = [], []
+def _measured(case: Case) -> tuple[dict[int | None, Tensor], dict[int | None, float]]:
+    """For each count, None for all: the gradients of all parameters, [DRAWS, n], and the median seconds of one.
+
+    A batch and its draws of z are the same for all counts, which take turns.
+    """
+    kinds = (None, *case.few)
+    found: dict[int | None, list[Tensor]] = {few: [] for few in kinds}
+    seconds: dict[int | None, list[float]] = {few: [] for few in kinds}
     for number in range(DRAWS):
-        torch.manual_seed(number)
-        batch, index = _batch(case.x)
-        started = time.perf_counter()
-        loss = case.vae(batch, index=index).loss
-        gradient = torch.autograd.grad(loss, [*case.vae.encoder.parameters()])
-        seconds.append(time.perf_counter() - started)
-        found.append(torch.cat([g.flatten() for g in gradient]))
-    return torch.stack(found), median(seconds)
+        for few in kinds:
+            case.vae.train()
+            case.prior.backward_components = few
+            torch.manual_seed(number)
+            batch, index = _batch(case.x)
+            started = time.perf_counter()
+            loss = case.vae(batch, index=index).loss
+            gradient = torch.autograd.grad(loss, [*case.vae.parameters()])
+            seconds[few].append(time.perf_counter() - started)
+            found[few].append(torch.cat([g.flatten() for g in gradient]))
+    gradients = {few: torch.stack(of_few) for few, of_few in found.items()}
+    return gradients, {few: median(times) for few, times in seconds.items()}
