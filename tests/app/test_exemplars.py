@@ -44,6 +44,7 @@ def settings(folder: Path) -> dict[str, Any]:
         (["--no-shared-variance"], 10, False),
         (["--subset", 12], 12, True),
         (["--refresh", 0.5], None, True),
+        (["--backward-components", 5], None, True),
     ],
 )
 def test_what_is_not_said_is_decided_when_a_run_begins(
@@ -120,7 +121,7 @@ def test_a_comparison_has_the_same_default(cli: Cli, tmp_path: Path, tiny_npz: P
 def test_protocols_say_how_many_exemplars_a_step_takes() -> None:
     """They are compared with a run's settings, which no default may have changed."""
     exemplar = [read_protocol(name).config for name in protocol_names() if "exemplar" in name]
-    assert [(c.subset, c.shared_variance) for c in exemplar] == [(25_000, True)]
+    assert [(c.subset, c.shared_variance, c.backward_components) for c in exemplar] == [(25_000, True, 1000)]
     for name in protocol_names():
         config: TrainConfig = read_protocol(name).config
         assert asdict(begun(config, 50_000)) == asdict(config)

@@ -215,6 +215,7 @@ def test_training_pixels_are_drawn_afresh_in_each_epoch(tmp_path: Path) -> None:
     [
         {"prior": "exemplar", "refresh": 0.1, "neighbours": 2, "chunk_size": 7},
         {"prior": "exemplar", "bound": "iwae", "num_samples": 3, "gradient": "dreg", "subset": 20},
+        {"prior": "exemplar", "subset": 20, "backward_components": 6, "chunk_size": 4},
         {"prior": "vamp", "bound": "iwae", "num_samples": 5, "gradient": "dreg", "backward_samples": 2},
         {"prior": "vamp", "refresh": 0.5, "gradient": "stl", "num_samples": 2},
     ],
@@ -331,6 +332,7 @@ def test_resume_with_more_epochs_or_moved_data() -> None:
         {"refresh": 0.0},
         {"neighbours": -1},
         {"chunk_size": 0},
+        {"backward_components": 0},
     ],
 )
 def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:

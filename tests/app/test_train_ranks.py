@@ -107,6 +107,7 @@ def test_three_ranks_evaluate_as_one_process_does(run: Path, three: processes.Ra
         ("small batches", "ConfigError: 3 processes cannot share batches of 2 images.*--batch-size"),
         ("few images", r"ConfigError: 3 processes cannot share batches of 2 images.*\(tiny has 2 training images\)"),
         ("neighbours", "ConfigError: --neighbours is for one process"),
+        ("backward_components", "ConfigError: --backward-components is for one process"),
     ],
 )
 def test_what_is_wrong_is_told_by_all_ranks(tmp_path: Path, three: processes.Ranks, what: str, told: str) -> None:

@@ -190,22 +190,26 @@ def test_under_compile(which: str) -> None:
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+class Step(nn.Module):
+    """z -> sum log p(z), as a module that has the prior's encoder."""
+
+    def __init__(self, encoder: nn.Module, prior: ExemplarPrior | VampPrior) -> None:
+        super().__init__()
+        self.encoder, self.prior = encoder, prior
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.prior.density(INDEX)(z).sum()
+
+
 def test_gradients_by_torch_func() -> None:
     """`torch.func.grad` of the encoder's weights, as `functional_call` puts them in."""
     case = Case("exemplar")
     prior, _ = case.density(4)
     weights = dict(case.encoder.named_parameters())
 
-    class Inside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder, self.prior = case.encoder, prior
-
-        def forward(self, z: Tensor) -> Tensor:
-            return self.prior.density(INDEX)(z).sum()
-
     def log_prob(weights: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(Inside(), {f"encoder.{n}": w for n, w in weights.items()}, (case.z,))
+        named = {f"encoder.{n}": w for n, w in weights.items()}
+        return torch.func.functional_call(Step(case.encoder, prior), named, (case.z,))
 
     torch.manual_seed(3)
     wanted = torch.autograd.grad(log_prob(weights), [*weights.values()])
@@ -213,6 +217,22 @@ def test_gradients_by_torch_func() -> None:
     found = torch.func.grad(log_prob)({n: w.detach() for n, w in weights.items()})
     for name, gradient in zip(weights, wanted, strict=True):
         assert torch.allclose(found[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_each_rows_own_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vmap of grad, each row with a choice of its own, as by one call a row."""
+    case = Case("exemplar")
+    prior, _ = case.density(4)
+    monkeypatch.setattr(_few, "_uniform", lambda v: torch.full_like(v[:, 0], 0.3))
+
+    def log_prob(bias: Tensor, z: Tensor) -> Tensor:
+        weights = {"encoder.mu.bias": bias}
+        return torch.func.functional_call(Step(case.encoder, prior), weights, (z,))
+
+    gradient, bias = torch.func.grad(log_prob), case.encoder.mu.bias.detach()
+    each = torch.func.vmap(gradient, in_dims=(None, 0), randomness="different")(bias, case.z)
+    for got, z in zip(each, case.z, strict=True):
+        assert torch.allclose(got, gradient(bias, z), rtol=1e-10, atol=1e-12)
 
 
 def test_under_autocast() -> None:

@@ -48,6 +48,8 @@ def train_wrongly(rank: int, size: int, what: str, out: Path) -> None:
         config = replace(config, batch_size=2)
     if what == "few images":
         data = replace(data, train=replace(data.train, x=data.train.x[:2], labels=torch.arange(2)))
+    if what == "backward_components":
+        config = replace(config, backward_components=2)
     if what == "neighbours":
         config = replace(config, neighbours=1, refresh=0.5)
     train(config, data, out / f"of-rank-{rank}", ranks=Ranks(rank, size))
