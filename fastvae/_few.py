@@ -1,7 +1,7 @@
-"""Two passes, all of many things without activations and then few of them with a gradient: what both passes share.
+"""Two passes: many things without activations, then few of them again with a gradient.
 
-The bound of many samples (:mod:`fastvae.bounds`) and a mixture of many encoded components
-(:class:`fastvae.priors.encoded.EncodedMixture`) are computed so.
+The bound of many samples (:mod:`fastvae.bounds`) and the density of many encoded components
+(:class:`fastvae.priors.encoded.EncodedMixture`) share what is here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rows_on(device: torch.device) -> int:
 
 
 def samples_on(device: torch.device, points: int) -> int:
-    """How many samples of each of so many points that makes; one at least."""
+    """How many samples of each of `points` points make so many rows; one at least."""
     return max(1, rows_on(device) // max(1, points))
 
 

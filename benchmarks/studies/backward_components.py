@@ -35,11 +35,11 @@ class Case(NamedTuple):
 
 
 def study() -> dict[str, Any]:
-    """For each case and number of components in backward: the variance that this adds, and the time it takes.
+    """For each case and number of components in backward: the variance that this adds, and the seconds it takes.
 
     The variance is that of all parameters' gradient over batches of 100, with all components in backward; what is added
     to it is the mean squared distance of the gradient of few from that of all, of the same batch and draws of z.  The
-    time is that of forward and backward, relative to that with all.  The digits are always there; MNIST where
+    seconds are those of forward and backward.  The digits are always there; MNIST where
     FASTVAE_DATA names its folder.
     """
     rows = []

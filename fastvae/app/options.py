@@ -187,8 +187,8 @@ Neighbours = Annotated[
 BackwardComponents = Annotated[
     int | None,
     typer.Option(
-        help="Of how many pseudo-inputs or exemplars the encoder is given a gradient in each step, chosen at random by "
-        "their responsibilities, so that its mean is that of all. (default: all)",
+        help="How many pseudo-inputs or exemplars take part in backward in each step, chosen at random by their "
+        "responsibilities, so that the gradient's mean is that of all. (default: all)",
         rich_help_panel=MODEL,
     ),
 ]

@@ -110,10 +110,12 @@ def responsibility_sums(
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
     backend = choose(impl, z.device, z.dtype, precision)
     if backend == "reference":
-        with torch.enable_grad():
-            leaf = mu.new_full((len(mu),), -math.log(len(mu))) if log_weights is None else log_weights.detach()
-            log_prob = reference.mixture_log_prob(z, mu, logvar, leaf.requires_grad_(), exclude=exclude)
-            return torch.autograd.grad(log_prob.sum(), leaf)[0]
+        a = reference.component_log_prob(z, mu, logvar, log_weights)  # [..., K]
+        if exclude is not None:
+            a = a.masked_fill(exclude[..., None] == torch.arange(len(mu), device=a.device), -math.inf)
+        empty = (a == -math.inf).all(-1, keepdim=True)
+        r = torch.softmax(a.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+        return r.reshape(-1, len(mu)).sum(0)
     rows, operators = _checks.flat(z, mu, logvar, log_weights, exclude), BACKENDS[backend].operators
     log_prob = operators.mixture_log_prob(*rows)
     ones = torch.ones_like(log_prob)

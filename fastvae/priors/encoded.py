@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvae import _checks
 from fastvae import functional as F
 from fastvae._few import forget_casts, require_repeatable, resampled, rows_on
+from fastvae._noise import rows_of_batch
 from fastvae.contracts import encode, is_readable, require_tensor
 from fastvae.em.responsibilities import responsibility_sums
 from fastvae.priors.base import Density, Prior
@@ -44,7 +45,8 @@ class EncodedMixture(Mixture):
     and in a shared variance.  Of the gradient by way of the encodings, which is the sum of the components' parts, those
     of the components chosen stand for all, scaled so that the mean is that of all.  Components are chosen at random by
     their responsibilities, summed over the rows, and one whose part is 0 never is: where no more than
-    `backward_components` have a part, the gradient is exact.
+    `backward_components` have a part, the gradient is exact.  Each evaluation of the density chooses anew.  A subclass
+    whose `step_components` differ from `components` has no use for it.
     """
 
     encoder: nn.Module
@@ -66,7 +68,7 @@ class EncodedMixture(Mixture):
         if neighbours < 0:
             raise ValueError(f"neighbours must be at least 0, not {neighbours}")
         if backward_components is not None:
-            _checks.count("backward_components", backward_components, " or None")
+            backward_components = _checks.positive("backward_components", backward_components)
             if refresh < 1:
                 raise ValueError(
                     "backward_components and refresh are two ways to save work in a step; give one of them"
@@ -136,17 +138,19 @@ class EncodedMixture(Mixture):
         self._kept = mu.detach(), logvar.detach()
         return mu, logvar
 
-    def _takes_few(self, K: int) -> bool:
-        """Whether a gradient is to reach the encoder by way of few of K components."""
+    def _takes_few(self, K: int | None = None) -> bool:
+        """Whether a gradient is to reach the encoder by way of few of the K components of a step, None for all."""
         few = self.backward_components
-        return few is not None and few < K and self.training and torch.is_grad_enabled()
+        if few is None or not (self.training and torch.is_grad_enabled()):
+            return False
+        return few < (self.component_log_weights().shape[-1] if K is None else K)
 
     @torch.no_grad()
     def _without_activations(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu [n, D], logvar [n, D]) of these components, None for all, in pieces that a cache holds."""
         require_repeatable("backward_components calls the encoder twice for the same input", self.encoder)
         u = self._inputs(index)
-        rows = len(u) if torch.compiler.is_compiling() else self.chunk_size or rows_on(u.device)
+        rows = self.chunk_size or (len(u) if torch.compiler.is_compiling() else rows_on(u.device))
         parts = [self._encode(part, None) for part in u.split(rows)]
         forget_casts()
         mu, logvar = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -161,24 +165,28 @@ class EncodedMixture(Mixture):
         exclude: Tensor | None = None,
         index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The same mu and logvar, with the gradient of the components that are chosen for z [..., D].
+        """The same mu and logvar, with the gradient of components that are chosen anew in each call.
 
         Args:
+            z: [..., D], the points whose responsibilities choose.
             mu, logvar: as `_without_activations(index)` gave them; logvar may also be one for all, [], which the
                 encoder does not give.
             log_weights, exclude: as of :func:`fastvae.mixture_log_prob`.
+            index: int64 [K], which inputs these are the encodings of; None, all of them.
         """
         if not torch.is_grad_enabled():
             return mu, logvar
         assert self.backward_components is not None
         sums = responsibility_sums(z, mu, logvar, log_weights, exclude, **self.backend_options)  # [K]
-        kept, weight = (t.squeeze(1) for t in resampled(sums[:, None], self.backward_components))
+        with rows_of_batch(None):  # the choice is not one of a row
+            kept, weight = (t.squeeze(1) for t in resampled(sums[:, None], self.backward_components))
         scale = torch.where(weight > 0, weight / sums[kept], 0.0)  # a weight of 0 fills the number
         few = self._encoded(kept if index is None else index[kept])
-        # The compiled backward pass makes anew, with other random numbers, what no output of the forward pass depends
-        # on.  So the means must seem to depend on the components kept.
-        mu = torch.where(kept[0] >= 0, mu, math.nan)
-        scale = scale.to(mu.dtype)[:, None]
+        if torch.compiler.is_compiling():
+            # The compiled backward pass makes anew, with other random numbers, what no output of the forward pass
+            # depends on.  So the means must seem to depend on the components kept.
+            mu = torch.where(kept[0] >= 0, mu, math.nan)
+        scale = scale[:, None]
         mu = _OfFew.apply(mu, few[0], kept, scale)
         return mu, logvar if logvar.ndim == 0 else _OfFew.apply(logvar, few[1], kept, scale)
 
@@ -186,11 +194,12 @@ class EncodedMixture(Mixture):
         return (*self._encoded(), self.component_log_weights())
 
     def density(self, index: Tensor | None = None, near: Tensor | None = None, y: Tensor | None = None) -> Density:
-        log_weights = self.component_log_weights()
-        if not self._takes_few(log_weights.shape[-1]):
+        if not self._takes_few():
             return super().density(index, near, y)
+        if self.conditional:
+            raise ValueError("backward_components is not for a conditional prior")
         self._check_given(y)
-        encoded = self._without_activations()
+        encoded, log_weights = self._without_activations(), self.component_log_weights()
 
         def log_prob(z: Tensor) -> Tensor:
             mu, logvar = self._with_gradient_of_few(z, *encoded, log_weights)
@@ -207,8 +216,9 @@ class EncodedMixture(Mixture):
         index: Tensor | None = None,
         y: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        of = Prior if self.backward_components is not None else Mixture
-        return of.kl(self, mu, logvar, num_samples, index=index, y=y)
+        if not self._takes_few():
+            return super().kl(mu, logvar, num_samples, index=index, y=y)
+        return Prior.kl(self, mu, logvar, num_samples, index=index, y=y)
 
     def step_components(self, near: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         return (*self._refreshed(None, near), self.component_log_weights())
@@ -233,7 +243,7 @@ class _OfFew(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         kept, scale = ctx.saved_tensors
-        return None, grad[kept] * scale, None, None
+        return None, (grad[kept] * scale).to(grad.dtype), None, None  # scales are too large for float16
 
 
 def _nearest(points: Tensor, mu: Tensor, count: int, index: Tensor | None) -> Tensor:

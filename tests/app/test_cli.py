@@ -211,7 +211,10 @@ def test_overwrite_that_cannot_be_done_keeps_the_old_run(cli: Cli, tmp_path: Pat
         (["train", "--prior", "exemplar", "--subset", "1201"], "--subset is 1201; it should be 2 ... 1200"),
         (["train", "--subset", "9", "--refresh", "0.5"], "--subset and --refresh are two ways"),
         (["train", "--refresh", "0"], "--refresh is 0.0"),
-        (["train", "--refresh", "0.5", "--backward-components", "9"], "--backward-components and --refresh both save"),
+        (
+            ["train", "--refresh", "0.5", "--backward-components", "9"],
+            "--backward-components and --refresh are two ways",
+        ),
         (["train", "--conditional", "--backward-components", "9"], "is not for a --conditional model"),
         (["train", "--neighbours", "-2"], "--neighbours is -2"),
         (["train", "--device", "abacus"], "--device is 'abacus'"),

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from fastvae import VAE, ExemplarPrior, VampPrior, _few
+from fastvae._noise import PartOfBatch, rows_of_batch
 from fastvae.em.responsibilities import responsibility_sums
 from fastvae.priors import Density
+from fastvae.priors.encoded import _OfFew
 
 K = 12
 INDEX = torch.tensor([4, -1, 9])
@@ -103,8 +105,43 @@ def test_it_is_exact_where_few_have_a_part(which: str) -> None:
     case = Case(which, reach=400.0)
     with torch.no_grad():
         case.z = case.encoder(case.data)[0][[0, 5, 7, 5, 0, 0]].view(2, 3, 3) + 0.1 * case.z
-    for got, wanted in zip(case.gradients(5), case.gradients(None), strict=True):
+    for got, wanted in zip(case.gradients(3), case.gradients(None), strict=True):
         assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("absent", ["excluded", "of weight 0"])
+def test_a_component_that_does_not_count_takes_no_place(absent: str) -> None:
+    """Rows beside component 0, which they leave out: the gradient is exact with places for the two others alone."""
+    case = Case("vamp" if absent == "of weight 0" else "exemplar", reach=400.0)
+    with torch.no_grad():
+        mu = case.encoder(case.data)[0]
+        case.z = (mu[0] + torch.tensor([[1e-3], [-1e-3]]) * (mu[5] - mu[0])).double()
+    weights = torch.ones(K).index_fill(0, torch.tensor(0), 0.0)
+
+    def gradient(few: int | None) -> Tensor:
+        if absent == "of weight 0":
+            density = VampPrior(case.encoder, case.data, probs=weights, backward_components=few).density()
+        else:
+            density = ExemplarPrior(case.encoder, case.data, backward_components=few).density(torch.tensor([0, 0]))
+        return torch.autograd.grad(density(case.z).sum(), case.encoder.mu.weight)[0]
+
+    part = responsibility_sums(case.z, *case.encoder(case.data), weights.log().double())
+    places = int((part > 0).sum())
+    assert places < K - 1
+    assert torch.allclose(gradient(places), gradient(None), rtol=1e-9)
+
+
+def test_the_choice_is_by_the_priors_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spied(*arguments: Any, **options: Any) -> Tensor:
+        seen.append(options)
+        return responsibility_sums(*arguments, **options)
+
+    monkeypatch.setattr("fastvae.priors.encoded.responsibility_sums", spied)
+    options = {"impl": "composite", "precision": "highest", "dense_backward": True}
+    Case("vamp").density(4, **options)[1](torch.randn(2, 3, dtype=torch.float64))
+    assert seen == [options]
 
 
 @pytest.mark.parametrize("which", PRIORS)
@@ -145,6 +182,28 @@ def test_outside_of_a_step_of_training_all_are_encoded(which: str) -> None:
     assert case.encoder.rows == [K]
 
 
+@pytest.mark.parametrize("kind", [VampPrior, ExemplarPrior])
+def test_a_step_of_a_vae_encodes_few_with_a_gradient(kind: type) -> None:
+    called = []
+    encoder = Encoder()
+    encoder.register_forward_hook(lambda _, inputs, output: called.append((len(inputs[0]), torch.is_grad_enabled())))
+    model = VAE(encoder, Decoder(), kind(encoder, torch.rand(K, 6), backward_components=4))
+    model(torch.rand(3, 6), index=torch.arange(3))
+    assert called == [(3, True), (K, False), (4, True)]
+    called.clear()
+    model.eval()(torch.rand(3, 6))
+    assert called == [(3, True), (K, True)]
+
+
+def test_scales_beyond_float16() -> None:
+    """What arrives for a component is tiny, and its scale is larger than float16 can say."""
+    of_all = torch.zeros(3, 2, dtype=torch.float16)
+    few = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
+    through = _OfFew.apply(of_all, few, torch.tensor([1]), torch.full((1, 1), 2.0**17))
+    (gradient,) = torch.autograd.grad((through.float() * 2.0**-15).sum(), few)
+    assert torch.equal(gradient, torch.full((1, 2), 4.0, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("which", ["vamp", "exemplar"])
 @pytest.mark.parametrize(
     "arguments",
@@ -173,11 +232,12 @@ def test_a_vae_trains_with_it(which: str, arguments: dict[str, Any], monkeypatch
     assert torch.allclose(*losses, rtol=1e-6)
 
 
+@pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("which", ["vamp", "exemplar, one variance, of a subset"])
-def test_under_compile(which: str) -> None:
+def test_under_compile(which: str, impl: str | None) -> None:
     """In one graph, and backward has the components that were chosen in forward, not others drawn anew."""
     case = Case(which)
-    prior, _ = case.density(4)
+    prior, _ = case.density(4, impl=impl, chunk_size=8)
 
     def log_prob(z: Tensor) -> Tensor:
         return prior.density(None if which == "vamp" else INDEX)(z).sum()
@@ -185,7 +245,9 @@ def test_under_compile(which: str) -> None:
     results = []
     for run in (log_prob, torch.compile(log_prob, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(3)
+        case.encoder.rows.clear()
         results.append(torch.autograd.grad(run(case.z), [*case.encoder.parameters()], allow_unused=True))
+        assert max(case.encoder.rows) <= 8
     for a, b in zip(*results, strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -201,10 +263,11 @@ class Step(nn.Module):
         return self.prior.density(INDEX)(z).sum()
 
 
-def test_gradients_by_torch_func() -> None:
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_gradients_by_torch_func(impl: str | None) -> None:
     """`torch.func.grad` of the encoder's weights, as `functional_call` puts them in."""
     case = Case("exemplar")
-    prior, _ = case.density(4)
+    prior, _ = case.density(4, impl=impl)
     weights = dict(case.encoder.named_parameters())
 
     def log_prob(weights: dict[str, Tensor]) -> Tensor:
@@ -260,8 +323,8 @@ def test_it_needs_an_encoder_that_repeats_itself(module: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("few", "options", "message"),
     [
-        (0, {}, "backward_components must be at least 1 or None, not 0"),
-        (2.0, {}, "backward_components must be an integer or None, not float"),
+        (0, {}, "backward_components must be at least 1, not 0"),
+        (2.0, {}, "backward_components must be an integer, not float"),
         (2, {"refresh": 0.5}, "backward_components and refresh are two ways"),
     ],
 )
@@ -275,6 +338,10 @@ def test_mistakes(kind: type, few: Any, options: dict[str, Any], message: str) -
 def test_conditional_priors_do_not_have_it(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="backward_components is not for a conditional prior"):
         VampPrior(Encoder(), torch.rand(K, 6), backward_components=4, **given)
+    prior = VampPrior(Encoder(), torch.rand(K, 6), **given)
+    prior.backward_components = 4
+    with pytest.raises(ValueError, match="backward_components is not for a conditional prior"):
+        prior.density(y=torch.tensor([0]))
 
 
 @pytest.mark.parametrize("excluding", [False, True])
@@ -292,3 +359,13 @@ def test_sums_of_responsibilities(each_impl: str, excluding: bool) -> None:
     assert got[2] == 0
     alike = responsibility_sums(z, mu, logvar[0, 0], impl=each_impl)
     assert alike.sum() == pytest.approx(10, rel=1e-5)
+    nowhere = torch.full((2,), -math.inf)
+    assert torch.equal(responsibility_sums(z, mu[:2], logvar[:2], nowhere, impl=each_impl), torch.zeros(2))
+
+
+def test_the_choice_of_a_part_of_a_batch() -> None:
+    """Ranks that share a batch's noise choose components each for itself."""
+    case = Case("exemplar")
+    _, density = case.density(4)
+    with rows_of_batch(PartOfBatch(first=2, rows=3, of=9)):
+        density(case.z).sum().backward()

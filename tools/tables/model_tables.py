@@ -278,6 +278,10 @@ def bounds_backward_samples(results: Results) -> str:
     )
 
 
+def _percent(share: float) -> str:
+    return "< 0.01 %" if share < 1e-4 else f"{100 * share:.2g} %"
+
+
 @table("bounds-backward-components", "bounds-backward-components.json")
 def bounds_backward_components(results: Results) -> str:
     """What a backward pass of few components saves, and the noise that it adds."""
@@ -289,7 +293,7 @@ def bounds_backward_components(results: Results) -> str:
                 f"{row['components']:,} {row['case']}",
                 str(row["backward_components"]),
                 f"{row['seconds'] / row['seconds_of_all']:.2f}",
-                f"{100 * row['added_variance']:.2g} %",
+                _percent(row["added_variance"]),
             ]
             for row in rows
         ],

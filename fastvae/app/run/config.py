@@ -150,7 +150,8 @@ FOR_BOUND: dict[str, dict[str, Any]] = {"iwae": {"num_samples": 50, "gradient": 
 
 # Found by `python -m tools.experiments.exemplar`.
 FOR_PRIOR: dict[str, dict[str, Any]] = {"exemplar": {"shared_variance": True}}
-# Exemplars that a step of training takes, unless it is said how many, or how few of all are encoded with a gradient.
+# Exemplars that a step of training takes, unless it is said how many, or to refresh a share of all, or that few of them
+# take part in backward.
 EXEMPLARS = 500
 
 
