@@ -5,12 +5,10 @@
 
 #include_next <ucontext.h>
 
-#include <setjmp.h>
-
 namespace emulation {
 
 struct Context : ::ucontext_t {
-  jmp_buf at;  // where it goes on
+  void* at[5];  // where it goes on
   bool entered = false;
   void (*body)() = nullptr;
 };
@@ -18,11 +16,11 @@ using ucontext_t = Context;
 
 inline Context* entering = nullptr;
 
-inline void run_bodies() {
+__attribute__((noinline)) inline void run_bodies() {
   Context* const own = entering;
   for (;;) {
     own->body();
-    if (!_setjmp(own->at)) _longjmp(static_cast<Context*>(own->uc_link)->at, 1);
+    if (!__builtin_setjmp(own->at)) __builtin_longjmp(static_cast<Context*>(own->uc_link)->at, 1);
   }
 }
 
@@ -35,10 +33,10 @@ inline void makecontext(Context* context, void (*body)(), int) {
   if (!context->entered) ::makecontext(context, run_bodies, 0);
 }
 
-inline void swapcontext(Context* from, Context* to) {
+__attribute__((noinline)) inline void swapcontext(Context* from, Context* to) {
   from->entered = true;
-  if (_setjmp(from->at)) return;
-  if (to->entered) _longjmp(to->at, 1);
+  if (__builtin_setjmp(from->at)) return;
+  if (to->entered) __builtin_longjmp(to->at, 1);
   to->entered = true;
   entering = to;
   ::setcontext(to);
