@@ -24,8 +24,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulation"
-# -O1: with -O2 CUDA's code runs as fast, since most of the time goes into changing threads, and that of AVX-512 saves
-# less time than it takes to compile.
+# -O1: with -O2 CUDA's code runs as fast, since most of the time goes into changing threads.
 FLAGS = (
     *("-std=c++17", "-O1", "-march=native", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
