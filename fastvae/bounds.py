@@ -22,7 +22,8 @@ in the place of v_s a random weight whose mean is v_s and which is 0 for all but
 Sources: Burda, Grosse and Salakhutdinov, Importance weighted autoencoders (ICLR 2016); Roeder, Wu and Duvenaud,
 Sticking the landing (NeurIPS 2017); Tucker, Lawson, Gu and Maddison, Doubly reparameterized gradient estimators for
 Monte Carlo objectives (ICLR 2019), whose beta is 1.  That one sample, drawn by its weight, is enough for an unbiased
-gradient is in Burda et al.; which m to take, in :func:`fastvae._few.resampled`.
+gradient is in Burda et al.; which m to take, in Fearnhead and Clifford, On-line inference for hidden Markov models via
+particle filters (JRSS B 2003).
 """
 
 from __future__ import annotations
