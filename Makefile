@@ -65,12 +65,11 @@ gpu:
 dist: .venv/ready
 	$(BIN)/python -m build --no-isolation
 
-# torch first, and no build isolation, so that the extension is built against the torch it will run with; Python compiles
-# the modules that it imports
+# torch first, and no build isolation, so that the extension is built against the torch it will run with
 .venv/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile "$(TORCH)" "setuptools>=77" wheel ninja
-	$(BIN)/pip install --quiet --no-compile --no-build-isolation --editable ".[dev]"
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:

@@ -123,7 +123,7 @@ def test_chunks_do_not_change_the_estimate(monkeypatch: pytest.MonkeyPatch) -> N
     model, x = linear.vae(standard()), data(linear, 4)
     means, errors = [], []
     for rows in (10_000, 28):  # all 50 samples at once; seven at a time, the last piece a single one
-        monkeypatch.setattr("fastvae.bounds._ROWS", rows)
+        monkeypatch.setattr("fastvae._few._ROWS", rows)
         linear.rows.clear()
         draws = torch.stack([model.log_likelihood(x, 50) for _ in range(100)])
         assert (max(linear.rows) == 200) == (rows == 10_000)
