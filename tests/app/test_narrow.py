@@ -44,6 +44,18 @@ def test_help(cli: Cli, command: str) -> None:
         assert re.search(r"\nevaluate\n +Measure the best model", text)
 
 
+@pytest.mark.parametrize("columns", [69, 80, 85, 86, 120])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "score", "reproduce"])
+def test_help_has_whole_names_at_any_width(
+    cli: Cli, command: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, text, error = cli(command, "--help")
+    assert code == 0, error
+    assert max(map(len, text.splitlines())) <= columns and "…" not in text
+    assert ("│" in text) == (columns >= (86 if command == "train" else 70))
+
+
 def test_a_wide_terminal_has_columns(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     _, text, _ = cli("train", "--help")
