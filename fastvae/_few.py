@@ -22,7 +22,7 @@ def rows_on(device: torch.device) -> int:
 
 
 def samples_on(device: torch.device, points: int) -> int:
-    """How many samples of each of `points` points make so many rows; one at least."""
+    """How many samples of `points` points each, or points of so many samples, make these rows; one at least."""
     return max(1, rows_on(device) // max(1, points))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastvae import _checks
 from fastvae import functional as F
-from fastvae._few import rows_on
+from fastvae._few import rows_on, samples_on
 from fastvae.backends import choice
 from fastvae.contracts import evaluate, require_methods
 from fastvae.hierarchical import HierarchicalVAE, gaussian_log_prob
@@ -359,7 +359,7 @@ def check_chains(vae: VAE, x: Tensor, num_chains: int, leapfrog_steps: int, star
 
 def batches(x: Tensor, num_chains: int) -> tuple[Tensor, ...]:
     """x in parts, so that the chains of one are decoded together."""
-    return x.split(max(1, rows_on(x.device) // num_chains))
+    return x.split(samples_on(x.device, num_chains))
 
 
 def ticker(progress: Progress | None, total: int) -> Callable[[], None]:

@@ -20,8 +20,10 @@ from torch import Tensor
 LOG_2PI = math.log(2 * math.pi)
 
 
-def component_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None = None) -> Tensor:
-    """a_mk = log w_k + log N(z_m; mu_k, exp(logvar_k)), [..., K].  A component of weight zero is -inf."""
+def component_log_prob(
+    z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor | None = None, exclude: Tensor | None = None
+) -> Tensor:
+    """a_mk = log w_k + log N(z_m; mu_k, exp(logvar_k)), [..., K].  A component of weight zero, or excluded, is -inf."""
     K, D = mu.shape
     if log_weights is None:
         log_weights = mu.new_full((K,), -math.log(K))
@@ -30,7 +32,10 @@ def component_log_prob(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tenso
     logvar = logvar.expand(K, D).masked_fill(absent[:, None], 0.0)
     t = (z[..., None, :] - mu) * torch.exp(-0.5 * logvar)  # [..., K, D]
     log_normal = -0.5 * (t.square().sum(-1) + logvar.sum(-1) + D * LOG_2PI)  # [..., K]
-    return (log_weights.masked_fill(absent, 0.0) + log_normal).masked_fill(absent, -math.inf)
+    a = (log_weights.masked_fill(absent, 0.0) + log_normal).masked_fill(absent, -math.inf)
+    if exclude is not None:
+        a = a.masked_fill(exclude[..., None] == torch.arange(K, device=a.device), -math.inf)
+    return a
 
 
 def mixture_log_prob(
@@ -50,9 +55,7 @@ def mixture_log_prob(
         assert log_weights is not None  # [L, K]
         each = [mixture_log_prob(z, mu, logvar, weights, exclude=exclude) for weights in log_weights]
         return torch.stack(each, -1).gather(-1, labels[..., None]).squeeze(-1)
-    a = component_log_prob(z, mu, logvar, log_weights)  # [..., K]
-    if exclude is not None:
-        a = a.masked_fill(exclude[..., None] == torch.arange(mu.shape[0], device=a.device), -math.inf)
+    a = component_log_prob(z, mu, logvar, log_weights, exclude)  # [..., K]
     # torch.logsumexp of nothing but -inf has NaN gradients; such a row has density zero and no gradient.
     empty = (a == -math.inf).all(-1)
     return torch.logsumexp(a.masked_fill(empty[..., None], 0.0), -1).masked_fill(empty, -math.inf)

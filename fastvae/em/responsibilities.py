@@ -110,9 +110,7 @@ def responsibility_sums(
     z, mu, logvar, log_weights, exclude = _checks.mixture(z, mu, logvar, log_weights, exclude)
     backend = choose(impl, z.device, z.dtype, precision)
     if backend == "reference":
-        a = reference.component_log_prob(z, mu, logvar, log_weights)  # [..., K]
-        if exclude is not None:
-            a = a.masked_fill(exclude[..., None] == torch.arange(len(mu), device=a.device), -math.inf)
+        a = reference.component_log_prob(z, mu, logvar, log_weights, exclude)  # [..., K]
         empty = (a == -math.inf).all(-1, keepdim=True)
         r = torch.softmax(a.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         return r.reshape(-1, len(mu)).sum(0)
