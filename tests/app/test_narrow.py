@@ -100,6 +100,21 @@ def test_progress_of_evaluation(width: int) -> None:
     assert any("1234/10000 images" in " ".join(line.split()) for line in told)
 
 
+def test_training_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of a protocol of 2,000 epochs, of which each takes half a minute, is not empty for hours."""
+    split = Split(torch.zeros(200, 9))
+    data = Dataset("tiny", "made here", split, split, split, image_shape=(3, 3), kind="binary")
+    clock = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: clock[0])
+    shown = Console(file=StringIO())
+    with training_progress(shown, TrainConfig(epochs=2000), data, 1, "here:") as watchers:
+        for epoch in [1, 2, 3, 4, 400]:
+            clock[0] += 30.0 if epoch < 400 else 1.0
+            watchers.epoch({"epoch": epoch, "beta": 1, "train": MEASURES, "validation": MEASURES, "seconds": 30})  # type: ignore[typeddict-item]
+    told = [line.split(":")[1] for line in shown.file.getvalue().splitlines() if line]
+    assert told == [" epoch 2/2000", " epoch 4/2000", " epoch 400/2000"]
+
+
 def test_progress_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log of a job of hours tells how far it is, and one of a short job nothing."""
     for seconds, lines_told in (

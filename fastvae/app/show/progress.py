@@ -24,7 +24,7 @@ from fastvae.app.run.config import TrainConfig, bound_name
 from fastvae.app.run.training import Watchers
 from fastvae.app.show.width import is_narrow
 
-SECONDS = 60.0  # between the lines of a count where output does not go to a terminal
+SECONDS = 60.0  # between lines where output does not go to a terminal
 BESIDE = 40  # columns for epoch, bar and time beside the measures
 
 
@@ -35,7 +35,7 @@ def training_progress(
     """Show a bar over all batches, with the last epoch's validation bound, the ELBO's two terms, and the time left.
 
     A narrow terminal gets two short lines in place of the bar. Where output does not go to a terminal there is a
-    line after each fifth of the epochs.
+    line after each fifth of the epochs, and at least one in a minute of epochs.
     """
     batches = ceil(len(dataset.train) / config.batch_size)
     wide = (
@@ -49,6 +49,7 @@ def training_progress(
     with _progress(console, wide, narrow) as progress:
         begun = (first_epoch - 1) * batches
         task = progress.add_task(label, total=config.epochs * batches, completed=begun, measures="")
+        due = _due()
 
         def on_batch(epoch: int, index: int) -> None:
             description = f"{label} epoch {epoch}/{config.epochs}"
@@ -58,7 +59,7 @@ def training_progress(
             told = _measures(config, line)
             fits = len(label) + len(told) + BESIDE <= console.width
             progress.update(task, measures=told if fits else _in_short(config, line))
-            if not console.is_terminal and line["epoch"] % max(1, config.epochs // 5) == 0:
+            if not console.is_terminal and (due() or line["epoch"] % max(1, config.epochs // 5) == 0):
                 console.print(f"{label} epoch {line['epoch']}/{config.epochs}: {told}", soft_wrap=True)
 
         yield Watchers(on_batch, on_epoch)
@@ -82,13 +83,11 @@ def counting_progress(
     )
     narrow = (TextColumn("{task.description}\n{task.completed}/{task.total} " + unit), TimeRemainingColumn())
     with _progress(console, wide, narrow) as progress:
-        task, told = progress.add_task(label, total=total), monotonic()
+        task, due = progress.add_task(label, total=total), _due()
 
         def on_done(done: int) -> None:
-            nonlocal told
             progress.update(task, completed=done)
-            if not console.is_terminal and monotonic() - told >= SECONDS:
-                told = monotonic()
+            if not console.is_terminal and due():
                 console.print(f"{label}: {done:,} of {total:,} {unit}", soft_wrap=True, markup=False, highlight=False)
 
         yield on_done
@@ -97,6 +96,20 @@ def counting_progress(
 def _progress(console: Console, wide: tuple[ProgressColumn, ...], narrow: tuple[ProgressColumn, ...]) -> Progress:
     columns = narrow if is_narrow(console) else wide
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def _due() -> Callable[[], bool]:
+    """A function that says, once in `SECONDS`, that it is time for a line."""
+    last = monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        if monotonic() - last < SECONDS:
+            return False
+        last = monotonic()
+        return True
+
+    return due
 
 
 def _measures(config: TrainConfig, line: Epoch) -> str:
