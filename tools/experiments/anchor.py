@@ -96,7 +96,7 @@ def make_importable(checkout: Path) -> None:
     sys.path[:0] = [str(checkout), str(checkout / "models")]
 
 
-def their_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
+def their_model(config: TrainConfig, dataset: Dataset, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The published code's model of these sizes."""
     arguments = argparse.Namespace(
         input_size=[1, *dataset.image_shape],
@@ -111,9 +111,9 @@ def their_model(config: TrainConfig, dataset: Dataset) -> nn.Module:
         cuda=False,
     )
     module = import_module("models.HVAE_2level" if config.model == "hvae" else "models.VAE")
-    made: nn.Module = module.VAE(arguments).double()
+    made: nn.Module = module.VAE(arguments).to(dtype)
     if config.prior == "vamp":
-        made.idle_input = made.idle_input.double()
+        made.idle_input = made.idle_input.to(dtype)
     return made
 
 
