@@ -62,7 +62,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(checkout: Path, tmp_pa
     assert parts["published_code"] == whole["published_code"] and len(set(whole["published_code"])) == 4
     assert not whole["ended"] and len(whole["fastvae"]) > 300
     told = anchor_training.markdown(whole)
-    assert "| 4 |" in told and "of 4 with the published code" in told
+    assert "| 4 |" in told and "trained for 4 epochs, which were not all" in told
 
 
 def test_it_ends_as_the_published_code_does() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from fastvae.app.run.protocol import protocol_names, read_protocol
 from fastvae.benchmarks import formatting
 
-from ..experiments import anchor, exemplar, labels
+from ..experiments import anchor, anchor_training, exemplar, labels
 from .registry import Results, table
 
 FREYFACES_PIXELS = 28 * 20
@@ -208,6 +208,12 @@ def differences(_: Results) -> str:
 def beside_the_published_code(results: Results) -> str:
     """Loss, gradients and steps of training beside the published code."""
     return anchor.markdown(results.read("anchor.json"))
+
+
+@table("anchor-training", "anchor-training.json")
+def training_beside_the_published_code(results: Results) -> str:
+    """Validation bounds of the published code's training beside ours."""
+    return anchor_training.markdown(results.read("anchor-training.json"))
 
 
 @table("groups", "groups.json")
