@@ -9,7 +9,7 @@ from typing import Any
 from fastvae.app.run.protocol import protocol_names, read_protocol
 from fastvae.benchmarks import formatting
 
-from ..experiments import anchor, anchor_training, exemplar, labels
+from ..experiments import anchor, anchor_training, exemplar, labels, smaller_steps
 from .registry import Results, table
 
 FREYFACES_PIXELS = 28 * 20
@@ -214,6 +214,12 @@ def beside_the_published_code(results: Results) -> str:
 def training_beside_the_published_code(results: Results) -> str:
     """Validation bounds of the published code's training beside ours."""
     return anchor_training.markdown(results.read("anchor-training.json"))
+
+
+@table("smaller-steps", "smaller-steps.json")
+def at_a_smaller_learning_rate(results: Results) -> str:
+    """What runs gained when they went on at a smaller learning rate."""
+    return smaller_steps.markdown(results.read("smaller-steps.json"))
 
 
 @table("groups", "groups.json")
