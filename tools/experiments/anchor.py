@@ -87,13 +87,19 @@ def our_name(theirs: str, model: str, kind: str) -> str:
 
 
 def make_importable(checkout: Path) -> None:
-    """Let `models` and `utils` be those of the published code, for the rest of this process."""
+    """Let `models` and `utils` be those of the published code, for the rest of this process.
+
+    Raises:
+        RuntimeError: the folder does not hold that code.
+    """
+    if not (checkout / "models" / "VAE.py").is_file():
+        raise RuntimeError(f"{checkout} is no working copy of jmtomczak/vae_vampprior: it has no models/VAE.py")
     from scipy.special import logsumexp
 
     misc = types.ModuleType("scipy.misc")
     misc.logsumexp = logsumexp  # type: ignore[attr-defined]  # where it was
     sys.modules["scipy.misc"] = misc
-    sys.path[:0] = [str(checkout), str(checkout / "models")]
+    sys.path[:0] = [str(checkout.absolute()), str(checkout.absolute() / "models")]
 
 
 def their_model(config: TrainConfig, dataset: Dataset, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -260,8 +266,8 @@ def fresh_cases() -> Iterator[tuple[TrainConfig, Dataset]]:
 
 def measure(checkout: Path, run_folder: Path | None) -> dict[str, Any]:
     """Compare all cases, and the run's if there is one."""
-    torch.set_num_threads(1)
     make_importable(checkout)
+    torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what PyTorch has deprecated since
         cases = [
@@ -307,13 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, metavar="DIR", help="compare the best model of this run as well")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there too")
     options = parser.parse_args(arguments)
-    if not (options.checkout / "models" / "VAE.py").is_file():
-        print(
-            f"{options.checkout} is no working copy of jmtomczak/vae_vampprior: it has no models/VAE.py",
-            file=sys.stderr,
-        )
-        return 2
-    return command.keep(lambda: measure(options.checkout.absolute(), options.run), markdown, options.out)
+    return command.keep(lambda: measure(options.checkout, options.run), markdown, options.out)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def longer(run: Path, work: Path, rate: float, epochs: int, plan: EvaluationPlan
         state, config = read_checkpoint(before), read_config(before.config)
         until = state["epoch"] + epochs  # however long the bound has not improved
         write_first_checkpoint(after, replace(config, learning_rate=rate, epochs=until, patience=until), state)
-    dataset = load_run(before.path).dataset
-    train(read_config(after.config), dataset, after.path, resume=True)
-    ended, gone_on = (load_run(folder.path, dataset=dataset) for folder in (before, after))
+    ended = load_run(before.path)
+    train(read_config(after.config), ended.dataset, after.path, resume=True)
+    gone_on = load_run(after.path, dataset=ended.dataset)
     first, second = log_likelihoods(ended, plan), log_likelihoods(gone_on, plan)
     gain = second - first
     done = ended.checkpoint["epoch"]
